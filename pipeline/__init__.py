@@ -1,0 +1,1 @@
+"""Everything that runs inside a job: token shards, activations, crosscoders, stages. Knows nothing of Slurm."""

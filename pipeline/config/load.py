@@ -1,0 +1,94 @@
+"""A stage's YAML, with `key=value` changes, to its typed configuration."""
+
+import difflib
+import importlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.config import yaml_file
+from pipeline.config.errors import UserError
+from pipeline.config.resources import Resources
+from pipeline.config.schema import build
+from pipeline.config.site import Site, load_site
+from pipeline.config.stage import StageConfig
+
+
+class Stage(NamedTuple):
+    """Where a stage lives: its configuration (imported here) and its program (imported by whoever runs it)."""
+
+    config_class: str
+    program: str
+
+
+STAGES = {
+    "tokenize": Stage("pipeline.config.tokenize_text:TokenizeConfig", "pipeline.stages.tokenize_text"),
+    "count": Stage("pipeline.config.count_tokens:CountConfig", "pipeline.stages.count_tokens"),
+    "cache": Stage("pipeline.config.cache_activations:CacheConfig", "pipeline.stages.cache_activations"),
+    "train": Stage("pipeline.config.train_crosscoder:TrainConfig", "pipeline.stages.train_crosscoder"),
+    "evaluate": Stage("pipeline.config.evaluate_crosscoder:EvaluateConfig", "pipeline.stages.evaluate_crosscoder"),
+}
+
+
+def load(path: Path, changes: list[str] | None = None, site: Site | None = None) -> StageConfig:
+    """The configuration in the file at `path` with `changes` (`key=value`, dotted keys) laid over it.
+
+    Placeholders and relative paths become absolute. Raises `UserError` naming the file and the field.
+    """
+    values = yaml_file.read(path)
+    for change in changes or []:
+        set_value(values, change, where=str(path))
+    return from_values(values, where=str(path), site=site or load_site())
+
+
+def from_values(values: dict[str, Any], *, where: str, site: Site) -> StageConfig:
+    """`values` as read from YAML, as the configuration of the stage that they name."""
+    stage = values.get("stage")
+    if stage not in STAGES:
+        near = difflib.get_close_matches(str(stage), STAGES, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"stages are {', '.join(STAGES)}"
+        raise UserError(f"{where}: stage is {stage!r}; {hint}")
+    module, _, name = STAGES[stage].config_class.partition(":")
+    model: type[StageConfig] = getattr(importlib.import_module(module), name)
+    values = _expand(values, site, where)
+    given = values.get("resources", {})
+    if isinstance(given, dict):
+        values = {**values, "resources": {**site.resources, **given}}
+    build(Resources, site.resources, "the site file's resources")
+    config = build(model, values, where)
+    return config.model_copy(update=_absolute_paths(config))
+
+
+def set_value(values: dict[str, Any], change: str, *, where: str) -> None:
+    """Sets the dotted key of `change` (`learning_rate=3e-4`, `resources.gpus=1`) in `values`, in place."""
+    key, equals, text = change.partition("=")
+    if not equals or not key:
+        raise UserError(f"{where}: the change {change!r} is not of the form key=value")
+    group = values
+    *path, last = key.split(".")
+    for part in path:
+        group = group.setdefault(part, {})
+        if not isinstance(group, dict):
+            raise UserError(f"{where}: {key}: `{part}` is a value, not a group of settings")
+    group[last] = yaml_file.parse(text, f"{where}: {key}")
+
+
+def _expand(value: Any, site: Site, where: str) -> Any:
+    if isinstance(value, str):
+        return site.expand(value, where) if "{" in value else value
+    if isinstance(value, list):
+        return [_expand(v, site, where) for v in value]
+    if isinstance(value, dict):
+        return {k: _expand(v, site, where) for k, v in value.items()}
+    return value
+
+
+def _absolute_paths(config: Any) -> dict[str, Any]:
+    """The fields of `config` that hold paths, made absolute, nested groups included."""
+    update: dict[str, Any] = {}
+    for key in type(config).model_fields:
+        value = getattr(config, key)
+        if isinstance(value, Path):
+            update[key] = value.expanduser().absolute()
+        elif hasattr(type(value), "model_fields"):
+            update[key] = value.model_copy(update=_absolute_paths(value))
+    return update

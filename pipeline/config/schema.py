@@ -1,0 +1,108 @@
+"""The typed model that every configuration builds on: strict values, unknown keys refused with the nearest key."""
+
+import difflib
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import pydantic
+from pydantic import BeforeValidator, ConfigDict, Field
+
+from pipeline.config.errors import UserError
+
+
+class Config(pydantic.BaseModel):
+    """A group of settings. Values are strict (`"3"` is not 3, 1 is not true), keys are known, nothing is changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=())
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the bytes of the output, as JSON values: all but those marked `operational`."""
+        out: dict[str, Any] = {}
+        for key, field in type(self).model_fields.items():
+            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("operational"):
+                continue
+            value = getattr(self, key)
+            out[key] = value.identity() if isinstance(value, Config) else json.loads(json.dumps(value, default=str))
+        return out
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting, defaults included, as values that YAML and JSON can hold."""
+        return self.model_dump(mode="json")
+
+
+OPERATIONAL: dict[str, Any] = {"operational": True}
+"""`Field(default, json_schema_extra=OPERATIONAL)` marks a setting that changes cost or place, never the output's bytes."""
+
+
+def _whole(value: object) -> object:
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        return int(value)
+    return value
+
+
+def _path(value: object) -> object:
+    return Path(value) if isinstance(value, str) else value
+
+
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+"""A whole number from 0 on; `1e9` counts as one."""
+
+PositiveCount = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+"""A whole number from 1 on; `1e9` counts as one."""
+
+DataPath = Annotated[Path, BeforeValidator(_path)]
+"""A path in a configuration: `{data}`, `{ssd}` and `{runs}` stand for the site's roots (see `pipeline.config.site`)."""
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+"""A number from 0 to 1."""
+
+C = TypeVar("C", bound=Config)
+
+
+def build(model: type[C], values: dict[str, Any], where: str) -> C:
+    """`values` as a `model`. Raises `UserError` with a line a fault, each naming `where` and the field."""
+    try:
+        return model.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise UserError("\n".join(_sentence(model, fault, where) for fault in error.errors())) from None
+
+
+def _sentence(model: type[Config], fault: Any, where: str) -> str:
+    place = _place(fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(model, fault["loc"][:-1])
+        near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}"
+        return f"{where}: {place} is not a setting; {hint}"
+    if fault["type"] == "missing":
+        return f"{where}: {place} is missing; give it a value"
+    found = json.dumps(fault["input"], default=str)
+    message = fault["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    return f"{where}: {place} is {found if len(found) <= 80 else found[:77] + '...'}: {message}"
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    text = ""
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text or "the file"
+
+
+def _known_keys(model: type[Config], loc: tuple[int | str, ...]) -> list[str]:
+    """The keys of the group at `loc`; a union's tag in `loc` and list positions lead on into the group they stand for."""
+    groups: list[type[Config]] = [model]
+    for part in loc:
+        fields = [g.model_fields[part] for g in groups if isinstance(part, str) and part in g.model_fields]
+        nested = [c for field in fields for c in _configs_in(field.annotation)]
+        tagged = [g for g in groups if any(f.default == part for f in g.model_fields.values())]
+        groups = nested or tagged or groups
+    return sorted({key for g in groups for key in g.model_fields})
+
+
+def _configs_in(annotation: Any) -> list[type[Config]]:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [c for inner in getattr(annotation, "__args__", ()) for c in _configs_in(inner)]

@@ -1,0 +1,236 @@
+"""Files that are whole or not there: atomic writes, shard records, manifests and the data id.
+
+A data set is a directory. Each shard is a few files that share a stem, and one record, `<stem>.json`; the manifest,
+`manifest.json`, comes last. Every file is written under a temporary name, fsynced and renamed. The record is the commit
+mark: a shard exists if and only if its record does and the sizes match.
+
+    tokens/demo/train/
+      lib-000.bin  lib-000.ends  lib-000.json      one shard: two data files and their record
+      manifest.json                                {"format": "token-set/1", "data_id": "9f2c...", "shards": ["lib-000"], ...}
+      recipe.json                                  the settings that made it; another recipe may not write here
+
+A record holds `format`, `files` (name to size in bytes and xxh3-128), facts about the content, and `provenance`: where
+and when it was made. The record hash leaves out `provenance` and the files' names; the data id is the sha256 of the
+sorted record hashes. So the same content has the same id wherever it lies and whatever it is called.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import xxhash
+
+from pipeline.config.errors import UserError
+
+MANIFEST = "manifest.json"
+RECIPE = "recipe.json"
+CHUNK_BYTES = 1 << 22
+
+Record = dict[str, Any]
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that appears at `path`, whole and on disk, when the block ends without an error.
+
+    On an error nothing appears and what stood at `path` stays. The temporary name carries host and process, so two
+    writers never share one. Raises `UserError` when the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _fsync_directory(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{path} could not be written: {os.strerror(error.errno).lower()}; free some space and start the same "
+                "command again, what is finished is kept"
+            ) from error
+        raise
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _fsync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(directory: Path, stem: str) -> None:
+    """Deletes temporary files that killed writers of this stem left, and its data files if its record is missing."""
+    for leftover in directory.glob(f".{stem}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+    if not (directory / f"{stem}.json").exists():
+        for part in directory.glob(f"{stem}.*"):
+            part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` to `path` atomically, indented, keys in their order."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The value in the JSON file at `path`; a missing or broken one raises `UserError`."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): the file is damaged") from error
+
+
+def hash_file(path: Path) -> str:
+    """xxh3-128 of the file's bytes, as hex."""
+    hasher = xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def commit_shard(directory: Path, stem: str, shard_format: str, files: Iterable[str], facts: Record, provenance: Record) -> Record:
+    """Writes the record of a shard whose data files are already in place, and gives it. The shard exists from here on."""
+    described = {name: {"bytes": (directory / name).stat().st_size, "xxh3_128": hash_file(directory / name)} for name in files}
+    record = {"format": shard_format, "files": described, **facts, "provenance": provenance}
+    write_json(directory / f"{stem}.json", record)
+    return record
+
+
+def read_shard(directory: Path, stem: str, shard_format: str) -> Record:
+    """The record of a shard, its format and its files' sizes checked. Raises `UserError` naming the file that is wrong."""
+    path = directory / f"{stem}.json"
+    record = read_json(path)
+    found = record.get("format") if isinstance(record, dict) else None
+    if found != shard_format:
+        raise UserError(f"{path} is of format {found!r}, expected {shard_format!r}")
+    for name, described in record["files"].items():
+        file = directory / name
+        size = file.stat().st_size if file.exists() else None
+        if size != described["bytes"]:
+            state = "is missing" if size is None else f"holds {size:,} bytes"
+            raise UserError(
+                f"{file} {state}, its record says {described['bytes']:,} bytes: the shard is damaged; delete {path} and "
+                "run the stage again, it redoes only that shard"
+            )
+    return dict(record)
+
+
+def committed_shards(directory: Path, shard_format: str) -> dict[str, Record]:
+    """Stem to record of every shard that exists in `directory`, in the order of their names."""
+    stems = sorted(p.stem for p in directory.glob("*.json") if p.name not in (MANIFEST, RECIPE) and not p.name.startswith("."))
+    return {stem: read_shard(directory, stem, shard_format) for stem in stems}
+
+
+def record_hash(record: Record) -> str:
+    """xxh3-128 of what a shard is: its record without provenance, its files by ending and hash instead of name."""
+    content = {key: value for key, value in record.items() if key not in ("provenance", "files")}
+    files = sorted([Path(name).suffix, described["bytes"], described["xxh3_128"]] for name, described in record["files"].items())
+    canonical = json.dumps([content, files], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return xxhash.xxh3_128_hexdigest(canonical.encode())
+
+
+def data_id(records: Iterable[Record]) -> str:
+    """sha256, as hex, of the sorted record hashes: the identity of a data set, by content alone."""
+    return hashlib.sha256("\n".join(sorted(record_hash(record) for record in records)).encode()).hexdigest()
+
+
+def write_manifest(directory: Path, set_format: str, shards: dict[str, Record], facts: Record) -> Record:
+    """Seals a data set whose shards are all committed, and gives its manifest; the same shards give the same bytes."""
+    manifest = {"format": set_format, "data_id": data_id(shards.values()), "shards": list(shards), **facts}
+    write_json(directory / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(directory: Path, set_format: str | None = None) -> Record:
+    """The manifest of the data set in `directory`; `UserError` where there is none or it is of another format."""
+    if not (directory / MANIFEST).exists():
+        if not directory.exists():
+            raise UserError(f"{directory} does not exist; run the stage that makes it first")
+        raise UserError(f"{directory} has no {MANIFEST}: it is not a finished data set; run the stage that makes it again, it resumes")
+    manifest = read_json(directory / MANIFEST)
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if set_format is not None and found != set_format:
+        raise UserError(f"{directory / MANIFEST} is of format {found!r}, expected {set_format!r}")
+    return dict(manifest)
+
+
+def read_data_set(directory: Path, set_format: str, shard_format: str) -> tuple[Record, dict[str, Record]]:
+    """Manifest and shard records of a sealed data set, with sizes, shard list and data id checked against each other."""
+    manifest = read_manifest(directory, set_format)
+    shards = {stem: read_shard(directory, stem, shard_format) for stem in manifest["shards"]}
+    found = data_id(shards.values())
+    if found != manifest["data_id"]:
+        raise UserError(
+            f"{directory / MANIFEST} says data id {manifest['data_id'][:12]}, its shards' records give {found[:12]}: a record "
+            "was changed or replaced; run the stage that makes the set again"
+        )
+    return manifest, shards
+
+
+def claim(directory: Path, recipe: Record) -> None:
+    """Reserves `directory` for the output of `recipe` (settings and data ids), or checks that it was made by the same.
+
+    Raises `UserError` naming the first setting that differs: two recipes never mix in one data set.
+    """
+    path = directory / RECIPE
+    if not path.exists():
+        if directory.exists() and any(p for p in directory.iterdir() if not p.name.startswith(".")):
+            raise UserError(f"{directory} is not empty and has no {RECIPE}: it was not made by this pipeline; choose another output")
+        write_json(path, recipe)
+        return
+    found = read_json(path)
+    wanted = json.loads(json.dumps(recipe))
+    if found == wanted:
+        return
+    key = next(k for k in [*wanted, *found] if found.get(k) != wanted.get(k))
+    raise UserError(
+        f"{directory} was made with other settings: {key} was {_short(found.get(key))}, now it is {_short(wanted.get(key))}; "
+        "choose another output, or delete the directory to make it anew"
+    )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def verify(directory: Path) -> list[str]:
+    """Rehashes every file of the data set in `directory`; one sentence for each damage found, none when it is whole."""
+    manifest = read_manifest(directory)
+    damages: list[str] = []
+    records: list[Record] = []
+    for stem in manifest["shards"]:
+        try:
+            record = read_json(directory / f"{stem}.json")
+            record = read_shard(directory, stem, record["format"])
+        except UserError as error:
+            damages.append(str(error))
+            continue
+        records.append(record)
+        for name, described in record["files"].items():
+            if hash_file(directory / name) != described["xxh3_128"]:
+                damages.append(
+                    f"{directory / name} does not have the bytes that were written (its hash differs): the shard is damaged; "
+                    f"delete {directory / stem}.json and run the stage again, it redoes only that shard"
+                )
+    if not damages and data_id(records) != manifest["data_id"]:
+        damages.append(f"{directory / MANIFEST} has another data id than its records give: a record was changed; run the stage again")
+    return damages
