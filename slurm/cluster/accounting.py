@@ -1,0 +1,78 @@
+"""The accounting database of a private cluster: a MariaDB and a slurmdbd of its own, both unprivileged."""
+
+import getpass
+import shutil
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slurm import slurm_commands
+from slurm.cluster import configuration, packages
+from slurm.cluster.layout import Layout
+
+if TYPE_CHECKING:
+    from slurm.cluster.daemons import PrivateCluster
+
+PATIENCE_S = 60.0
+
+
+def start(cluster: "PrivateCluster", layout: Layout) -> None:
+    """Starts both and makes the cluster known to them. The database stays between starts."""
+    directory, port = cluster.directory, cluster.place.slurmdbd_port
+    _start_database(cluster)
+    path = directory / "slurmdbd.conf"
+    path.unlink(missing_ok=True)
+    path.touch(mode=0o600)  # slurmdbd refuses a file that others may read
+    path.write_text(configuration.slurmdbd_conf(layout, cluster.place))
+    cluster.spawn("slurmdbd", packages.path("slurmdbd"), "-D")
+    cluster.wait_until("slurmdbd", lambda: _answers(port), PATIENCE_S)
+    cluster.command("sacctmgr", "-i", "add", "cluster", "private")
+
+
+def _start_database(cluster: "PrivateCluster") -> None:
+    directory, user = cluster.directory, getpass.getuser()
+    data, socket_path = directory / "sql", directory / "run" / "sql.sock"
+    if not data.exists():
+        _install_database(cluster, data, user)
+    options = [
+        f"--user={user}",
+        f"--datadir={data}",
+        f"--socket={socket_path}",
+        f"--pid-file={directory}/run/sql.pid",
+        "--bind-address=127.0.0.1",
+        f"--port={cluster.place.database_port}",
+        "--innodb-buffer-pool-size=64M",
+        "--innodb-lock-wait-timeout=900",  # slurmdbd's own advice
+        "--skip-log-bin",
+    ]
+    cluster.spawn("mariadbd", packages.path("mariadbd"), "--no-defaults", *options)
+
+    def query(text: str) -> str:
+        return cluster.command("mariadb", "--no-defaults", "-u", "root", f"--socket={socket_path}", "-e", text)
+
+    def answers() -> bool:
+        try:
+            query("select 1")
+        except slurm_commands.CommandFailed:
+            return False
+        return True
+
+    cluster.wait_until("MariaDB", answers, PATIENCE_S)
+    name, password, database = configuration.DATABASE_USER, configuration.DATABASE_PASSWORD, configuration.DATABASE
+    query(f"create database if not exists {database}")
+    for host in ("127.0.0.1", "localhost"):
+        query(f"create user if not exists '{name}'@'{host}' identified by '{password}'; grant all on {database}.* to '{name}'@'{host}'")
+
+
+def _install_database(cluster: "PrivateCluster", data: Path, user: str) -> None:
+    options = [f"--user={user}", f"--datadir={data}", "--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve"]
+    try:
+        cluster.command("mariadb-install-db", "--no-defaults", *options, timeout_s=120)
+    except BaseException:
+        shutil.rmtree(data, ignore_errors=True)  # half a database would be taken for a whole one next time
+        raise
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

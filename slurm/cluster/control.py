@@ -1,0 +1,60 @@
+"""`crosscoder cluster start|stop|status`: the private cluster as a feature, for a workstation that has no queue."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.config.errors import UserError
+from slurm import slurm_commands
+from slurm.cluster import hardware, layout
+from slurm.cluster.daemons import PrivateCluster
+
+
+def start(
+    directory: Path = slurm_commands.PRIVATE_CLUSTER,
+    *,
+    pretend: bool = False,
+    munge: bool = False,
+    accounting: bool = False,
+    fresh: bool = False,
+) -> str:
+    """Starts a queue over this machine's cores, memory and GPUs, and tells how to use it.
+
+    `pretend` offers three nodes with five fake GPUs instead: to try things out. `fresh` forgets what an earlier one had queued.
+    """
+    chosen = layout.pretended() if pretend else hardware.workstation()
+    cluster = PrivateCluster(directory)
+    seconds = cluster.start(replace(chosen, munge=munge, accounting=accounting), fresh=fresh)
+    offers = "\n".join(f"#   {_offer(node)}" for node in chosen.nodes)
+    waiting = cluster.command("squeue", "-h", "-o", "%i").split()
+    kept = f"\n# {len(waiting)} jobs of its last time are queued" if waiting else ""
+    return f"# up in {seconds:.2f} s, in {cluster.directory}:\n{offers}{kept}\nexport SLURM_CONF={cluster.configuration}"
+
+
+def stop(directory: Path = slurm_commands.PRIVATE_CLUSTER) -> str:
+    """Ends the cluster and every process of its jobs. The queue is kept for the next start."""
+    cluster = PrivateCluster(directory)
+    if not cluster.pids():
+        cluster.stop()
+        return f"# no cluster runs in {cluster.directory}"
+    running = cluster.command("squeue", "-h", "-t", "running", "-o", "%i").split() if cluster.is_running() else []
+    seconds = cluster.stop()
+    stopped = f"; {len(running)} running jobs were ended and will be requeued at the next start" if running else ""
+    return f"# down in {seconds:.2f} s{stopped}"
+
+
+def status(directory: Path = slurm_commands.PRIVATE_CLUSTER) -> str:
+    """Which daemons live, since what configuration, and what is queued. Raises `UserError` where none runs."""
+    cluster = PrivateCluster(directory)
+    pids = cluster.pids()
+    if "slurmctld" not in pids:
+        raise UserError(f"no cluster runs in {cluster.directory}; `crosscoder cluster start` starts one")
+    queue = cluster.command("squeue", "-h", "-o", "%T").split()
+    counts = ", ".join(f"{queue.count(state)} {state.lower()}" for state in sorted(set(queue))) or "empty"
+    daemons = ", ".join(f"{name} {pid}" for name, pid in pids.items())
+    return f"# up in {cluster.directory}: {daemons}\n# queue: {counts}\nexport SLURM_CONF={cluster.configuration}"
+
+
+def _offer(node: layout.Node) -> str:
+    types = list(dict.fromkeys(gpu.type for gpu in node.gpus))
+    gpus = ", ".join(f"{sum(gpu.type == kind for gpu in node.gpus)} x {kind}" for kind in types) or "no GPU"
+    return f"{node.name}: {node.cpus} cores, {node.mem_mb / 1024:.0f} GiB, {gpus}"

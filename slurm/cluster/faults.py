@@ -1,0 +1,24 @@
+"""What goes wrong on real clusters, done on purpose to a private one."""
+
+from slurm.cluster import processes
+from slurm.cluster.daemons import PrivateCluster
+
+
+def crash(cluster: PrivateCluster, node: str, *, declare: bool = True) -> None:
+    """The node dies with all that it runs. `declare` tells the controller, which else finds out after SlurmdTimeout."""
+    jobs = cluster.command("squeue", "-h", "-w", node, "-o", "%A").split()
+    victims = [cluster.pids()[f"slurmd-{node}"], *processes.of_jobs(cluster.configuration, node=node, job_ids=jobs)]
+    processes.signal_all(victims)
+    if declare:
+        cluster.command("scontrol", "update", f"nodename={node}", "state=down", "reason=crashed")
+
+
+def lose_contact(cluster: PrivateCluster, node: str) -> None:
+    """The node's slurmd dies and its jobs run on: Slurm will run them a second time elsewhere."""
+    processes.signal_all([cluster.pids()[f"slurmd-{node}"]])
+
+
+def revive(cluster: PrivateCluster, node: str) -> None:
+    """The node is back and takes jobs."""
+    cluster.start_node(node)
+    cluster.command("scontrol", "update", f"nodename={node}", "state=resume")

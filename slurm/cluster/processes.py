@@ -1,0 +1,107 @@
+"""Processes of a private cluster: started detached, known by pid and by the `SLURM_CONF` in their environment.
+
+A pid alone proves nothing after a reboot; a process whose environment names our configuration is ours. The pids are kept in
+`<directory>/run/pids.json`, name to pid.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+POLL_SECONDS = 0.02
+
+
+def pids_file(directory: Path) -> Path:
+    return directory / "run" / "pids.json"
+
+
+def read_pids(directory: Path) -> dict[str, int]:
+    """The pids that the last start recorded; none where the record is missing or was cut short by a crash."""
+    try:
+        return {str(name): int(pid) for name, pid in json.loads(pids_file(directory).read_text()).items()}
+    except (OSError, ValueError):
+        return {}
+
+
+def write_pids(directory: Path, pids: Mapping[str, int]) -> None:
+    # Not fsynced as records are: a start writes it once a daemon, and what a power cut loses was of processes that it ended.
+    temporary = pids_file(directory).with_suffix(".tmp")
+    temporary.write_text(json.dumps(dict(pids), indent=1))
+    temporary.replace(pids_file(directory))
+
+
+def start(command: list[str], *, log: Path, variables: Mapping[str, str]) -> int:
+    """The pid of `command`, started in a session of its own, its output appended to `log`."""
+    actions = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
+    ]
+    # Python ignores SIGPIPE and SIGXFSZ, and a daemon would hand that down to every job.
+    return os.posix_spawnp(
+        command[0], command, dict(variables), file_actions=actions, setsid=True, setsigdef=[signal.SIGPIPE, signal.SIGXFSZ]
+    )
+
+
+def variables_of(pid: int) -> list[bytes]:
+    """The environment of a process; empty for one that is gone, a zombie, or another user's."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def belongs_to(pid: int, configuration: Path) -> bool:
+    """Whether the process lives and was started with this `SLURM_CONF`."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)  # ours to reap if this very process started it
+    return f"SLURM_CONF={configuration}".encode() in variables_of(pid)
+
+
+def of_jobs(configuration: Path, *, node: str | None = None, job_ids: Iterable[str] = ()) -> Iterator[int]:
+    """The pids of slurmstepd and of the jobs' own processes, on all nodes or on one.
+
+    `job_ids` are the jobs of that node: a slurmstepd tells its job in its title, not its node. A shell that only exported
+    `SLURM_CONF` is none of them.
+    """
+    titles = [f"[{job}." for job in job_ids]
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        pid = int(entry)
+        variables = variables_of(pid)
+        if pid == os.getpid() or f"SLURM_CONF={configuration}".encode() not in variables:
+            continue
+        title = command_line(pid)
+        is_step = "slurmstepd" in title
+        in_job = any(v.startswith(b"SLURM_JOB_ID=") for v in variables)
+        on_node = node is None or f"SLURMD_NODENAME={node}".encode() in variables or (is_step and any(t in title for t in titles))
+        if (is_step or in_job) and on_node:
+            yield pid
+
+
+def signal_all(pids: Iterable[int], number: int = signal.SIGKILL) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def end(pids: list[int], configuration: Path, *, patience_s: float) -> None:
+    """Ends those of `pids` that are of this cluster: SIGTERM, and after `patience_s` SIGKILL. Returns when they are gone."""
+    ours = [pid for pid in pids if belongs_to(pid, configuration)]
+    signal_all(ours, signal.SIGTERM)
+    deadline = time.monotonic() + patience_s
+    while (left := [pid for pid in ours if belongs_to(pid, configuration)]) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    signal_all(left)
+    while any(belongs_to(pid, configuration) for pid in left):
+        time.sleep(POLL_SECONDS)
