@@ -228,7 +228,7 @@ def _mean(values: tuple[float | None, ...]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-class Firing:
+class FiringCounts:
     """On how many positions each feature fires (f > 0)."""
 
     def __init__(self, num_features: int, device: torch.device) -> None:

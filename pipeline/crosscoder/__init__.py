@@ -1,0 +1,1 @@
+"""The crosscoder: the model, what makes it sparse, its losses, and the trainer."""

@@ -1,0 +1,113 @@
+"""A crosscoder as training left it, on raw activations: what evaluation, steering and export start from.
+
+Shapes: B positions in a batch, L layers, D model width, F features.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import records
+from pipeline.config.crosscoder import CrosscoderConfig
+from pipeline.config.errors import UserError
+from pipeline.config.schema import build
+from pipeline.crosscoder import checkpoint_files
+from pipeline.crosscoder.checkpoint_files import Part
+from pipeline.crosscoder.model import Crosscoder
+from pipeline.crosscoder.normalizer import Normalizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainedCrosscoder:
+    """Takes and gives activations in the language model's units; weights are float32 and carry no gradient."""
+
+    config: CrosscoderConfig
+    layers: list[str]
+    """Module paths of the blocks whose residual streams it reads and writes, in the order of the L axis."""
+    crosscoder: Crosscoder
+    normalizer: Normalizer
+    step: int
+    tokens_trained: int
+    tokens_since_fired_F: Tensor
+    """Training tokens since each feature last fired, int64."""
+    dead_window_tokens: int
+    identity: str
+    """sha256 over configuration, layers and weights: by content, wherever the checkpoint lies."""
+    activations_id: str
+    """Data id of the activations that it was trained on."""
+
+    @property
+    def num_features(self) -> int:
+        return self.config.num_features
+
+    @property
+    def d_model(self) -> int:
+        return self.crosscoder.b_dec_LD.shape[1]
+
+    @property
+    def dead_F(self) -> Tensor:
+        """True for features that did not fire in the last `dead_window_tokens` of training."""
+        return self.tokens_since_fired_F >= self.dead_window_tokens
+
+    @torch.no_grad()
+    def encode(self, raw_BLD: Tensor, *, batch_topk: bool = False) -> Tensor:
+        """features_BF, float32. With `batch_topk` they fire as in training, judged against the rest of this batch."""
+        acts_BLD = self.normalizer.normalize(raw_BLD)
+        if batch_topk:
+            return self.crosscoder.fire(self.crosscoder.pre_activations(acts_BLD)).features_BF
+        return self.crosscoder.encode(acts_BLD)
+
+    @torch.no_grad()
+    def decode(self, features_BF: Tensor) -> Tensor:
+        """The reconstruction in the language model's units, [B, L, D] float32."""
+        return self.normalizer.denormalize(self.crosscoder.decode(features_BF))
+
+
+def crosscoder_part(
+    crosscoder: Crosscoder, normalizer: Normalizer, tokens_since_fired_F: Tensor, config: CrosscoderConfig, facts: dict[str, Any]
+) -> Part:
+    """The shard of a checkpoint that `load_crosscoder` reads. `facts`: layers, step, tokens, dead_window_tokens, activations_id."""
+    tensors = dict(crosscoder.state_dict())
+    tensors |= {"mean_LD": normalizer.mean_LD, "scale_L": normalizer.scale_L, "tokens_since_fired_F": tokens_since_fired_F}
+    return Part(tensors, {"config": config.resolved(), **facts})
+
+
+def load_crosscoder(path: Path, device: torch.device | str = "cpu") -> TrainedCrosscoder:
+    """The crosscoder in a checkpoint, or in the newest whole checkpoint of a run directory."""
+    checkpoint = _checkpoint_of(path)
+    part = checkpoint_files.read_part(checkpoint, "crosscoder")
+    facts, tensors = part.facts, dict(part.tensors)
+    config = build(CrosscoderConfig, facts["config"], str(checkpoint / "crosscoder.json"))
+    tokens_since_fired_F = tensors.pop("tokens_since_fired_F").to(device)
+    normalizer = Normalizer(tensors.pop("mean_LD"), tensors.pop("scale_L"), center=config.normalization.center).to(device)
+    num_layers, d_model = normalizer.mean_LD.shape
+    crosscoder = Crosscoder(config, num_layers=num_layers, d_model=d_model)
+    crosscoder.load_state_dict(tensors)
+    return TrainedCrosscoder(
+        config=config,
+        layers=facts["layers"],
+        crosscoder=crosscoder.to(device).requires_grad_(False).eval(),
+        normalizer=normalizer,
+        step=facts["step"],
+        tokens_trained=facts["tokens"],
+        tokens_since_fired_F=tokens_since_fired_F,
+        dead_window_tokens=facts["dead_window_tokens"],
+        identity=records.data_id([facts]),
+        activations_id=facts["activations_id"],
+    )
+
+
+def _checkpoint_of(path: Path) -> Path:
+    if (path / "crosscoder.json").exists():
+        return path
+    checkpoint = checkpoint_files.newest_whole(path / "checkpoints", logger.warning)
+    if checkpoint is None:
+        state = "does not exist" if not path.exists() else "holds no whole checkpoint"
+        raise UserError(f"{path} {state}; name the directory of a training run, or of one of its checkpoints")
+    return checkpoint
