@@ -1,0 +1,1 @@
+"""A language model's activations: on disk or streamed, through the same iterator."""

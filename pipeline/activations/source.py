@@ -1,0 +1,89 @@
+"""What a trainer sees of activations, wherever they come from.
+
+Shapes: B positions in a batch, L layers read, D model width.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class ActivationBatch(NamedTuple):
+    """Activations of B positions and where each comes from; all on one device."""
+
+    acts_BLD: Tensor
+    """In the dtype of the language model."""
+    tokens_B: Tensor
+    """int64: the id at the position; a separator is the model's end-of-text id."""
+    documents_B: Tensor
+    """int64: index of the document in the token set."""
+    positions_B: Tensor
+    """int64: place in its context."""
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """First and second moments of each layer's activations, in float64, on the CPU, without dropped positions."""
+
+    mean_LD: Tensor
+    mean_squared_norm_L: Tensor
+    """Mean of |x|^2, x as the model gives it."""
+    num_positions: int
+
+    @property
+    def mean_squared_centered_norm_L(self) -> Tensor:
+        """Mean of |x - mean|^2."""
+        return self.mean_squared_norm_L - self.mean_LD.square().sum(-1)
+
+    @classmethod
+    def from_sums(cls, sum_LD: Tensor, sum_squared_norm_L: Tensor, num_positions: int) -> "LayerStatistics":
+        """The moments that float64 sums over `num_positions` positions give."""
+        return cls(sum_LD / num_positions, sum_squared_norm_L / num_positions, num_positions)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values; floats keep every bit."""
+        return {
+            "num_positions": self.num_positions,
+            "mean_squared_norm": self.mean_squared_norm_L.tolist(),
+            "mean_squared_centered_norm": self.mean_squared_centered_norm_L.tolist(),
+            "mean": self.mean_LD.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "LayerStatistics":
+        """The inverse of `to_json`."""
+        mean_LD = torch.tensor(values["mean"], dtype=torch.float64)
+        return cls(mean_LD, torch.tensor(values["mean_squared_norm"], dtype=torch.float64), values["num_positions"])
+
+
+class ActivationSource(Protocol):
+    """Activations of the same positions in the same order at every call, in batches, from any point on."""
+
+    @property
+    def data_id(self) -> str:
+        """Identity of the rows and their order."""
+        ...
+
+    @property
+    def layers(self) -> list[str]: ...
+
+    @property
+    def d_model(self) -> int: ...
+
+    @property
+    def num_positions(self) -> int:
+        """Positions in an epoch."""
+        ...
+
+    @property
+    def statistics(self) -> LayerStatistics: ...
+
+    def batches(self, *, batch_positions: int, epoch: int, cursor: int) -> Iterator[ActivationBatch]:
+        """The rest of an epoch, from the `cursor` positions on that are already consumed; the last batch may be short.
+
+        Every position comes exactly once an epoch. Raises `Stopped` when the run was asked to stop while it computes.
+        """
+        ...

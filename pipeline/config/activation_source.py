@@ -1,0 +1,74 @@
+"""Where a trainer's activations come from: shards on disk, or straight from the language model."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from pipeline.config.language_model import LanguageModelConfig
+from pipeline.config.schema import OPERATIONAL, Config, Count, DataPath, PositiveCount
+
+
+def _distinct(values: list[str] | list[int]) -> list[str] | list[int]:
+    if len(set(values)) != len(values):
+        raise ValueError("an entry stands twice; name each once")
+    return values
+
+
+class Harvest(Config):
+    """What is read from the language model, and in which order; the same settings give the same rows on disk and streamed.
+
+    Contexts are taken in one permutation of all contexts of the token set; `contexts_per_generation` of them form a
+    generation, whose kept positions are permuted together. A generation is a shard on disk, or a fill of the stream's buffer.
+    """
+
+    tokens: Annotated[DataPath, Field(json_schema_extra=OPERATIONAL)]
+    """Directory of the token set."""
+    language_model: LanguageModelConfig
+    layers: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
+    """Module paths of the blocks whose output is read (`transformer.h.7`), in the order of the crosscoder's layers."""
+    context_tokens: Annotated[PositiveCount, Field(le=65_536)] = 1024
+    """Length of a context, in tokens."""
+    drop_positions: Annotated[list[Count], AfterValidator(_distinct)] = [0]
+    """Positions of every context that are left out; the norm at position 0 is many times the others'."""
+    contexts_per_generation: PositiveCount = 1024
+    """Contexts whose positions are shuffled together. Its activations are held in memory on the model's device:
+    1,024 contexts of 1,024 tokens are 3.2 GB at two layers of width 768 in bfloat16."""
+    model_batch_contexts: PositiveCount = 32
+    """Contexts in one forward pass. Part of the identity: another batch shape may round differently."""
+    max_tokens: PositiveCount | None = None
+    """Positions taken, exactly, dropped ones not counted; None takes all there are."""
+    seed: Count = 0
+    """Of the order of contexts and positions."""
+
+
+class DiskActivations(Config):
+    """An activation set that `crosscoder run cache.yaml` made."""
+
+    kind: Literal["disk"] = "disk"
+    path: Annotated[DataPath, Field(json_schema_extra=OPERATIONAL)]
+    """Directory of the activation set."""
+    check_hashes: Annotated[bool, Field(json_schema_extra=OPERATIONAL)] = False
+    """Rehash every shard before the first batch (sizes are always checked); about a second per 2 GB from a fast disk."""
+    prefetch_batches: Annotated[PositiveCount, Field(json_schema_extra=OPERATIONAL)] = 4
+    """Batches read ahead in the background."""
+
+    def inputs(self) -> dict[str, Path]:
+        """The data sets read, by field."""
+        return {"activations": self.path}
+
+
+class StreamedActivations(Harvest):
+    """Activations computed as they are trained on, through a buffer on the device; nothing touches the disk."""
+
+    kind: Literal["stream"] = "stream"
+    statistics_contexts: PositiveCount = 256
+    """Leading contexts of the order from which the mean and scale of each layer are estimated."""
+
+    def inputs(self) -> dict[str, Path]:
+        """The data sets read, by field."""
+        return {"tokens": self.tokens}
+
+
+ActivationSourceConfig = Annotated[DiskActivations | StreamedActivations, Field(discriminator="kind")]
+"""The group `activations` of a training configuration; `kind` is `disk` or `stream`."""

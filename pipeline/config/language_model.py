@@ -1,0 +1,24 @@
+"""Which language model is run, in which number format, and where."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipeline.config.schema import OPERATIONAL, Config, Count
+
+
+class LanguageModelConfig(Config):
+    """A Hugging Face causal language model. What it computes enters identities through the hash of its weights and config."""
+
+    model: Annotated[str, Field(min_length=1, json_schema_extra=OPERATIONAL)]
+    """Hugging Face name or directory; `demo` is the model shipped in this package."""
+    revision: Annotated[str | None, Field(json_schema_extra=OPERATIONAL)] = None
+    """Branch, tag or commit on the hub; None takes the default branch."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of weights and computation, and so of its activations."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], Field(json_schema_extra=OPERATIONAL)] = "auto"
+    """`auto` takes a GPU when there is one."""
+    random_weights: bool = False
+    """Take only the architecture from `model` and draw the weights: for measuring speed without the weights."""
+    random_weights_seed: Count = 0
+    """Of the weights drawn; without meaning unless `random_weights`."""
