@@ -44,7 +44,8 @@ class Crosscoder(nn.Module):
 
     def decoder_norms(self) -> Tensor:
         """[F]: the sum over layers of each feature's decoder norms, float32."""
-        return torch.linalg.vector_norm(self.W_dec_FLD, dim=-1).sum(dim=-1)
+        norms_FL: Tensor = torch.linalg.vector_norm(self.W_dec_FLD, dim=-1)
+        return norms_FL.sum(dim=-1)
 
     def pre_activations(self, acts_BLD: Tensor) -> Tensor:
         """[B, F], before the activation function."""

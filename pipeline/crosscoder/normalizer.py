@@ -3,24 +3,12 @@
 Shapes: B positions in a batch, L layers, D model width.
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 
+from pipeline.activations.source import LayerStatistics
 from pipeline.config.crosscoder import Normalization
 from pipeline.config.errors import UserError
-
-
-class Statistics(Protocol):
-    """What is measured of the raw activations before training; satisfied by an activation source's `statistics`."""
-
-    @property
-    def mean_LD(self) -> Tensor: ...
-    @property
-    def mean_squared_norm_L(self) -> Tensor: ...
-    @property
-    def mean_squared_centered_norm_L(self) -> Tensor: ...
 
 
 class Normalizer(nn.Module):
@@ -41,10 +29,10 @@ class Normalizer(nn.Module):
         self.register_buffer("offset_LD", mean_LD.float() if center else torch.zeros_like(mean_LD, dtype=torch.float32))
 
     @classmethod
-    def from_statistics(cls, statistics: Statistics, settings: Normalization) -> "Normalizer":
+    def from_statistics(cls, statistics: LayerStatistics, settings: Normalization) -> "Normalizer":
         """Scales each layer so that the mean squared norm of what the crosscoder sees is d_model (`scale: layer`)."""
-        mean_LD = torch.as_tensor(statistics.mean_LD)
-        squared_norm_L = torch.as_tensor(statistics.mean_squared_centered_norm_L if settings.center else statistics.mean_squared_norm_L)
+        mean_LD = statistics.mean_LD
+        squared_norm_L = statistics.mean_squared_centered_norm_L if settings.center else statistics.mean_squared_norm_L
         if not bool((squared_norm_L > 0).all()):
             constant = int((squared_norm_L <= 0).nonzero()[0])
             raise UserError(f"layer {constant} of the activations never varies, so it has no scale; leave it out of the layers")

@@ -40,11 +40,10 @@ def _relu_at_inference(pre_BF: Tensor, decoder_norms_F: Tensor, threshold: Tenso
 
 
 def _rank(pre_BF: Tensor, decoder_norms_F: Tensor, settings: BatchTopk) -> Tensor:
-    positive_BF = torch.relu(pre_BF)
+    """[B, F], negative where the pre-activation is; in its precision, since a float32 copy would cost more than the ranking."""
     if settings.rank_by == "activation":
-        return positive_BF
-    # In the pre-activations' own precision: a float32 copy of [B, F] would cost more than the ranking.
-    return positive_BF.mul_(decoder_norms_F.to(pre_BF.dtype))
+        return pre_BF
+    return pre_BF * decoder_norms_F.to(pre_BF.dtype)
 
 
 def _batch_topk_in_training(pre_BF: Tensor, decoder_norms_F: Tensor, settings: BatchTopk) -> Firing:
@@ -54,8 +53,9 @@ def _batch_topk_in_training(pre_BF: Tensor, decoder_norms_F: Tensor, settings: B
         highest = torch.topk(rank, min(settings.k * pre_BF.shape[0], rank.numel()), sorted=False)
         smallest = torch.where(highest.values > 0, highest.values, torch.inf).min().float()
     # With fewer than k * B positive pre-activations some of the highest are zero or below: relu keeps them from firing.
-    fired = torch.relu(pre_BF.flatten()[highest.indices])
-    features_BF = torch.zeros_like(pre_BF).flatten().scatter(0, highest.indices, fired).view_as(pre_BF)
+    # gather rather than indexing: the backward of indexing sorts the indices first.
+    fired = torch.relu(torch.gather(pre_BF.flatten(), 0, highest.indices))
+    features_BF = torch.zeros_like(pre_BF).flatten().scatter_(0, highest.indices, fired).view_as(pre_BF)
     return Firing(features_BF, smallest)
 
 
