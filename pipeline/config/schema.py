@@ -78,9 +78,11 @@ def _sentence(model: type[Config], fault: Any, where: str) -> str:
         return f"{where}: {place} is not a setting; {hint}"
     if fault["type"] == "missing":
         return f"{where}: {place} is missing; give it a value"
-    found = json.dumps(fault["input"], default=str)
     message = fault["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
+    if not fault["loc"]:
+        return f"{where}: {message}"
+    found = json.dumps(fault["input"], default=str)
     return f"{where}: {place} is {found if len(found) <= 80 else found[:77] + '...'}: {message}"
 
 
