@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.crosscoder import metrics
-from pipeline.crosscoder.metrics import Firing, LayerMoments, Medians, Predictions, Reconstruction, ReconstructionMetrics, recovered
+from pipeline.crosscoder.metrics import FiringCounts, LayerMoments, Medians, Predictions, Reconstruction, ReconstructionMetrics, recovered
 
 CPU = torch.device("cpu")
 
@@ -93,7 +93,7 @@ def test_recovered_is_one_for_no_loss_zero_for_the_ablation_and_none_without_dam
 
 
 def test_features_are_counted_where_they_are_above_zero() -> None:
-    firing = Firing(4, CPU)
+    firing = FiringCounts(4, CPU)
     features_BF = torch.zeros(20, 4)
     features_BF[:3, 0] = 0.5  # 15 %: dense
     features_BF[:2, 1] = 1e-30  # 10 %: not over 10 %

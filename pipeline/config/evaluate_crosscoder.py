@@ -1,0 +1,32 @@
+"""Settings of the stage that measures a trained crosscoder on held-out text."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipeline.config.language_model import LanguageModelConfig
+from pipeline.config.schema import OPERATIONAL, DataPath, PositiveCount
+from pipeline.config.stage import StageConfig
+
+
+class EvaluateConfig(StageConfig):
+    stage: Literal["evaluate"] = "evaluate"
+    crosscoder: Annotated[DataPath, Field(json_schema_extra=OPERATIONAL)]
+    """A run of `train`, the folder of all runs of one name (the newest finished one is taken), or one checkpoint."""
+    tokens: Annotated[DataPath, Field(json_schema_extra=OPERATIONAL)]
+    """Token set that training did not see: the `validation` folder that `tokenize` wrote."""
+    language_model: LanguageModelConfig
+    """The model whose activations the crosscoder was trained on."""
+    context_tokens: Annotated[PositiveCount, Field(ge=3)] = 1024
+    """Length of the contexts that the model reads, in tokens; as in training, for comparable activations."""
+    max_tokens: PositiveCount | None = 1_000_000
+    """Read at most so many tokens (separators counted), in whole contexts drawn by `seed`; null reads the whole set."""
+    batch_contexts: Annotated[PositiveCount, Field(json_schema_extra=OPERATIONAL)] = 8
+    """Contexts in one forward pass. Twice their logits (batch_contexts * context_tokens * vocabulary numbers) lie in memory."""
+    other_layer_distance: PositiveCount = 1
+    """Another layer's activation is spliced in for layers at most so many places apart in the crosscoder's list of layers. Each
+    pair costs two forward passes a batch; how well it reconstructs is measured for all pairs."""
+
+    def inputs(self) -> dict[str, Path]:
+        return {"crosscoder": self.crosscoder, "tokens": self.tokens}
