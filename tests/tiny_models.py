@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from pipeline.tokens import TokenSet, write_token_set
 
 END_OF_TEXT = "<|endoftext|>"
 TEXTS = [f"def f{i}(x):\n    return x * {i} + {i * i}\n" for i in range(40)]
@@ -60,3 +63,13 @@ def _save(config: transformers.PretrainedConfig, directory: Path, seed: int) -> 
                     parameter.mul_(5.0)
     model.save_pretrained(directory)
     return directory
+
+
+def tiny_token_set(
+    directory: Path, *, num_documents: int = 30, shards: int = 2, vocab_size: int = 300, seed: int = 0, tokenizer_hash: str = ""
+) -> TokenSet:
+    """Writes documents of 1 to 60 random ids as a sealed token set (end-of-text id 0) and opens it."""
+    generator = np.random.default_rng(seed)
+    documents = [generator.integers(1, vocab_size, generator.integers(1, 61)) for _ in range(num_documents)]
+    by_shard = {f"part-{number:03d}": documents[number::shards] for number in range(shards)}
+    return write_token_set(directory, by_shard, vocab_size=vocab_size, end_of_text_id=0, tokenizer_hash=tokenizer_hash)
