@@ -115,7 +115,7 @@ class PrivateCluster:
         if layout.accounting:
             accounting.start(self, layout)
         self.spawn("slurmctld", packages.path("slurmctld"), "-D")
-        self.wait_until("a controller", lambda: "is UP" in self._ask("scontrol", "ping"))
+        self.wait_until("the controller", lambda: "is UP" in self._ask("scontrol", "ping"))
         for node in layout.nodes:
             self.start_node(node.name)
         self.wait_until("nodes that take jobs", self._nodes_are_ready)
@@ -146,11 +146,13 @@ class PrivateCluster:
         processes.write_pids(self.directory, {**processes.read_pids(self.directory), name: pid})
 
     def wait_until(self, what: str, holds: Callable[[], bool], patience_s: float = 30.0) -> None:
-        """Waits until `holds()`; past `patience_s` raises `UserError` with the ends of the daemons' logs."""
+        """Waits until `holds()`. Raises `UserError` with the ends of the daemons' logs past `patience_s`, or when one has died."""
         deadline = time.monotonic() + patience_s
         while not holds():
-            if time.monotonic() > deadline:
-                raise UserError(f"the private cluster has no {what} after {patience_s:g} s; the ends of its logs:\n{self._log_ends()}")
+            dead = set(processes.read_pids(self.directory)) - set(self.pids())
+            if dead or time.monotonic() > deadline:
+                cause = f"{', '.join(sorted(dead))} died" if dead else f"waited {patience_s:g} s for {what}"
+                raise UserError(f"the private cluster did not come up ({cause}); the ends of its logs:\n{self._log_ends()}")
             time.sleep(processes.POLL_SECONDS)
 
     def _ask(self, *command: str) -> str:
