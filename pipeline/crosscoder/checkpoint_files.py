@@ -40,12 +40,17 @@ class Part(NamedTuple):
     facts: records.Record
 
 
+def name_of(step: int) -> str:
+    """The name of the directory of a step's checkpoint; names sort as steps do."""
+    return f"{step:08d}"
+
+
 def write(checkpoints: Path, step: int, parts: dict[str, Part]) -> Path:
     """Writes and seals the checkpoint of `step`, and gives its directory; one that stands there is replaced.
 
     Raises `UserError` when the disk is full; the checkpoints that were there stay.
     """
-    final = checkpoints / f"{step:08d}"
+    final = checkpoints / name_of(step)
     temporary = checkpoints / f".{final.name}.{socket.gethostname()}.{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True)
@@ -100,20 +105,37 @@ def read_part(checkpoint: Path, stem: str) -> Part:
 
 def all_in(checkpoints: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted(path for path in checkpoints.glob("[0-9]*") if (path / records.MANIFEST).exists())
+    return sorted(path for path in checkpoints.glob("[0-9]*") if path.name.isdigit() and (path / records.MANIFEST).exists())
 
 
 def newest_whole(checkpoints: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint whose files have the bytes that were written, or None; `say` hears of those that are damaged."""
     for path in reversed(all_in(checkpoints)):
-        try:
-            damages = records.verify(path)
-        except UserError as error:
-            damages = [str(error)]
-        if not damages:
+        damage = _damage(path)
+        if damage is None:
             return path
-        say(f"checkpoint {path} is damaged and left out: {damages[0]}")
+        say(f"checkpoint {path} is damaged, the one before it is used: {damage}")
     return None
+
+
+def set_damaged_aside(checkpoints: Path, say: Callable[[str], None]) -> None:
+    """Renames the damaged checkpoints that are newer than the newest whole one to `<step>.damaged`; `say` hears of each."""
+    for path in reversed(all_in(checkpoints)):
+        damage = _damage(path)
+        if damage is None:
+            return
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(path, aside)
+        say(f"checkpoint {path} is damaged, the one before it is used; it now lies in {aside}: {damage}")
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """One sentence for what is wrong with a checkpoint; None if every file has the bytes that were written."""
+    try:
+        return next(iter(records.verify(checkpoint)), None)
+    except UserError as error:
+        return str(error)
 
 
 def remove_old(checkpoints: Path, keep: int) -> None:

@@ -10,9 +10,9 @@ Shapes: B positions in a batch, L layers read and written, D model width, F feat
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.crosscoder import CrosscoderConfig
+from pipeline.config.crosscoder import BatchTopk, CrosscoderConfig
 from pipeline.crosscoder.initialization import initial_weights
-from pipeline.crosscoder.sparsity import ACTIVATION_FUNCTIONS, Firing
+from pipeline.crosscoder.sparsity import ACTIVATION_FUNCTIONS, Firing, update_threshold
 
 
 class Crosscoder(nn.Module):
@@ -59,6 +59,11 @@ class Crosscoder(nn.Module):
         """features_BF at inference: each position alone, by the threshold that training estimated."""
         pre_BF = self.pre_activations(acts_BLD)
         return self.activation_function.at_inference(pre_BF, self.decoder_norms().detach(), self.threshold, self.settings)
+
+    def update_threshold(self, smallest_rank: Tensor) -> None:
+        """Takes the smallest rank that fired in a training batch into the running average that is the threshold."""
+        if isinstance(self.settings, BatchTopk):
+            update_threshold(self.threshold, self.num_threshold_updates, smallest_rank, self.settings.threshold_momentum)
 
     def decode(self, features_BF: Tensor) -> Tensor:
         """The reconstruction of all layers' normalized activations, [B, L, D]."""

@@ -1,0 +1,183 @@
+"""Trains a crosscoder on an activation source, from the start or from the newest checkpoint of its run.
+
+Shapes: B positions in a batch, L layers, D model width.
+
+A step never waits for the device; a row of metrics, a look-up of dead features and a checkpoint do.
+"""
+
+import contextlib
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.activations.source import ActivationBatch, ActivationSource
+from pipeline.config.errors import UserError
+from pipeline.config.train_crosscoder import Auxk, TrainConfig
+from pipeline.crosscoder import checkpoint_files, schedules
+from pipeline.crosscoder.dead_features import count_tokens, dead_features
+from pipeline.crosscoder.objective import Objective
+from pipeline.crosscoder.training_log import TrainingLog
+from pipeline.crosscoder.training_state import TrainingState
+from pipeline.run import Run, Stopped
+
+
+class Trainer:
+    """One start of a training run."""
+
+    def __init__(self, config: TrainConfig, source: ActivationSource, run: Run, device: torch.device) -> None:
+        self.config = config
+        self.source = source
+        self.run = run
+        self.checkpoints = run.directory / "checkpoints"
+        self.state = TrainingState(config, source, device)
+        self._resume()
+        objective = Objective(config, source.d_model, device.type)
+        self.objective = torch.compile(objective.__call__) if config.compile else objective
+        self.mean_LD = self.state.normalizer.normalized_mean()
+        self.log = TrainingLog(run, self.state)
+        self._saved_at = time.monotonic()
+
+    def _resume(self) -> None:
+        checkpoint_files.set_damaged_aside(self.checkpoints, self.run.say)
+        kept = checkpoint_files.all_in(self.checkpoints)
+        self.saved = kept[-1] if kept else None
+        if self.saved is not None:
+            self.state.restore(self.saved)
+            self.run.say(f"resuming at step {self.state.step:,} of {self.state.plan.num_steps:,}, from {self.saved}")
+
+    # -- the course of training -----------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        """Trains to the end and gives the values of `result.json`.
+
+        Raises `Stopped`, after saving, when the run is asked to stop; `UserError` when the loss is no longer finite.
+        """
+        started, first_tokens = time.monotonic(), self.state.tokens
+        try:
+            while self.state.step < self.state.plan.num_steps:
+                self._train_epoch()
+            checkpoint = self._save()
+        finally:
+            self.log.close()
+        seconds = time.monotonic() - started
+        return self._result(checkpoint, seconds, (self.state.tokens - first_tokens) / seconds)
+
+    def _train_epoch(self) -> None:
+        """Trains on the rest of the epoch that the next step lies in, or to the end of training."""
+        plan = self.state.plan
+        place = plan.place_after(self.state.step)
+        batches = self.source.batches(batch_positions=plan.batch_positions, epoch=place.epoch, cursor=place.cursor)
+        with contextlib.ExitStack() as stack:
+            if isinstance(batches, Generator):
+                stack.callback(batches.close)
+            while self.state.step < plan.num_steps and plan.place_after(self.state.step).epoch == place.epoch:
+                self.train_step(self._next_batch(batches))
+                self._after_step()
+
+    def _next_batch(self, batches: Any) -> Tensor:
+        """The next batch's raw activations, cut where training ends. A stop asked for while waiting saves first."""
+        began = time.monotonic()
+        try:
+            batch: ActivationBatch | None = next(batches, None)
+        except Stopped:
+            self._save()
+            raise
+        self.log.seconds_waited += time.monotonic() - began
+        wanted = self.state.plan.positions_in(self.state.step + 1)
+        found = 0 if batch is None else batch.acts_BLD.shape[0]
+        if batch is None or found < wanted:
+            place = self.state.plan.place_after(self.state.step)
+            raise UserError(
+                f"the activations gave {found:,} positions at {place.cursor:,} of epoch {place.epoch}, expected {wanted:,}: the source "
+                f"is shorter than the {self.state.plan.epoch_positions:,} positions it announced; check it with `crosscoder verify`"
+            )
+        return batch.acts_BLD[:wanted].to(self.state.device, non_blocking=True)
+
+    def _after_step(self) -> None:
+        state = self.state
+        if state.step % self.config.log_every_steps == 0 or state.step == state.plan.num_steps:
+            self.check_finite()
+            self.log.write_row()
+        self.run.report("train", state.tokens, state.plan.num_tokens, unit="tokens", note=self.log.note())
+        if self.run.stop_reason is not None:
+            self._save()
+            self.run.check_stop()
+        if self._checkpoint_is_due():
+            self._save()
+
+    # -- one step -------------------------------------------------------------------------------------------------
+
+    def train_step(self, raw_BLD: Tensor) -> None:
+        """Forward, backward, update and counters of one batch of raw activations."""
+        state, config = self.state, self.config
+        step, num_steps, num_tokens = state.step + 1, state.plan.num_steps, raw_BLD.shape[0]
+        self._look_up_dead_features(step)
+        coefficient = torch.full((), schedules.sparsity_coefficient(config.loss, step, num_steps), device=state.device)
+        outcome = self.objective(state.crosscoder, state.normalizer.normalize(raw_BLD), self.mean_LD, coefficient, state.dead_J)
+        state.optimizer.zero_grad(set_to_none=True)
+        outcome.loss.backward()  # type: ignore[no-untyped-call]
+        gradient_norm = self._clip_gradients()
+        state.optimizer.param_groups[0]["lr"] = schedules.learning_rate(config.optimizer, step, num_steps)
+        state.optimizer.step()
+        count_tokens(state.tokens_since_fired_F, outcome.firings_F, num_tokens)
+        if outcome.smallest_rank is not None:
+            state.crosscoder.update_threshold(outcome.smallest_rank)
+        state.window.add(outcome, gradient_norm, step=step, num_tokens=num_tokens)
+        state.step = step
+
+    def _look_up_dead_features(self, step: int) -> None:
+        auxiliary, state = self.config.loss.auxiliary, self.state
+        if not isinstance(auxiliary, Auxk) or state.tokens < self.config.dead_window_tokens:
+            return
+        if (step - 1) % auxiliary.refresh_steps == 0:
+            dead_J = dead_features(state.tokens_since_fired_F, self.config.dead_window_tokens)
+            state.dead_J = dead_J if dead_J.numel() > 0 else None
+
+    def _clip_gradients(self) -> Tensor:
+        """The norm of all gradients together, before clipping."""
+        limit = self.config.optimizer.gradient_clip_norm
+        return torch.nn.utils.clip_grad_norm_(self.state.crosscoder.parameters(), float("inf") if limit is None else limit)
+
+    def check_finite(self) -> None:
+        """Raises `UserError` if any step's loss or gradient was NaN or infinite. Waits for the device."""
+        bad_step = int(self.state.window.first_bad_step.item())
+        if bad_step == 0:
+            return
+        place = self.state.plan.place_after(bad_step - 1)
+        last = self.state.plan.positions_in(bad_step) + place.cursor
+        raise UserError(
+            f"the loss or its gradient is not finite at step {bad_step:,} (epoch {place.epoch}, positions {place.cursor:,} to {last:,}); "
+            + (f"the last checkpoint, {self.saved}, is kept; " if self.saved else "no checkpoint was saved yet; ")
+            + "lower optimizer.learning_rate or lengthen its warm-up, and start a new run"
+        )
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def _checkpoint_is_due(self) -> bool:
+        settings, plan, step = self.config.checkpoints, self.state.plan, self.state.step
+        if settings.every_tokens is not None:
+            every = settings.every_tokens
+            if plan.tokens_after(step) // every > plan.tokens_after(step - 1) // every:
+                return True
+        return settings.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * settings.every_minutes
+
+    def _save(self) -> Path:
+        """Seals a checkpoint of the state, unless one stands already, and deletes the oldest beyond those to keep."""
+        self._saved_at = time.monotonic()
+        self.check_finite()
+        if self.saved is None or self.saved.name != checkpoint_files.name_of(self.state.step):
+            self.log.flush()
+            self.saved = checkpoint_files.write(self.checkpoints, self.state.step, self.state.parts())
+            checkpoint_files.remove_old(self.checkpoints, self.config.checkpoints.keep)
+        return self.saved
+
+    def _result(self, checkpoint: Path, seconds: float, tokens_per_second: float) -> dict[str, Any]:
+        row = dict(self.log.last_row or {})
+        kept = {key: row[key] for key in row if key.startswith(("loss", "l0", "explained", "dead", "threshold", "peak"))}
+        result = {"steps": self.state.step, "tokens": self.state.tokens, "epochs": self.state.tokens / self.state.plan.epoch_positions}
+        result |= {**kept, "seconds": seconds, "tokens_per_second": tokens_per_second}
+        return result | {"checkpoint": str(checkpoint.relative_to(self.run.directory)), "activations_id": self.source.data_id}

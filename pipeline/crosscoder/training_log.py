@@ -1,0 +1,110 @@
+"""Rows of metrics in `metrics.jsonl`, and the same numbers as TensorBoard curves."""
+
+import json
+import time
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from pipeline.crosscoder import schedules
+from pipeline.crosscoder.training_state import TrainingState
+from pipeline.run import Run
+
+TIME_FIELDS = ("seconds", "tokens_per_second", "data_wait_share", "peak_memory_gib")
+"""What a resumed run can't repeat; all other fields of a row are the same as without the interruption."""
+
+
+class TrainingLog:
+    """Continues what earlier starts of the run logged up to the step that it resumes from, and drops what lies beyond."""
+
+    def __init__(self, run: Run, state: TrainingState) -> None:
+        self.run = run
+        self.state = state
+        run.rewind_metrics(state.step)
+        self.last_row = _last_row(run)
+        # Earlier starts may have drawn points beyond the checkpoint: TensorBoard hides those from purge_step on.
+        self.writer = SummaryWriter(str(run.directory / "tensorboard"), purge_step=state.step + 1)
+        self.seconds_waited = 0.0
+        """Since the last row, that the trainer's thread waited for its next batch."""
+        self._started = self._row_started = time.monotonic()
+        self._row_first_tokens = state.tokens
+
+    def write_row(self) -> None:
+        """Logs the window since the last row and begins the next. Waits for the device, once."""
+        row = {"step": self.state.step, "tokens": self.state.tokens, "epoch": self.state.plan.place_after(self.state.step - 1).epoch}
+        row |= self.state.window.metrics() | _state_metrics(self.state) | self._time_metrics()
+        self.run.log_metrics(row)
+        self._draw(row)
+        self.last_row = row
+        self.state.window.clear()
+
+    def _time_metrics(self) -> dict[str, Any]:
+        now = time.monotonic()
+        elapsed = max(now - self._row_started, 1e-9)
+        row = {"seconds": now - self._started, "tokens_per_second": (self.state.tokens - self._row_first_tokens) / elapsed}
+        row["data_wait_share"] = min(1.0, self.seconds_waited / elapsed)
+        if self.state.device.type == "cuda":
+            row["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.state.device) / 2**30
+        self._row_started, self._row_first_tokens, self.seconds_waited = now, self.state.tokens, 0.0
+        return row
+
+    def _draw(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if isinstance(value, list):
+                for layer, of_layer in zip(self.state.layers, value, strict=True):
+                    if of_layer is not None:
+                        self.writer.add_scalar(f"{name}/{layer}", of_layer, row["step"])
+            elif name != "step" and value is not None:
+                self.writer.add_scalar(_tag(name), value, row["step"])
+
+    def note(self) -> str:
+        """The last row in a few words, for the progress line."""
+        row = self.last_row
+        if row is None:
+            return ""
+        explained = row["explained_variance"]
+        return f"loss {row['loss']:.4g}  L0 {row['l0']:.1f}" + (f"  explained {explained:.3f}" if explained is not None else "")
+
+    def flush(self) -> None:
+        """Puts the curves on disk; before a checkpoint, so that none of its points can be missing."""
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def _state_metrics(state: TrainingState) -> dict[str, Any]:
+    config, step, num_steps = state.config, state.step, state.plan.num_steps
+    with torch.no_grad():
+        num_dead = (state.tokens_since_fired_F >= config.dead_window_tokens).sum().item()
+        encoder_L = torch.linalg.vector_norm(state.crosscoder.W_enc_LDF, dim=1).mean(dim=1)
+        decoder_L = torch.linalg.vector_norm(state.crosscoder.W_dec_FLD, dim=2).mean(dim=0)
+    row = {
+        "dead_features": num_dead,
+        "dead_fraction": num_dead / config.crosscoder.num_features,
+        "encoder_norm_by_layer": encoder_L.tolist(),
+        "decoder_norm_by_layer": decoder_L.tolist(),
+        "learning_rate": schedules.learning_rate(config.optimizer, step, num_steps),
+        "sparsity_coefficient": schedules.sparsity_coefficient(config.loss, step, num_steps),
+    }
+    if state.crosscoder.num_threshold_updates.item() > 0:
+        row["threshold"] = state.crosscoder.threshold.item()
+    return row
+
+
+def _tag(name: str) -> str:
+    """Groups TensorBoard's curves: losses together, what concerns speed together."""
+    if name.startswith("loss_"):
+        return f"loss/{name.removeprefix('loss_')}"
+    if name == "loss":
+        return "loss/total"
+    if name == "explained_variance":
+        return "explained_variance/all"
+    return f"time/{name}" if name in TIME_FIELDS else f"training/{name}"
+
+
+def _last_row(run: Run) -> dict[str, Any] | None:
+    path = run.directory / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return dict(json.loads(lines[-1])) if lines else None

@@ -1,0 +1,140 @@
+"""All that training changes, and its way into a checkpoint and back.
+
+Shapes: L layers, D model width, F features, J dead features.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import records
+from pipeline.activations.source import ActivationSource
+from pipeline.config.errors import UserError
+from pipeline.config.train_crosscoder import TrainConfig
+from pipeline.crosscoder import checkpoint_files
+from pipeline.crosscoder.checkpoint import crosscoder_part
+from pipeline.crosscoder.checkpoint_files import Part
+from pipeline.crosscoder.model import Crosscoder
+from pipeline.crosscoder.normalizer import Normalizer
+from pipeline.crosscoder.plan import Plan
+from pipeline.crosscoder.training_window import Window
+
+
+class TrainingState:
+    """Crosscoder, optimizer, counters and the metrics not yet logged, after `step` steps.
+
+    Learning rate, sparsity coefficient and position in the data follow from `step` (see `schedules` and `plan`).
+    """
+
+    def __init__(self, config: TrainConfig, source: ActivationSource, device: torch.device) -> None:
+        self.config = config
+        self.activations_id = source.data_id
+        self.layers = list(source.layers)
+        self.device = device
+        self.step = 0
+        self.plan = Plan.of(config, source.num_positions)
+        self.normalizer = Normalizer.from_statistics(source.statistics, config.crosscoder.normalization).to(device)
+        crosscoder = Crosscoder(config.crosscoder, num_layers=len(self.layers), d_model=source.d_model, seed=config.seed)
+        self.crosscoder = crosscoder.to(device)
+        self.optimizer = torch.optim.Adam(
+            self.crosscoder.parameters(),
+            lr=config.optimizer.learning_rate,
+            betas=(config.optimizer.beta1, config.optimizer.beta2),
+            eps=config.optimizer.epsilon,
+            fused=device.type == "cuda",
+        )
+        self.tokens_since_fired_F = torch.zeros(config.crosscoder.num_features, dtype=torch.int64, device=device)
+        self.dead_J: Tensor | None = None
+        """Features that were dead when last looked up; None while there are none."""
+        self.window = Window(len(self.layers), device)
+
+    @property
+    def tokens(self) -> int:
+        """Positions trained on so far."""
+        return self.plan.tokens_after(self.step)
+
+    def parts(self) -> dict[str, Part]:
+        """The state as the shards of a checkpoint."""
+        place = self.plan.place_after(self.step)
+        crosscoder_facts: dict[str, Any] = {
+            "layers": self.layers,
+            "step": self.step,
+            "tokens": self.tokens,
+            "activations_id": self.activations_id,
+        }
+        crosscoder_facts["dead_window_tokens"] = self.config.dead_window_tokens
+        facts: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "epoch": place.epoch, "cursor": place.cursor}
+        facts |= {"activations_id": self.activations_id, "settings": self.config.identity()}
+        facts |= {"window_steps": self.window.num_steps, "window_tokens": self.window.num_tokens}
+        return {
+            "crosscoder": crosscoder_part(
+                self.crosscoder, self.normalizer, self.tokens_since_fired_F, self.config.crosscoder, crosscoder_facts
+            ),
+            "training": Part({**self._optimizer_tensors(), **self._counters(), **self._random_states()}, facts),
+        }
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        names = [name for name, _ in self.crosscoder.named_parameters()]
+        state = self.optimizer.state_dict()["state"]
+        return {f"adam.{names[i]}.{key}": tensor for i, tensors in state.items() for key, tensor in tensors.items()}
+
+    def _counters(self) -> dict[str, Tensor]:
+        dead_J = self.dead_J if self.dead_J is not None else torch.zeros(0, dtype=torch.int64)
+        return {"window.sums": self.window.sums, "dead_features": dead_J}
+
+    def _random_states(self) -> dict[str, Tensor]:
+        states = {"random.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def restore(self, checkpoint: Path) -> None:
+        """Takes the state of `checkpoint` over. Raises `UserError` if it was made with other settings or activations."""
+        training = checkpoint_files.read_part(checkpoint, "training")
+        self._check_same(training.facts, checkpoint)
+        tensors = checkpoint_files.read_part(checkpoint, "crosscoder").tensors
+        self.tokens_since_fired_F.copy_(tensors.pop("tokens_since_fired_F"))
+        normalizer_tensors = {name: tensors.pop(name) for name in ("mean_LD", "scale_L")}
+        center = self.config.crosscoder.normalization.center
+        self.normalizer = Normalizer(**normalizer_tensors, center=center).to(self.device)
+        self.crosscoder.load_state_dict(tensors)
+        self._restore_optimizer(training.tensors)
+        dead_J = training.tensors["dead_features"].to(self.device)
+        self.dead_J = dead_J if dead_J.numel() > 0 else None
+        self.window.sums.copy_(training.tensors["window.sums"])
+        self.window.num_steps, self.window.num_tokens = training.facts["window_steps"], training.facts["window_tokens"]
+        torch.set_rng_state(training.tensors["random.cpu"])
+        if self.device.type == "cuda" and "random.cuda" in training.tensors:
+            torch.cuda.set_rng_state(training.tensors["random.cuda"], self.device)
+        self.step = training.facts["step"]
+
+    def _restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        state: dict[int, dict[str, Tensor]] = {}
+        for i, (name, _) in enumerate(self.crosscoder.named_parameters()):
+            prefix = f"adam.{name}."
+            state[i] = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def _check_same(self, facts: records.Record, checkpoint: Path) -> None:
+        if facts["activations_id"] != self.activations_id:
+            raise UserError(
+                f"{checkpoint} was trained on activations {facts['activations_id'][:12]}, now they are {self.activations_id[:12]}: "
+                "the data changed; start a new run"
+            )
+        differs = _first_difference(facts["settings"], self.config.identity())
+        if differs is not None:
+            raise UserError(f"{checkpoint} was trained with other settings: {differs}; start a new run, or give the old settings")
+
+
+def _first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str | None:
+    for key in [*new, *(k for k in old if k not in new)]:
+        before, now = old.get(key), new.get(key)
+        if before == now:
+            continue
+        if isinstance(before, dict) and isinstance(now, dict):
+            return _first_difference(before, now, f"{prefix}{key}.")
+        return f"{prefix}{key} was {before!r}, now it is {now!r}"
+    return None
