@@ -9,7 +9,7 @@ from pipeline.config import yaml_file
 from pipeline.config.errors import UserError
 from pipeline.config.resources import Resources
 from pipeline.config.schema import build
-from pipeline.config.site import Site, load_site
+from pipeline.config.site_file import Site, load_site
 from pipeline.config.stage import StageConfig
 
 

@@ -19,17 +19,26 @@ class Config(pydantic.BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the bytes of the output, as JSON values: all but those marked `operational`."""
-        out: dict[str, Any] = {}
-        for key, field in type(self).model_fields.items():
-            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("operational"):
-                continue
-            value = getattr(self, key)
-            out[key] = value.identity() if isinstance(value, Config) else json.loads(json.dumps(value, default=str))
-        return out
+        fields = type(self).model_fields.items()
+        return {key: _identity_of(getattr(self, key)) for key, field in fields if not _is_operational(field.json_schema_extra)}
 
     def resolved(self) -> dict[str, Any]:
         """Every setting, defaults included, as values that YAML and JSON can hold."""
         return self.model_dump(mode="json")
+
+
+def _is_operational(extra: object) -> bool:
+    return isinstance(extra, dict) and bool(extra.get("operational"))
+
+
+def _identity_of(value: Any) -> Any:
+    if isinstance(value, Config):
+        return value.identity()
+    if isinstance(value, list):
+        return [_identity_of(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _identity_of(item) for key, item in value.items()}
+    return str(value) if isinstance(value, Path) else value
 
 
 OPERATIONAL: dict[str, Any] = {"operational": True}
@@ -53,7 +62,7 @@ PositiveCount = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
 """A whole number from 1 on; `1e9` counts as one."""
 
 DataPath = Annotated[Path, BeforeValidator(_path)]
-"""A path in a configuration: `{data}`, `{ssd}` and `{runs}` stand for the site's roots (see `pipeline.config.site`)."""
+"""A path in a configuration: `{data}`, `{ssd}` and `{runs}` stand for the site's roots (see `pipeline.config.site_file`)."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 """A number from 0 to 1."""

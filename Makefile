@@ -1,0 +1,68 @@
+# Needs python3 (3.11 or newer), make and git. `make` alone lists the targets.
+PYTHON   ?= python3
+VENV     ?= .venv
+BIN      := $(VENV)/bin
+# The torch that is tested. Any torch of at least 2.6 that the interpreter already has is used instead: nothing pulls a second one.
+TORCH    ?= torch==2.13.0
+CONFIG   ?=
+EXECUTOR ?= slurm
+SET      ?=
+RUN      ?=
+CROSSCODER := $(BIN)/crosscoder
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test end-to-end check format lint types tokenize count cache train evaluate jobs accelerators tensorboard clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@echo '  stages take CONFIG=file.yaml EXECUTOR=slurm|local|debug SET="key=value ..."'
+
+HAS_TORCH := import importlib.metadata as m; v = m.version("torch").split("."); raise SystemExit((int(v[0]), int(v[1])) < (2, 6))
+
+install: $(VENV)/installed  ## set up .venv with the tested versions
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $$($(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null && echo --system-site-packages) $(VENV)
+	@$(BIN)/python -c '$(HAS_TORCH)' 2>/dev/null || { echo "installing $(TORCH)"; $(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"; }
+	@echo "installing requirements.txt into $(VENV)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+demo: install  ## the whole pipeline on real text, on this machine, in under five minutes
+	$(CROSSCODER) demo
+
+test: install  ## the fast tests, no network needed
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not end_to_end"
+
+end-to-end: install  ## whole stages in sequence, some minutes
+	$(BIN)/python -m pytest -q -m end_to_end
+
+check: lint types test end-to-end  ## all that CI runs: format, lint, types, tests; changes nothing
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy
+
+format: install  ## rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+tokenize count cache train evaluate: install  ## submit that stage: CONFIG=... EXECUTOR=slurm|local|debug SET="..."
+	@$(CROSSCODER) submit $(or $(CONFIG),configs/demo/$@.yaml) --executor $(EXECUTOR) $(SET)
+
+jobs: install  ## my queued and running jobs
+	@$(CROSSCODER) jobs
+
+accelerators: install  ## GPUs of every machine configured
+	@$(CROSSCODER) accelerators
+
+tensorboard: install  ## TensorBoard over all runs
+	$(BIN)/tensorboard --logdir $${RUNS:-runs} --port $${PORT:-6006}
+
+clean:  ## remove the virtual environment and caches; data and runs stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

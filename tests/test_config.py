@@ -1,0 +1,194 @@
+"""Configuration files: YAML that means what it looks like, typed values, and errors that name the field."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import yaml
+from pydantic import Field
+
+from pipeline.config import load, yaml_file
+from pipeline.config.errors import UserError
+from pipeline.config.schema import OPERATIONAL, Config, Count, DataPath, build
+from pipeline.config.site_file import Site, load_site
+from pipeline.config.stage import StageConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+class Adam(Config):
+    kind: Literal["adam"] = "adam"
+    learning_rate: float = 1e-3
+
+
+class Momentum(Config):
+    kind: Literal["momentum"] = "momentum"
+    momentum: float = 0.9
+
+
+class ToyConfig(StageConfig):
+    stage: Literal["toy"] = "toy"
+    optimizer: Annotated[Adam | Momentum, Field(discriminator="kind")] = Adam()
+    num_tokens: Count = 10
+    output: Annotated[DataPath, Field(json_schema_extra=OPERATIONAL)] = Path("out")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3e-4", 3e-4),
+        ("1e9", 1e9),
+        ("24:00:00", "24:00:00"),
+        ("no", "no"),
+        ("on", "on"),
+        ("true", True),
+        ("010", 10),
+        ("1_000_000", 1_000_000),
+        ("2024-01-01", "2024-01-01"),
+        ("", None),
+        ("null", None),
+        ("-5", -5),
+        (".inf", float("inf")),
+        ("1.2.3", "1.2.3"),
+        ("0x1f", 31),
+        ("=", "="),
+    ],
+)
+def test_a_scalar_means_what_it_looks_like(text: str, value: object) -> None:
+    found = yaml_file.parse(f"key: {text}", "a.yaml")["key"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_written_yaml_reads_back_equal_here_and_in_a_yaml_1_1_reader() -> None:
+    value = {
+        "a": "3e-4",
+        "b": "no",
+        "c": "24:00:00",
+        "d": 3e-4,
+        "e": None,
+        "f": "010",
+        "g": [1, {"h": "1_0"}],
+        "i": "",
+        "j": 1e-12,
+        "k": "x: y",
+    }
+    assert yaml_file.parse(yaml_file.write(value), "x") == value
+    assert yaml.safe_load(yaml_file.write(value)) == value
+
+
+def test_a_repeated_key_is_an_error_that_names_the_line() -> None:
+    with pytest.raises(UserError, match=r"a\.yaml line 2, column 1: .*'seed' stands twice"):
+        yaml_file.parse("seed: 1\nseed: 2", "a.yaml")
+
+
+def test_a_file_that_is_not_yaml_is_named_with_the_place() -> None:
+    with pytest.raises(UserError, match=r"a\.yaml line 2"):
+        yaml_file.parse("a: [1,\nb: }", "a.yaml")
+
+
+def test_an_unknown_key_names_the_nearest_also_in_nested_groups() -> None:
+    with pytest.raises(UserError, match=r"t\.yaml: num_token is not a setting; did you mean `num_tokens`\?"):
+        build(ToyConfig, {"name": "x", "num_token": 3}, "t.yaml")
+    with pytest.raises(UserError, match=r"optimizer\.\w*\.?momentun is not a setting; did you mean `momentum`\?"):
+        build(ToyConfig, {"name": "x", "optimizer": {"kind": "momentum", "momentun": 3}}, "t.yaml")
+
+
+@pytest.mark.parametrize("value", ["10", 1.5, True, -1, None, [1]])
+def test_a_value_of_another_type_is_refused_not_converted(value: object) -> None:
+    with pytest.raises(UserError, match=r"t\.yaml: num_tokens is "):
+        build(ToyConfig, {"name": "x", "num_tokens": value}, "t.yaml")
+
+
+def test_a_whole_float_counts_as_a_count() -> None:
+    config = build(ToyConfig, {"name": "x", "num_tokens": 1e9}, "t.yaml")
+    assert config.num_tokens == 1_000_000_000
+    assert isinstance(config.num_tokens, int)
+
+
+def test_every_fault_of_a_file_is_told_at_once() -> None:
+    with pytest.raises(UserError) as error:
+        build(ToyConfig, {"num_tokens": "x", "sed": 1}, "t.yaml")
+    assert len(str(error.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../x", "-x", "x" * 65, "a/b"])
+def test_a_name_that_would_not_do_as_a_folder_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="name is "):
+        build(ToyConfig, {"name": name}, "t.yaml")
+
+
+def test_identity_leaves_out_what_does_not_change_the_bytes() -> None:
+    one = build(ToyConfig, {"name": "x", "output": "a", "resources": {"gpus": 1}}, "t")
+    two = build(ToyConfig, {"name": "y", "output": "b"}, "t")
+    assert (
+        one.identity()
+        == two.identity()
+        == {"stage": "toy", "seed": 0, "optimizer": {"kind": "adam", "learning_rate": 0.001}, "num_tokens": 10}
+    )
+    assert build(ToyConfig, {"name": "x", "optimizer": {"learning_rate": 1.0, "kind": "adam"}}, "t").identity() != one.identity()
+
+
+@pytest.fixture
+def toy_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(load.STAGES, "toy", load.Stage(f"{__name__}:ToyConfig", "nowhere"))
+
+
+@pytest.mark.usefixtures("toy_stage")
+def test_changes_placeholders_and_site_defaults_are_resolved(tmp_path: Path) -> None:
+    (tmp_path / "toy.yaml").write_text("stage: toy\nname: x\noutput: '{ssd}/sets/a'\nresources: {gpus: 2}\n")
+    site = Site(ssd=tmp_path / "ssd", resources={"partition": "gpu", "gpus": 1})
+    config = load.load(tmp_path / "toy.yaml", ["optimizer.learning_rate=3e-4", "optimizer.kind=adam", "num_tokens=1e3"], site)
+    assert isinstance(config, ToyConfig)
+    assert config.output == tmp_path / "ssd/sets/a"
+    assert config.resources.partition == "gpu"
+    assert config.resources.gpus == 2
+    assert config.optimizer == Adam(learning_rate=3e-4)
+    assert config.num_tokens == 1000
+
+
+@pytest.mark.usefixtures("toy_stage")
+def test_a_resolved_configuration_loads_to_the_same(tmp_path: Path) -> None:
+    (tmp_path / "toy.yaml").write_text("stage: toy\nname: x\noutput: rel/a\noptimizer: {kind: momentum}\n")
+    config = load.load(tmp_path / "toy.yaml", [], Site())
+    (tmp_path / "again.yaml").write_text(yaml_file.write(config.resolved()))
+    assert load.load(tmp_path / "again.yaml", [], Site()) == config
+    assert isinstance(config, ToyConfig)
+    assert config.output.is_absolute()
+
+
+@pytest.mark.usefixtures("toy_stage")
+def test_faults_of_stage_change_and_placeholder_are_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "toy.yaml"
+    path.write_text("stage: tran\nname: x\n")
+    with pytest.raises(UserError, match=r"stage is 'tran'; did you mean `train`"):
+        load.load(path, [], Site())
+    path.write_text("stage: toy\nname: x\noutput: '{disk}/a'\n")
+    with pytest.raises(UserError, match=r"placeholder that is not one of \{data\}, \{ssd\}, \{runs\}"):
+        load.load(path, [], Site())
+    path.write_text("stage: toy\nname: x\n")
+    with pytest.raises(UserError, match="not of the form key=value"):
+        load.load(path, ["num_tokens"], Site())
+    with pytest.raises(UserError, match="`num_tokens` is a value, not a group"):
+        load.load(path, ["num_tokens=3", "num_tokens.x=3"], Site())
+    with pytest.raises(UserError, match="does not exist"):
+        load.load(tmp_path / "none.yaml", [], Site())
+
+
+def test_the_site_file_is_found_through_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "site.yaml").write_text(f"ssd: {tmp_path}/fast\nresources: {{partition: gpu}}\n")
+    monkeypatch.setenv("CROSSCODER_SITE", str(tmp_path / "site.yaml"))
+    assert load_site().ssd == tmp_path / "fast"
+    monkeypatch.setenv("CROSSCODER_SITE", str(tmp_path / "missing.yaml"))
+    with pytest.raises(UserError, match="does not exist"):
+        load_site()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    if "sweep" in path.parts[-2]:
+        pytest.skip("a sweep is read by its own loader")
+    text = path.read_text()
+    config = load.load(path, [], Site())
+    assert text.startswith(f"# crosscoder submit configs/{path.parent.name}/{path.name}"), "a YAML opens with its command"
+    assert config.stage == path.stem.split("-")[0]
