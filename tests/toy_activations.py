@@ -20,6 +20,7 @@ class MemorySource:
     def __init__(self, acts_NLD: Tensor, *, data_id: str = "f" * 64) -> None:
         self.acts_NLD = acts_NLD
         self.data_id = data_id
+        self.language_model_hash, self.tokens_id, self.tokenizer_hash = "m" * 64, "d" * 64, "t" * 64
         self.layers = LAYERS[: acts_NLD.shape[1]]
         self.d_model = acts_NLD.shape[2]
         self.num_positions = acts_NLD.shape[0]
@@ -39,7 +40,9 @@ def random_activations(num_positions: int, *, num_layers: int = 2, d_model: int 
     """Correlated Gaussian rows with a mean, [N, L, D]."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(num_layers * d_model, num_layers * d_model, generator=generator)
-    rows = torch.randn(num_positions, num_layers * d_model, generator=generator) @ mix + torch.randn(num_layers * d_model, generator=generator)
+    rows = torch.randn(num_positions, num_layers * d_model, generator=generator) @ mix + torch.randn(
+        num_layers * d_model, generator=generator
+    )
     return rows.view(num_positions, num_layers, d_model)
 
 

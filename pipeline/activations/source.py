@@ -68,6 +68,21 @@ class ActivationSource(Protocol):
         ...
 
     @property
+    def language_model_hash(self) -> str:
+        """Of the model that computes the rows."""
+        ...
+
+    @property
+    def tokens_id(self) -> str:
+        """Data id of the token set that they are computed from."""
+        ...
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """Of the tokenizer that made that token set; empty where none did."""
+        ...
+
+    @property
     def layers(self) -> list[str]: ...
 
     @property

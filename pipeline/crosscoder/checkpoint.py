@@ -20,6 +20,9 @@ from pipeline.crosscoder.checkpoint_files import Part
 from pipeline.crosscoder.model import Crosscoder
 from pipeline.crosscoder.normalizer import Normalizer
 
+FACTS = ("dead_window_tokens", "batch_positions", "activations_id", "language_model_hash", "tokens_id", "tokenizer_hash")
+"""What the record of a crosscoder says of its training, besides step, tokens and layers."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -41,14 +44,14 @@ class TrainedCrosscoder:
     """sha256 over configuration, layers and weights: by content, wherever the checkpoint lies."""
     activations_id: str
     """Data id of the activations that it was trained on."""
-    language_model_hash: str | None = None
-    """Of the model whose activations it was trained on; None where the checkpoint does not record it."""
-    tokenizer_hash: str | None = None
-    """Of the text's tokenizer; None where the checkpoint does not record it."""
-    tokens_id: str | None = None
-    """Data id of the token set that it was trained on; None where the checkpoint does not record it."""
-    batch_positions: int | None = None
-    """Positions of a training batch; None where the checkpoint does not record it."""
+    language_model_hash: str
+    """Of the model whose activations it was trained on."""
+    tokens_id: str
+    """Data id of the token set that it was trained on."""
+    tokenizer_hash: str
+    """Of the tokenizer that made that token set; empty where none did."""
+    batch_positions: int
+    """Positions of a training batch."""
 
     @property
     def num_features(self) -> int:
@@ -80,8 +83,7 @@ class TrainedCrosscoder:
 def crosscoder_part(
     crosscoder: Crosscoder, normalizer: Normalizer, tokens_since_fired_F: Tensor, config: CrosscoderConfig, facts: dict[str, Any]
 ) -> Part:
-    """The shard of a checkpoint that `load_crosscoder` reads. `facts`: layers, step, tokens, dead_window_tokens,
-    activations_id and, where known, language_model_hash, tokenizer_hash, tokens_id, batch_positions."""
+    """The shard of a checkpoint that `load_crosscoder` reads. `facts`: step, tokens, layers and all of `FACTS`."""
     tensors = dict(crosscoder.state_dict())
     tensors |= {"mean_LD": normalizer.mean_LD, "scale_L": normalizer.scale_L, "tokens_since_fired_F": tokens_since_fired_F}
     return Part(tensors, {"config": config.resolved(), **facts})
@@ -106,10 +108,8 @@ def load_crosscoder(path: Path, device: torch.device | str = "cpu") -> TrainedCr
         step=facts["step"],
         tokens_trained=facts["tokens"],
         tokens_since_fired_F=tokens_since_fired_F,
-        dead_window_tokens=facts["dead_window_tokens"],
         identity=records.data_id([facts]),
-        activations_id=facts["activations_id"],
-        **{name: facts.get(name) for name in ("language_model_hash", "tokenizer_hash", "tokens_id", "batch_positions")},
+        **{name: facts[name] for name in FACTS},
     )
 
 

@@ -31,6 +31,14 @@ class TrainingState:
     def __init__(self, config: TrainConfig, source: ActivationSource, device: torch.device) -> None:
         self.config = config
         self.activations_id = source.data_id
+        self._facts = {
+            "dead_window_tokens": config.dead_window_tokens,
+            "batch_positions": config.batch_positions,
+            "activations_id": source.data_id,
+            "language_model_hash": source.language_model_hash,
+            "tokens_id": source.tokens_id,
+            "tokenizer_hash": source.tokenizer_hash,
+        }
         self.layers = list(source.layers)
         self.device = device
         self.step = 0
@@ -58,13 +66,7 @@ class TrainingState:
     def parts(self) -> dict[str, Part]:
         """The state as the shards of a checkpoint."""
         place = self.plan.place_after(self.step)
-        crosscoder_facts: dict[str, Any] = {
-            "layers": self.layers,
-            "step": self.step,
-            "tokens": self.tokens,
-            "activations_id": self.activations_id,
-        }
-        crosscoder_facts["dead_window_tokens"] = self.config.dead_window_tokens
+        crosscoder_facts = {"layers": self.layers, "step": self.step, "tokens": self.tokens, **self._facts}
         facts: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "epoch": place.epoch, "cursor": place.cursor}
         facts |= {"activations_id": self.activations_id, "settings": self.config.identity()}
         facts |= {"window_steps": self.window.num_steps, "window_tokens": self.window.num_tokens}
