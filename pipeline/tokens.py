@@ -154,6 +154,17 @@ def map_numbers(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     return np.memmap(path, dtype, mode="r")
 
 
+class Documents(NamedTuple):
+    """Whole documents, as a shard stores them."""
+
+    ids: Ids
+    """Of the set's dtype, with each document's separator."""
+    lengths: npt.NDArray[np.int64]
+    """Of each document, without its separator."""
+    max_id: int
+    """The greatest id, separators left out; -1 where there is none."""
+
+
 class TokenShardWriter:
     """Writes one shard; nothing of it exists until `commit`. Use it in a `with` block, which drops what was not committed."""
 
@@ -171,8 +182,12 @@ class TokenShardWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._files.__exit__(kind or _Dropped, error or _Dropped(), trace)
 
-    def append(self, ids: Ids, lengths: npt.NDArray[np.int64]) -> None:
-        """Adds whole documents: `ids` of the set's dtype with each document's separator, `lengths` without separators."""
+    def append(self, documents: Documents) -> None:
+        """Adds whole documents. Raises `UserError` for an id that the vocabulary does not have."""
+        ids, lengths, max_id = documents
+        if max_id >= self.vocabulary.size:
+            raise UserError(f"{self.directory / self.stem}: id {max_id:,} in a vocabulary of {self.vocabulary.size:,}; check the tokenizer")
+        self.max_id = max(self.max_id, max_id)
         self._ids.write(np.ascontiguousarray(ids).data)
         ends = self.num_tokens + self.num_documents + np.cumsum(lengths + 1)
         self._ends.write(ends.astype("<u8").data)
@@ -182,7 +197,7 @@ class TokenShardWriter:
     def commit(self, facts: Record, provenance: Record) -> Record:
         """Puts the files in place and writes the record: the shard exists from here on."""
         self._files.close()
-        counts = {"tokens": self.num_tokens, "documents": self.num_documents}
+        counts = {"tokens": self.num_tokens, "documents": self.num_documents, "max_id": self.max_id}
         names = [f"{self.stem}.{ending}" for ending in ENDINGS]
         content = {**self.vocabulary.facts(), **counts, **facts}
         return records.commit_shard(self.directory, self.stem, SHARD_FORMAT, names, content, provenance)
@@ -192,12 +207,13 @@ class _Dropped(Exception):
     """Makes `atomic_file` throw away a file whose shard was never committed."""
 
 
-def join_documents(documents: Iterable[Sequence[int] | Ids], vocabulary: Vocabulary) -> tuple[Ids, npt.NDArray[np.int64]]:
-    """Documents as a writer takes them: ids with separators, and lengths without."""
-    arrays = [np.asarray(document, vocabulary.dtype) for document in documents]
-    separator = np.full(1, vocabulary.separator, vocabulary.dtype)
-    joined = [part for array in arrays for part in (array, separator)]
-    return np.concatenate(joined) if joined else np.empty(0, vocabulary.dtype), np.array([len(a) for a in arrays], np.int64)
+def join_documents(documents: Iterable[Sequence[int] | Ids], vocabulary: Vocabulary) -> Documents:
+    """Documents as a writer takes them, from the ids of each."""
+    arrays = [np.asarray(document, np.int64) for document in documents]
+    joined = [part for array in arrays for part in (array, [vocabulary.separator])]
+    ids = np.concatenate(joined) if joined else np.empty(0, np.int64)
+    max_id = max((int(array.max()) for array in arrays if len(array)), default=-1)
+    return Documents(ids.astype(vocabulary.dtype), np.array([len(array) for array in arrays], np.int64), max_id)
 
 
 def seal(directory: Path, shards: dict[str, Record], vocabulary: Vocabulary, facts: Record) -> Record:
@@ -214,7 +230,7 @@ def write_token_set(
     made = {}
     for stem, documents in shards.items():
         with TokenShardWriter(directory, stem, vocabulary) as writer:
-            writer.append(*join_documents(documents, vocabulary))
+            writer.append(join_documents(documents, vocabulary))
             made[stem] = writer.commit({}, {})
     seal(directory, made, vocabulary, {})
     return TokenSet.open(directory)

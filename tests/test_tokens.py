@@ -51,7 +51,13 @@ def test_the_data_id_is_of_the_content_and_not_of_names(tmp_path):
 def test_a_shard_that_was_not_committed_leaves_nothing(tmp_path):
     vocabulary = Vocabulary(100, 99, "")
     with TokenShardWriter(tmp_path, "a-000", vocabulary) as writer:
-        writer.append(*join_documents([[1, 2]], vocabulary))
+        writer.append(join_documents([[1, 2]], vocabulary))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_id_that_the_vocabulary_does_not_have_is_refused(tmp_path):
+    with pytest.raises(UserError, match="id 10 in a vocabulary of 10"):
+        write_token_set(tmp_path, {"a": [[1, 10]]}, vocab_size=10, end_of_text_id=0)
     assert list(tmp_path.iterdir()) == []
 
 

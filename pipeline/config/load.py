@@ -89,6 +89,8 @@ def _absolute_paths(config: Any) -> dict[str, Any]:
         value = getattr(config, key)
         if isinstance(value, Path):
             update[key] = value.expanduser().absolute()
+        elif isinstance(value, list) and all(isinstance(v, Path) for v in value):
+            update[key] = [v.expanduser().absolute() for v in value]
         elif hasattr(type(value), "model_fields"):
             update[key] = value.model_copy(update=_absolute_paths(value))
     return update

@@ -1,0 +1,183 @@
+"""Texts to ids: the tokenizer's own library as the reference, and a faster one that has to agree with it.
+
+`tokenizers` is Hugging Face's library, and `transformers` stands in for tokenizers that exist in Python only. `gigatoken`
+gives the same ids some 50 times as fast for the tokenizers it knows; it is used only after it agreed with the
+reference on the probes and on the beginning of the text, and keeps being checked on one document of every chunk.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config.errors import UserError
+from pipeline.tokenizer import PROBES, TokenizerDefinition, backend_tokenizer, load_transformers_tokenizer, transformers_ids
+
+EncoderName = Literal["gigatoken", "tokenizers", "transformers"]
+
+# The library's own results take some 150 bytes a token until they are dropped, so it gets a little text at a time.
+REFERENCE_BATCH_CHARACTERS = 1 << 18
+# gigatoken 0.10 remembers every word it ever met: up to 8 MB a megabyte of random letters. Building it anew takes 0.1 s.
+MAX_CACHE_GROWTH_BYTES = 512 << 20
+CHECKED_CHARACTERS = 2_000
+
+
+class EncodedTexts(NamedTuple):
+    ids: npt.NDArray[np.uint32]
+    """Of all texts, one after the other."""
+    lengths: npt.NDArray[np.int64]
+    """Ids of each text."""
+
+
+class Encoder(Protocol):
+    def encode(self, texts: list[str]) -> EncodedTexts: ...
+
+
+class ReferenceEncoder:
+    """The library `tokenizers`, in this thread alone (set TOKENIZERS_PARALLELISM=false where others work beside it)."""
+
+    def __init__(self, definition: TokenizerDefinition) -> None:
+        if definition.backend_json is None:
+            raise UserError(f"tokenizer: {definition.name} exists in Python only; set encoder to auto or transformers")
+        self._backend = backend_tokenizer(definition.backend_json, definition.special_text)
+
+    def encode(self, texts: list[str]) -> EncodedTexts:
+        arrays = []
+        for batch in _batches(texts, REFERENCE_BATCH_CHARACTERS):
+            arrays += [np.array(e.ids, np.uint32) for e in self._backend.encode_batch_fast(batch, add_special_tokens=False)]
+        return _joined(arrays)
+
+
+class TransformersEncoder:
+    """The tokenizer as transformers runs it, a text at a time: for those that exist in Python only."""
+
+    def __init__(self, definition: TokenizerDefinition) -> None:
+        self._tokenizer = load_transformers_tokenizer(definition.name, definition.revision)
+        self._special_text = definition.special_text
+
+    def encode(self, texts: list[str]) -> EncodedTexts:
+        return _joined([np.array(transformers_ids(self._tokenizer, text, self._special_text), np.uint32) for text in texts])
+
+
+class GigatokenEncoder:
+    """gigatoken's in-memory batches, in this thread alone, with its growing memory of words thrown away in time."""
+
+    def __init__(self, definition: TokenizerDefinition) -> None:
+        if definition.backend_json is None:
+            raise UserError(f"tokenizer: {definition.name} exists in Python only; set encoder to auto or transformers")
+        self._definition = definition
+        self._json = _without_special_tokens(definition) if definition.special_text == "text" else definition.backend_json
+        self._check = ReferenceEncoder(definition)
+        self._renew()
+
+    def encode(self, texts: list[str]) -> EncodedTexts:
+        if not texts:
+            return _joined([])
+        encoded = self._encode(texts)
+        self._check_one(texts, encoded)
+        if resident_bytes() - self._resident_when_new > MAX_CACHE_GROWTH_BYTES:
+            self._renew()
+        return encoded
+
+    def _encode(self, texts: list[str]) -> EncodedTexts:
+        layout = self._tokenizer.encode_batch(texts, parallel=False).layout
+        offsets = np.asarray(layout.offsets.data)
+        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
+        return EncodedTexts(ids, np.diff(offsets).astype(np.int64))
+
+    def _renew(self) -> None:
+        import gigatoken
+
+        self._tokenizer = gigatoken.Tokenizer.from_json(self._json)
+        self._resident_when_new = resident_bytes()
+
+    def _check_one(self, texts: list[str], encoded: EncodedTexts) -> None:
+        """Holds the ids of the batch's first short text to the reference; raises `UserError` if an id differs."""
+        number = next((i for i, text in enumerate(texts) if len(text) <= CHECKED_CHARACTERS), None)
+        if number is None:
+            return
+        start = int(encoded.lengths[:number].sum())
+        found = encoded.ids[start : start + int(encoded.lengths[number])]
+        if not np.array_equal(found, self._check.encode([texts[number]]).ids):
+            raise UserError(
+                f"gigatoken gives other ids than {self._definition.name} itself for the text that begins {texts[number][:60]!r}; "
+                "set encoder: tokenizers and delete the token set"
+            )
+
+
+def make_encoder(definition: TokenizerDefinition, name: EncoderName) -> Encoder:
+    made: dict[str, Callable[[TokenizerDefinition], Encoder]] = {
+        "gigatoken": GigatokenEncoder,
+        "tokenizers": ReferenceEncoder,
+        "transformers": TransformersEncoder,
+    }
+    return made[name](definition)
+
+
+def choose_encoder(
+    definition: TokenizerDefinition, wanted: Literal["auto"] | EncoderName, sample: Iterable[str], say: Callable[[str], None]
+) -> EncoderName:
+    """The encoder to use for `wanted`; says why where it is not the fast one. `sample` is text to try it on."""
+    if wanted in ("tokenizers", "transformers"):
+        return wanted
+    if wanted == "auto" and definition.backend_json is None:
+        say(f"encoder: transformers, since {definition.name} exists in Python only; expect some 0.1 MB of text a second and process")
+        return "transformers"
+    fault = _gigatoken_fault(definition, [*PROBES, *(f"a{token}b {token}" for token in definition.special_tokens), *sample])
+    if fault is None:
+        return "gigatoken"
+    if wanted == "gigatoken":
+        raise UserError(f"encoder: gigatoken can't be used: {fault}; set encoder: auto or tokenizers")
+    say(f"encoder: tokenizers, about 50 times slower than gigatoken would be: {fault}")
+    return "tokenizers"
+
+
+def _gigatoken_fault(definition: TokenizerDefinition, texts: list[str]) -> str | None:
+    """Why gigatoken can't stand in for the tokenizer; None if it gives the same ids for all of `texts`."""
+    try:
+        fast = GigatokenEncoder(definition)
+    except ImportError as error:
+        return f"it is not installed ({error}); pip install 'crosscoder-pipeline[fast]'"
+    except UserError:
+        raise
+    except Exception as error:  # what the library raises for a tokenizer it does not know is not documented
+        return f"it does not know this kind of tokenizer ({error})"
+    reference = ReferenceEncoder(definition)
+    for text in texts:
+        if not np.array_equal(fast._encode([text]).ids, reference.encode([text]).ids):
+            return f"its ids differ for the text that begins {text[:60]!r}"
+    return None
+
+
+def _without_special_tokens(definition: TokenizerDefinition) -> str:
+    """The definition with no special token to be found in a text."""
+    value = json.loads(definition.backend_json or "{}")
+    value["added_tokens"] = [token for token in value["added_tokens"] if not token["special"]]
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _batches(texts: list[str], max_characters: int) -> Iterable[list[str]]:
+    batch: list[str] = []
+    num_characters = 0
+    for text in texts:
+        batch.append(text)
+        num_characters += len(text)
+        if num_characters >= max_characters:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch
+
+
+def _joined(arrays: list[npt.NDArray[np.uint32]]) -> EncodedTexts:
+    ids = np.concatenate(arrays) if arrays else np.empty(0, np.uint32)
+    return EncodedTexts(ids, np.array([len(array) for array in arrays], np.int64))
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,127 @@
+"""The stage `count`: documents and tokens of token sets, recounted from the ids themselves.
+
+Every separator has to stand where the offsets say, there may be no other, and no id may be outside the vocabulary; the
+counts have to be those of records and manifest. Runs at the speed of memory, or of the disk.
+"""
+
+import io
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import records
+from pipeline.config.count_tokens import CountConfig
+from pipeline.config.errors import UserError
+from pipeline.run import Run
+from pipeline.tokens import TokenSet, TokenShard
+
+# 1 MiB of uint16: the block and its comparisons stay in a core's cache.
+BLOCK_IDS = 1 << 19
+
+
+class Count(NamedTuple):
+    documents: int
+    tokens: int
+
+
+def run(config: CountConfig, run: Run) -> dict[str, Any]:
+    """Recounts each split, prints the table and writes `counts.json`. Raises `UserError` where anything disagrees."""
+    sets = {split: TokenSet.open(directory) for split, directory in config.inputs().items()}
+    for split, tokens in sets.items():
+        run.bind_input(split, tokens.data_id)
+    counted = count_sets(sets, run)
+    result = {split: _result(sets[split], shards) for split, shards in counted.items()}
+    run.say(render_table(counted))
+    records.write_json(run.directory / "counts.json", result)
+    return {split: {key: value for key, value in counts.items() if key != "files"} for split, counts in result.items()}
+
+
+def count_sets(sets: dict[str, TokenSet], run: Run) -> dict[str, dict[str, Count]]:
+    """What each shard of each set holds, by its stem."""
+    total = sum(len(shard.ids) for tokens in sets.values() for shard in tokens.shards)
+    done = 0
+    counted: dict[str, dict[str, Count]] = {}
+    for split, tokens in sets.items():
+        counted[split] = {}
+        for shard in tokens.shards:
+            counted[split][shard.stem] = count_shard(tokens, shard, run, done, total)
+            done += len(shard.ids)
+    run.report("ids", done, total, unit="ids", done=True)
+    return counted
+
+
+def count_shard(tokens: TokenSet, shard: TokenShard, run: Run, ids_before: int, total_ids: int) -> Count:
+    """Counts one shard's separators, and checks them and the ids against offsets, vocabulary and record."""
+    path = tokens.directory / f"{shard.stem}.bin"
+    mend = f"the shard is damaged; delete {tokens.directory / shard.stem}.json and run tokenize again, it redoes only that shard"
+    num_separators, num_outside = 0, 0
+    flags = np.empty(BLOCK_IDS, bool)
+    for start in range(0, len(shard.ids), BLOCK_IDS):
+        run.check_stop()
+        block = shard.ids[start : start + BLOCK_IDS]
+        found = flags[: len(block)]
+        num_separators += int(np.count_nonzero(np.equal(block, tokens.separator, out=found)))
+        num_outside += int(np.count_nonzero(np.greater_equal(block, tokens.vocab_size, out=found)))
+        run.report("ids", ids_before + start, total_ids, unit="ids")
+    if num_separators != shard.num_documents:
+        raise UserError(f"{path} holds {num_separators:,} documents, its record says {shard.num_documents:,}: {mend}")
+    if num_outside != num_separators:
+        raise UserError(f"{path} holds {num_outside - num_separators:,} ids outside the vocabulary of {tokens.vocab_size:,}: {mend}")
+    ends = np.asarray(shard.ends, np.int64)
+    if not (np.diff(ends) > 0).all() or not (shard.ids[ends[1:] - 1] == tokens.separator).all():
+        raise UserError(f"{path.with_suffix('.ends')} points beside the separators of {path.name}: {mend}")
+    return Count(num_separators, len(shard.ids) - num_separators)
+
+
+def by_source(shards: dict[str, Count]) -> dict[str, tuple[int, Count]]:
+    """Number of shards and their sum for each source file: shard `lib-003` is the fourth part of `lib`."""
+    sources: dict[str, tuple[int, Count]] = {}
+    for stem, count in shards.items():
+        source = stem.rpartition("-")[0] or stem
+        number, sum_so_far = sources.get(source, (0, Count(0, 0)))
+        sources[source] = (number + 1, _sum([sum_so_far, count]))
+    return sources
+
+
+def render_table(counted: dict[str, dict[str, Count]]) -> str:
+    """The table of source files and totals, as text."""
+    table = Table("split", "file")
+    for heading in ("shards", "documents", "tokens", "tokens/document"):
+        table.add_column(heading, justify="right")
+    for split, shards in counted.items():
+        for source, (number, count) in by_source(shards).items():
+            table.add_row(split, source, *_cells(number, count))
+        table.add_row(split, "total", *_cells(len(shards), _sum(shards.values())), style="bold", end_section=True)
+    if len(counted) > 1:
+        everything = [count for shards in counted.values() for count in shards.values()]
+        table.add_row("all", "total", *_cells(len(everything), _sum(everything)), style="bold")
+    text = io.StringIO()
+    Console(file=text, width=110).print(table)
+    return text.getvalue().rstrip()
+
+
+def _cells(num_shards: int, count: Count) -> list[str]:
+    mean = count.tokens / count.documents if count.documents else 0.0
+    return [f"{num_shards:,}", f"{count.documents:,}", f"{count.tokens:,}", f"{mean:,.1f}"]
+
+
+def _sum(counts: Any) -> Count:
+    pairs = list(counts)
+    return Count(sum(count.documents for count in pairs), sum(count.tokens for count in pairs))
+
+
+def _result(tokens: TokenSet, shards: dict[str, Count]) -> dict[str, Any]:
+    """A set's entry in `counts.json`. Raises `UserError` if the manifest says otherwise."""
+    total = _sum(shards.values())
+    if total != (tokens.num_documents, tokens.num_tokens):
+        raise UserError(
+            f"{tokens.directory / records.MANIFEST} says {tokens.num_documents:,} documents and {tokens.num_tokens:,} tokens, the ids "
+            f"give {total.documents:,} and {total.tokens:,}: the manifest is damaged; delete it and run tokenize again"
+        )
+    files = {
+        source: {**count._asdict(), "shards": {s: c._asdict() for s, c in shards.items() if (s.rpartition("-")[0] or s) == source}}
+        for source, (_, count) in by_source(shards).items()
+    }
+    return {"data_id": tokens.data_id, **total._asdict(), "num_shards": len(shards), "files": files}

@@ -1,0 +1,180 @@
+"""The stage `tokenize`: JSON-lines files to two token sets, train and validation.
+
+Each part of a source (see `pipeline.text_source`) becomes one shard in each set. The two records of a part say the same of its
+lines, and each says how many of its documents are here and how many elsewhere, in the other set:
+
+    lines = documents + documents_elsewhere + empty + rejected
+
+A special token written out in a text, such as `<|endoftext|>`, becomes the special token, as the tokenizer does by default, or
+ordinary text with `special_text: text` (see `pipeline.tokenizer`). Between documents stands the separator, never a token.
+
+Task i of n takes the sources i, i + n, ... in the order of their names; whoever finds every part done writes the manifests.
+"""
+
+import itertools
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from pipeline import records
+from pipeline.chunk_encoder import ChunkSettings, EncoderPool
+from pipeline.config.errors import UserError
+from pipeline.config.tokenize_text import TokenizeConfig
+from pipeline.encoders import choose_encoder
+from pipeline.records import Record
+from pipeline.run import Run
+from pipeline.source_parts import PartWriter, SourceParts
+from pipeline.text_lines import LineParser
+from pipeline.text_source import Chunk, PartEnd, Source, TextFile, find_sources, read_chunks
+from pipeline.tokenizer import TokenizerDefinition, load_tokenizer
+from pipeline.tokens import SHARD_FORMAT, seal
+
+SAMPLE_BYTES = 1 << 18
+
+
+def run(config: TokenizeConfig, run: Run) -> dict[str, Any]:
+    """Tokenizes this task's sources, and seals the sets if no part is missing then."""
+    started = time.monotonic()
+    sources = find_sources(config.sources)
+    mine = sources[run.task :: run.num_tasks]
+    tokenizer = load_tokenizer(
+        config.tokenizer.name,
+        revision=config.tokenizer.revision,
+        special_text=config.tokenizer.special_text,
+        end_of_text=config.tokenizer.end_of_text,
+    )
+    run.bind_input("tokenizer", tokenizer.vocabulary.tokenizer_hash)
+    for directory in config.outputs().values():
+        recipe = {"stage": config.stage, "settings": config.identity(), "inputs": {"tokenizer": tokenizer.vocabulary.tokenizer_hash}}
+        records.claim(directory, recipe)
+    work = _Work(config, run, tokenizer, mine)
+    work.tokenize_all()
+    manifests = seal_if_complete(config, sources, tokenizer)
+    if manifests is None:
+        run.say(f"task {run.task} of {run.num_tasks} is done; parts of other tasks are not, so the sets are not sealed yet")
+    for split, manifest in (manifests or {}).items():
+        counts = "  ".join(f"{count:,} {key}" for key, count in _totals(manifest).items())
+        run.say(f"{split}: {counts}  data id {manifest['data_id'][:12]}")
+    return {
+        "sealed": manifests is not None,
+        "sources": len(mine),
+        "encoder": work.encoder,
+        "seconds": round(time.monotonic() - started, 1),
+        "this_run": {key: work.totals[key] for key in ("lines", "documents", "tokens", "empty", "rejected")},
+        "sets": {split: {"data_id": m["data_id"], **_totals(m)} for split, m in (manifests or {}).items()},
+    }
+
+
+class _Work:
+    """One task's sources, from text to committed shards."""
+
+    def __init__(self, config: TokenizeConfig, run: Run, tokenizer: TokenizerDefinition, sources: list[Source]) -> None:
+        self._config, self._run, self._tokenizer, self._sources = config, run, tokenizer, sources
+        self._total_bytes = sum(source.num_bytes for source in sources)
+        self._bytes_before = 0
+        self.encoder: str | None = None
+        self.totals: Counter[str] = Counter()
+        """Lines, documents and so on that this run itself made, finished earlier ones not counted."""
+
+    def tokenize_all(self) -> None:
+        todo = []
+        for source in self._sources:
+            parts = SourceParts(self._config, source)
+            if parts.are_complete():
+                parts.rejects.join(len(parts.done))
+                self._bytes_before += source.num_bytes
+            else:
+                todo.append(parts)
+        if not todo:
+            return
+        settings = self._chunk_settings(todo[0].source)
+        self.encoder = settings.encoder
+        with EncoderPool(settings, self._config.processes or len(os.sched_getaffinity(0))) as pool:
+            for parts in todo:
+                self._tokenize_source(parts, pool)
+                self._bytes_before += parts.source.num_bytes
+        self._report(self._bytes_before, done=True)
+
+    def _chunk_settings(self, first: Source) -> ChunkSettings:
+        config = self._config
+        encoder = choose_encoder(self._tokenizer, config.encoder, sample_texts(first, config), self._run.say)
+        return ChunkSettings(self._tokenizer, encoder, config.text_field, config.max_line_bytes, config.validation_fraction, config.seed)
+
+    def _tokenize_source(self, parts: "SourceParts", pool: EncoderPool) -> None:
+        """Commits the parts of one source that are missing; the others are read past and compared with their records."""
+        text = TextFile(parts.source.path)
+        assert self.encoder is not None
+        provenance = self._tokenizer.provenance(self.encoder)
+        for part, chunks in itertools.groupby(_read(text, self._config), key=lambda chunk: chunk.part):
+            watched = _WatchedChunks(chunks, self._run)
+            if part in parts.done:
+                for _ in watched:
+                    self._report(self._bytes_before + text.bytes_read)
+                parts.check_unchanged(part, watched.part_end())
+            else:
+                with PartWriter(self._config, parts, part, self._tokenizer.vocabulary, provenance) as writer:
+                    for encoded in pool.map(watched):
+                        writer.append(encoded)
+                        self.totals += encoded.counts()
+                        self._report(self._bytes_before + text.bytes_read)
+                    writer.commit(watched.part_end())
+        parts.rejects.join(len(parts.done))
+
+    def _report(self, num_bytes: int, *, done: bool = False) -> None:
+        note = f"{self.totals['documents']:,} documents, {self.totals['tokens']:,} tokens"
+        self._run.report("text", num_bytes / 1e6, self._total_bytes / 1e6, unit="MB of files", done=done, note=note)
+
+
+class _WatchedChunks:
+    """The chunks of one part on their way to the workers: heeds a request to stop and keeps what the last one says of the part."""
+
+    def __init__(self, chunks: Iterable[Chunk], run: Run) -> None:
+        self._chunks, self._run = chunks, run
+        self._end: PartEnd | None = None
+
+    def __iter__(self) -> Iterator[Chunk]:
+        for chunk in self._chunks:
+            self._run.check_stop()
+            self._end = chunk.end
+            yield chunk
+
+    def part_end(self) -> PartEnd:
+        assert self._end is not None, "a part's last chunk carries its end"
+        return self._end
+
+
+def sample_texts(source: Source, config: TokenizeConfig) -> list[str]:
+    """Texts from the beginning of a source, about 256 KiB."""
+    chunk = next(iter(_read(TextFile(source.path), config, chunk_bytes=SAMPLE_BYTES)))
+    return LineParser(config.text_field, config.max_line_bytes).parse(chunk).texts
+
+
+def _read(text: TextFile, config: TokenizeConfig, chunk_bytes: int | None = None) -> Iterator[Chunk]:
+    size = chunk_bytes or config.chunk_bytes
+    return read_chunks(iter(text), part_bytes=config.part_bytes, chunk_bytes=size, max_line_bytes=config.max_line_bytes)
+
+
+def seal_if_complete(config: TokenizeConfig, sources: list[Source], tokenizer: TokenizerDefinition) -> dict[str, Record] | None:
+    """Writes the manifest of each split if every part of every source is committed, and gives them by split."""
+    all_parts = [SourceParts(config, source) for source in sources]
+    if not all(parts.are_complete() for parts in all_parts):
+        return None
+    stems = [parts.stem(part) for parts in all_parts for part in sorted(parts.done)]
+    manifests = {}
+    for split, directory in config.outputs().items():
+        shards = records.committed_shards(directory, SHARD_FORMAT)
+        strays = sorted(shards.keys() - set(stems))
+        if strays:
+            raise UserError(
+                f"{directory} holds {', '.join(strays[:3])}{', ...' if len(strays) > 3 else ''}, made of files that sources no longer "
+                "names; name them again, or delete these shards"
+            )
+        facts = {key: sum(record[key] for record in shards.values()) for key in ("lines", "documents_elsewhere", "empty", "rejected")}
+        manifests[split] = seal(directory, shards, tokenizer.vocabulary, {"split": split, **facts})
+    return manifests
+
+
+def _totals(manifest: Record) -> Record:
+    return {key: manifest[key] for key in ("documents", "tokens", "lines", "empty", "rejected")}

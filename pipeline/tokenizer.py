@@ -1,0 +1,159 @@
+"""Any Hugging Face tokenizer, as a definition that worker processes rebuild and a hash that doesn't depend on where it lies.
+
+The ids are those of `AutoTokenizer.from_pretrained(name)(text, add_special_tokens=False)`: the whole text, nothing put before
+or after it, nothing cut off. What the literal text of a special token (`<|endoftext|>`) becomes is `special_text`:
+
+    token   the special token, as the tokenizer does by default       "a<|endoftext|>b" -> 64, 50256, 65 (GPT-2)
+    text    ordinary text, as if the token did not exist              "a<|endoftext|>b" -> 64, 27, 91, 437, 1659, 5239, 91, 29, 65
+"""
+
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pipeline.config.errors import UserError
+from pipeline.tokens import Vocabulary
+
+DEMO_DIRECTORY = Path(__file__).parent / "demo" / "model"
+
+SpecialText = Literal["token", "text"]
+
+# Texts on which tokenizers and their fast forms are known to part ways: white space, control characters, scripts without
+# spaces, combining marks, emoji joined to sequences, contractions, long runs, special tokens.
+PROBES = [
+    "Hello world",
+    "  two  spaces\tand\ttabs \n\n\n new lines\r\n \u00a0\u2003\u3000 wide\u200b ones ",
+    "don't DON'T we'll I'M they\u2019re",
+    "def f(x):\n    return x**2  # caf\u00e9 na\u00efve e\u0301",
+    "1234567890 3.14159 1,000,000 \u00bd \u0663\u0664 \u2460",
+    "\u4f60\u597d\uff0c\u4e16\u754c \u3053\u3093\u306b\u3061\u306f \uc548\ub155 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467\U0001f3fd \U0001f1e9\U0001f1ea \ufffd \ufeff \x00 \x07 \U0010ffff",
+    "a" * 300 + " " * 300 + "ab" * 300 + "=" * 300 + "\n" * 50,
+]
+
+
+class TokenizerDefinition(NamedTuple):
+    """A tokenizer, small enough to be sent to workers."""
+
+    name: str
+    """As the configuration gives it: `demo`, a directory, a tokenizer.json or a name on the Hugging Face hub."""
+    revision: str | None
+    special_text: SpecialText
+    special_tokens: list[str]
+    backend_json: str | None
+    """The definition that the library `tokenizers` reads; None for a tokenizer that exists in Python only."""
+    vocabulary: Vocabulary
+
+    def provenance(self, encoder: str) -> dict[str, Any]:
+        """Where the ids come from, for a record; `encoder` is the library that made them."""
+        versions = {library: importlib.metadata.version(library) for library in sorted({"tokenizers", "transformers", encoder})}
+        return {"tokenizer": self.name, "revision": self.revision, "encoder": encoder, "versions": versions}
+
+
+def load_tokenizer(name: str, *, revision: str | None, special_text: SpecialText, end_of_text: str | None) -> TokenizerDefinition:
+    """The tokenizer called `name`; `end_of_text` names the token that stands for a document's end if its own is not to.
+
+    A tokenizer.json by its path, or alone in a directory, is taken as it is; all else goes through transformers.
+    """
+    path = DEMO_DIRECTORY if name == "demo" else Path(name).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    alone = file.is_file() and file.suffix == ".json" and not (file.parent / "tokenizer_config.json").exists()
+    if alone or path.is_file():
+        return _from_file(name, file, special_text, end_of_text)
+    return _from_transformers(name, str(path) if path.is_dir() else name, revision, special_text, end_of_text)
+
+
+def _from_file(name: str, file: Path, special_text: SpecialText, end_of_text: str | None) -> TokenizerDefinition:
+    import tokenizers
+
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"tokenizer: {file} is not a tokenizer.json that tokenizers {tokenizers.__version__} can read: {error}") from error
+    special_tokens = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+    if end_of_text is None and len(special_tokens) == 1:
+        end_of_text = special_tokens[0]
+    if end_of_text is None:
+        raise UserError(f"tokenizer: {file} does not say which token ends a text; set end_of_text, for example to <|endoftext|>")
+    end_id = _id_of(end_of_text, backend.token_to_id(end_of_text), str(file))
+    backend_json = _canonical(backend)
+    vocabulary = Vocabulary(max(backend.get_vocab(with_added_tokens=True).values()) + 1, end_id, _sha256(backend_json))
+    return TokenizerDefinition(name, None, special_text, special_tokens, backend_json, vocabulary)
+
+
+def _from_transformers(
+    name: str, location: str, revision: str | None, special_text: SpecialText, end_of_text: str | None
+) -> TokenizerDefinition:
+    tokenizer = load_transformers_tokenizer(location, revision)
+    vocab: dict[str, int] = tokenizer.get_vocab()
+    end_id = tokenizer.eos_token_id if end_of_text is None else vocab.get(end_of_text)
+    if end_of_text is None and end_id is None:
+        raise UserError(f"tokenizer: {name} has no end-of-text token; set end_of_text to one of its tokens")
+    end_id = _id_of(end_of_text, end_id, name)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend_json = None
+    if backend is not None:
+        backend_json = _canonical(backend)
+        if not _same_ids(tokenizer, backend_json, special_text):
+            backend_json = None
+    size = max(max(vocab.values()) + 1, len(tokenizer))
+    described = backend_json or json.dumps([type(tokenizer).__name__, sorted(vocab.items()), sorted(tokenizer.all_special_tokens)])
+    vocabulary = Vocabulary(size, end_id, _sha256(described))
+    special = [str(token) for token in tokenizer.all_special_tokens]
+    return TokenizerDefinition(name, revision, special_text, special, backend_json, vocabulary)
+
+
+def load_transformers_tokenizer(location: str, revision: str | None) -> Any:
+    """The tokenizer as transformers builds it; `location` is a directory or a name on the hub."""
+    # Imported here: it takes seconds and brings torch, which a worker with a definition does without.
+    from transformers import AutoTokenizer
+
+    location = str(DEMO_DIRECTORY) if location == "demo" else location
+    try:
+        return AutoTokenizer.from_pretrained(location, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"tokenizer: {location} can't be loaded: {reason} Give a directory that holds one, a name on the Hugging Face hub, or `demo`"
+        ) from error
+
+
+def backend_tokenizer(backend_json: str, special_text: SpecialText) -> Any:
+    """The tokenizer of the library `tokenizers`, set to give whole texts' ids."""
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_str(backend_json)
+    backend.encode_special_tokens = special_text == "text"
+    return backend
+
+
+def transformers_ids(tokenizer: Any, text: str, special_text: SpecialText) -> list[int]:
+    """The ids of one text by transformers' own call: the reference that all else is held to."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=special_text == "text", verbose=False)["input_ids"]
+    return ids
+
+
+def _same_ids(tokenizer: Any, backend_json: str, special_text: SpecialText) -> bool:
+    """Whether transformers adds nothing of its own to what its backend does, on the probes."""
+    backend = backend_tokenizer(backend_json, special_text)
+    probes = [*PROBES, *(f"a{token}b {token}" for token in tokenizer.all_special_tokens)]
+    return all(backend.encode(text, add_special_tokens=False).ids == transformers_ids(tokenizer, text, special_text) for text in probes)
+
+
+def _id_of(token: str | None, found: int | None, where: str) -> int:
+    if found is None:
+        raise UserError(f"tokenizer: {where} has no token {token!r}; set end_of_text to one that it has")
+    return found
+
+
+def _canonical(backend: Any) -> str:
+    """The backend's definition without truncation and padding, which would change ids, in one fixed order of keys."""
+    definition = json.loads(backend.to_str())
+    definition |= {"truncation": None, "padding": None}
+    return json.dumps(definition, sort_keys=True, ensure_ascii=False)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
