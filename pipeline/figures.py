@@ -1,0 +1,108 @@
+"""Figures of an evaluation, as PNG files: the same numbers give the same bytes with one version of matplotlib."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline import records
+
+DEAD, ALIVE, BASELINE, FAINT_BASELINE = "#c44e52", "#4c72b0", "#8c8c8c", "#c9c9c9"
+LOWEST_EXPLAINED_VARIANCE = -0.25
+"""Bars end here; what lies deeper is written as a number."""
+
+
+class LayerBars(NamedTuple):
+    """Explained variance at one layer."""
+
+    layer: str
+    crosscoder: float | None
+    other_layer_matched: float | None
+    """Of the best other layer; None where there is no other."""
+    other_layer: float | None
+
+
+def feature_density(
+    path: Path, counts_F: npt.NDArray[np.int64], dead_F: npt.NDArray[np.bool_], *, num_positions: int, dense_fraction: float
+) -> None:
+    """Histogram of how often features fire, on a logarithmic axis, those dead at the end of training set apart.
+
+    Features that never fire here have no place on the axis: a bar of their own stands left of it.
+    """
+    figure, axes = _new_figure(7.0, 4.0)
+    lowest, highest = np.floor(np.log10(1 / num_positions)), 0.0
+    edges = np.arange(lowest, highest + 1e-9, 0.1)
+    never = lowest - 0.7
+    heights = []
+    for chosen_F in (~dead_F, dead_F):
+        counts = counts_F[chosen_F]
+        in_bins, _ = np.histogram(np.log10(counts[counts > 0] / num_positions), edges)
+        heights.append(np.append(in_bins, np.sum(counts == 0)))
+    places, widths = np.append(edges[:-1], never - 0.1), np.append(np.diff(edges), 0.2)
+    names = [f"fired late in training ({np.sum(~dead_F):,})", f"dead in training ({np.sum(dead_F):,})"]
+    for color, name, height, bottom in zip((ALIVE, DEAD), names, heights, (0 * heights[0], heights[0]), strict=True):
+        axes.bar(places, height, widths, bottom, align="edge", color=color, label=name)
+    num_dense = int(np.sum(counts_F > dense_fraction * num_positions))
+    axes.axvline(np.log10(dense_fraction), color="black", linewidth=0.8, linestyle="--")
+    axes.annotate(
+        f"dense:\n{num_dense:,} features", (np.log10(dense_fraction), 1.0), xytext=(4, -4), xycoords=("data", "axes fraction"),
+        textcoords="offset points", va="top", fontsize=8,
+    )  # fmt: skip
+    ticks = np.arange(lowest, highest + 1)
+    axes.set_xticks([never, *ticks], ["never", *[f"$10^{{{int(tick)}}}$" for tick in ticks]])
+    axes.set_xlabel(f"share of the {num_positions:,} held-out positions on which a feature fires")
+    axes.set_ylabel(f"features (of {len(counts_F):,})")
+    axes.set_ylim(0, 1.08 * max(1, (heights[0] + heights[1]).max()))
+    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=2)
+    _save(figure, path)
+
+
+def explained_variance(path: Path, bars: Sequence[LayerBars]) -> None:
+    """Explained variance of each layer: the crosscoder beside the best other layer; predicting the mean is the zero line."""
+    figure, axes = _new_figure(max(6.5, 1.5 + 1.2 * len(bars)), 4.0)
+    kinds = [
+        ("crosscoder", ALIVE, "crosscoder", -1),
+        ("other_layer_matched", BASELINE, "best other layer, mean and scale matched", 0),
+        ("other_layer", FAINT_BASELINE, "best other layer, as it is", 1),
+    ]
+    for field, color, name, offset in kinds:
+        values = [getattr(bar, field) for bar in bars]
+        drawn = [(place + 0.27 * offset, value) for place, value in enumerate(values) if value is not None]
+        if not drawn:
+            continue
+        heights = [max(value, LOWEST_EXPLAINED_VARIANCE) for _, value in drawn]
+        axes.bar([place for place, _ in drawn], heights, 0.25, color=color, label=name)
+        for (place, value), height in zip(drawn, heights, strict=True):
+            below = height < 0
+            text = f"{value:.2f}" if value >= LOWEST_EXPLAINED_VARIANCE else f"{value:.3g} ↓"
+            axes.annotate(text.replace("-", "−"), (place, height), xytext=(0, -3 if below else 3), textcoords="offset points", ha="center",
+                          va="top" if below else "bottom", fontsize=8)  # fmt: skip
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xlim(-0.6, len(bars) - 0.4)
+    axes.set_ylim(LOWEST_EXPLAINED_VARIANCE - 0.1, 1.1)
+    axes.set_yticks(np.arange(-0.25, 1.01, 0.25))
+    axes.set_xticks(range(len(bars)), [bar.layer for bar in bars])
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("explained variance (predicting the mean: 0)")
+    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=len(kinds), columnspacing=1.0)
+    _save(figure, path)
+
+
+def _new_figure(width_inches: float, height_inches: float) -> tuple[Any, Any]:
+    # The object interface, not pyplot: no global state, no window system. matplotlib takes half a second to import.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width_inches, height_inches), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    with records.atomic_file(path) as file:
+        figure.savefig(file, format="png", metadata={"Software": None})
