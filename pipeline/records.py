@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -106,9 +106,22 @@ def hash_file(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def commit_shard(directory: Path, stem: str, shard_format: str, files: Iterable[str], facts: Record, provenance: Record) -> Record:
-    """Writes the record of a shard whose data files are already in place, and gives it. The shard exists from here on."""
-    described = {name: {"bytes": (directory / name).stat().st_size, "xxh3_128": hash_file(directory / name)} for name in files}
+def commit_shard(
+    directory: Path,
+    stem: str,
+    shard_format: str,
+    files: Iterable[str],
+    facts: Record,
+    provenance: Record,
+    hashes: Mapping[str, str] | None = None,
+) -> Record:
+    """Writes the record of a shard whose data files are already in place, and gives it. The shard exists from here on.
+
+    `hashes` holds the xxh3-128 of files that were hashed as they were written; the others are read and hashed here.
+    """
+    known = hashes or {}
+    paths = {name: directory / name for name in files}
+    described = {name: {"bytes": path.stat().st_size, "xxh3_128": known.get(name) or hash_file(path)} for name, path in paths.items()}
     record = {"format": shard_format, "files": described, **facts, "provenance": provenance}
     write_json(directory / f"{stem}.json", record)
     return record
@@ -191,8 +204,10 @@ def claim(directory: Path, recipe: Record) -> None:
     Raises `UserError` naming the first setting that differs: two recipes never mix in one data set.
     """
     path = directory / RECIPE
+    # Looked at before the recipe: whoever made something visible here had written the recipe first, so tasks that start together agree.
+    occupied = directory.exists() and any(not p.name.startswith(".") for p in directory.iterdir())
     if not path.exists():
-        if directory.exists() and any(p for p in directory.iterdir() if not p.name.startswith(".")):
+        if occupied:
             raise UserError(f"{directory} is not empty and has no {RECIPE}: it was not made by this pipeline; choose another output")
         write_json(path, recipe)
         return

@@ -1,0 +1,116 @@
+"""Contexts through the language model to rows of activations, one model batch after the other.
+
+Shapes: B contexts in a model batch, S positions in a context, R rows (kept positions), L layers read, D model width.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.activations.order import ModelBatch, Order
+from pipeline.activations.source import ActivationBatch
+from pipeline.config.activation_source import Harvest
+from pipeline.config.errors import UserError
+from pipeline.contexts import Contexts
+from pipeline.language_model import LanguageModel
+from pipeline.tokens import TokenSet
+
+
+class Harvester:
+    """Computes the rows of any generation. Raises `UserError` when token set, model and settings don't fit together."""
+
+    def __init__(self, tokens: TokenSet, model: LanguageModel, settings: Harvest, check_stop: Callable[[], None]) -> None:
+        model.check_layers(settings.layers)
+        model.check_context(settings.context_tokens)
+        check_tokens(tokens, model)
+        self.tokens = tokens
+        self.model = model
+        self.settings = settings
+        self.layers = settings.layers
+        self.contexts = Contexts(tokens, settings.context_tokens)
+        self.order = Order(self.contexts.lengths, settings)
+        self._check_stop = check_stop
+
+    @property
+    def row_shape(self) -> tuple[int, int]:
+        """(L, D)"""
+        return len(self.layers), self.model.d_model
+
+    def rows(self, generation: int) -> Iterator[ActivationBatch]:
+        """The generation's rows in the order of contexts and positions, a model batch at a time.
+
+        Raises `UserError` at an activation that is not finite, at the latest when the iterator ends: the check of one
+        model batch waits until the next is on its way, so that a GPU never runs dry.
+        """
+        pending: _FiniteCheck | None = None
+        for batch in self.order.model_batches(generation):
+            self._check_stop()
+            rows = self._rows_of(batch)
+            check = _FiniteCheck.of(rows, self.layers, batch)
+            if pending is not None:
+                pending.raise_if_not_finite()
+            pending = check
+            yield rows
+        if pending is not None:
+            pending.raise_if_not_finite()
+
+    def _rows_of(self, batch: ModelBatch) -> ActivationBatch:
+        read = self.contexts.read(batch.contexts_B)
+        kept = self.order.kept_positions
+        row_of_context, place = np.nonzero(np.arange(len(kept)) < batch.kept_B[:, None])
+        cells_R = row_of_context * self.settings.context_tokens + kept[place]
+        acts_BSLD = self.model.activations(self._to_device(read.tokens_BS), self.layers)
+        return ActivationBatch(
+            acts_BSLD.flatten(0, 1).index_select(0, self._to_device(cells_R)),
+            self._to_device(read.tokens_BS.reshape(-1)[cells_R]),
+            self._to_device(read.documents_BS.reshape(-1)[cells_R].astype(np.int64)),
+            self._to_device(kept[place]),
+        )
+
+    def _to_device(self, values: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
+        tensor = torch.from_numpy(values)
+        if self.model.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self.model.device, non_blocking=True)
+
+
+class _FiniteCheck(NamedTuple):
+    """Whether a model batch's activations are finite: computed on the device, looked at later."""
+
+    finite_RL: Tensor
+    rows: ActivationBatch
+    layers: list[str]
+    batch: ModelBatch
+
+    @classmethod
+    def of(cls, rows: ActivationBatch, layers: list[str], batch: ModelBatch) -> "_FiniteCheck":
+        # The greatest magnitude of a row is NaN or infinite if any of its values is.
+        return cls(rows.acts_BLD.abs().amax(-1).isfinite(), rows._replace(acts_BLD=rows.acts_BLD[:0]), layers, batch)
+
+    def raise_if_not_finite(self) -> None:
+        if bool(self.finite_RL.all()):
+            return
+        row, layer = (~self.finite_RL).nonzero()[0].tolist()
+        context = int(self.batch.contexts_B[np.searchsorted(np.cumsum(self.batch.kept_B), row, side="right")])
+        raise UserError(
+            f"the activations of {self.layers[layer]} are not finite (NaN or infinite) in context {context:,}, position "
+            f"{int(self.rows.positions_B[row])}, document {int(self.rows.documents_B[row]):,}: check the model's weights, "
+            "or choose a dtype with a wider range (bfloat16 or float32)"
+        )
+
+
+def check_tokens(tokens: TokenSet, model: LanguageModel) -> None:
+    """Raises `UserError` if `model` can't read the ids of `tokens`, or they come from a tokenizer that is not its own."""
+    if tokens.vocab_size > model.vocab_size:
+        raise UserError(
+            f"{tokens.directory} was made with a vocabulary of {tokens.vocab_size:,} ids, but {model.name} knows {model.vocab_size:,}: "
+            "it is another tokenizer's; tokenize with the model's own"
+        )
+    if model.end_of_text_ids and tokens.end_of_text_id not in model.end_of_text_ids:
+        raise UserError(
+            f"{tokens.directory} has end-of-text id {tokens.end_of_text_id}, but {model.name} has {model.end_of_text_id}: "
+            "it is another tokenizer's; tokenize with the model's own"
+        )

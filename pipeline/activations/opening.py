@@ -1,0 +1,38 @@
+"""From a training configuration to the activations that it names."""
+
+import torch
+
+from pipeline.activations.shards import ActivationSet
+from pipeline.activations.source import ActivationSource
+from pipeline.activations.stream import ActivationStream
+from pipeline.config.activation_source import DiskActivations, StreamedActivations
+from pipeline.language_model import LanguageModel
+from pipeline.run import Run
+from pipeline.tokens import TokenSet
+
+
+def open_source(config: DiskActivations | StreamedActivations, run: Run, device: torch.device) -> ActivationSource:
+    """The activations that `config` names, their batches on `device`; binds what is read as the run's inputs.
+
+    Raises `UserError` for an input that is missing, damaged or not the one that the run began with.
+    """
+    if isinstance(config, DiskActivations):
+        activations = ActivationSet.open(
+            config.path,
+            device,
+            prefetch_batches=config.prefetch_batches,
+            check_hashes=config.check_hashes,
+            on_shard_checked=lambda done, total: _report_check(run, done, total),
+        )
+        run.bind_input("activations", activations.data_id)
+        return activations
+    tokens = TokenSet.open(config.tokens)
+    run.bind_input("tokens", tokens.data_id)
+    model = LanguageModel.load(config.language_model.model_copy(update={"device": device.type}))
+    run.bind_input("language_model", model.hash)
+    return ActivationStream(tokens, model, config, run)
+
+
+def _report_check(run: Run, done: int, total: int) -> None:
+    run.report("check hashes", done, total, unit="shards", done=done == total)
+    run.check_stop()

@@ -1,0 +1,189 @@
+"""Activation sets on disk: shards of shuffled rows that training reads from front to back.
+
+    activations/demo/
+      000000.safetensors  000000.json      a generation of the order (see `order`), and its record
+      000001.safetensors  000001.json      layout of the files: see `shard_file`
+      manifest.json                        layers, order, and the mean and scale of each layer
+
+Shapes: B positions in a batch, L layers read, D model width.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline import records
+from pipeline.activations.order import Numbers, Piece, batch_pieces
+from pipeline.activations.prefetch import prefetched
+from pipeline.activations.shard_file import ShardFile, ShardLayout
+from pipeline.activations.source import ActivationBatch, LayerStatistics
+from pipeline.config.errors import UserError
+from pipeline.records import Record
+
+SET_FORMAT, SHARD_FORMAT = "activation-set/1", "activation-shard/1"
+SHARED_FACTS = (
+    "layers",
+    "d_model",
+    "dtype",
+    "token_dtype",
+    "tokens_data_id",
+    "tokenizer_hash",
+    "language_model_hash",
+    "context_tokens",
+    "drop_positions",
+    "seed",
+)
+"""What the records of all shards of a set and its manifest have in common."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "uint16": torch.uint16, "uint32": torch.uint32}
+
+
+def layout_of(record: Record) -> ShardLayout:
+    """The layout of the shard that `record` describes."""
+    shape = record["num_positions"], len(record["layers"]), record["d_model"]
+    return ShardLayout(*shape, DTYPES[record["dtype"]], DTYPES[record["token_dtype"]])
+
+
+class ActivationSet:
+    """An `ActivationSource` on disk; made by `open`."""
+
+    def __init__(
+        self, directory: Path, manifest: Record, shards: Mapping[str, Record], device: torch.device, prefetch_batches: int
+    ) -> None:
+        self.directory = directory
+        self.data_id: str = manifest["data_id"]
+        self.layers: list[str] = manifest["layers"]
+        self.d_model: int = manifest["d_model"]
+        self.num_positions: int = manifest["num_positions"]
+        self.dtype = DTYPES[manifest["dtype"]]
+        self.seed: int = manifest["seed"]
+        self.language_model_hash: str = manifest["language_model_hash"]
+        self.tokens_id: str = manifest["tokens_data_id"]
+        self.tokenizer_hash: str = manifest["tokenizer_hash"]
+        self.statistics = LayerStatistics.from_json(manifest["statistics"])
+        self._device = device
+        self._prefetch_batches = prefetch_batches
+        self._stems = list(shards)
+        self._layouts = [layout_of(record) for record in shards.values()]
+        self._rows: Numbers = np.array([layout.num_rows for layout in self._layouts], np.int64)
+
+    @classmethod
+    def open(
+        cls,
+        directory: Path,
+        device: torch.device,
+        *,
+        prefetch_batches: int = 4,
+        check_hashes: bool = False,
+        on_shard_checked: Callable[[int, int], None] = lambda done, total: None,
+    ) -> "ActivationSet":
+        """The set in `directory`, its batches to be on `device`, with formats, sizes and data id checked.
+
+        `check_hashes` reads every file whole, calling `on_shard_checked(done, total)` after each. `UserError` names what is wrong.
+        """
+        manifest, shards = records.read_data_set(directory, SET_FORMAT, SHARD_FORMAT)
+        for number, (stem, record) in enumerate(shards.items()):
+            _check_record(directory, stem, record, manifest)
+            if check_hashes:
+                _check_hash(directory / f"{stem}.safetensors", record)
+                on_shard_checked(number + 1, len(shards))
+        found = sum(record["num_positions"] for record in shards.values())
+        if found != manifest["num_positions"]:
+            raise UserError(
+                f"{directory / records.MANIFEST} says {manifest['num_positions']:,} positions, its shards hold {found:,}: the manifest is "
+                "damaged; delete it and run the cache stage again, it writes the manifest anew"
+            )
+        return cls(directory, manifest, shards, device, prefetch_batches)
+
+    def batches(self, *, batch_positions: int, epoch: int, cursor: int) -> Iterator[ActivationBatch]:
+        """See `ActivationSource`. Batches are read ahead by a thread and, for a GPU, copied to it beside the computation."""
+        pieces = batch_pieces(self._rows, seed=self.seed, epoch=epoch, cursor=cursor, batch_positions=batch_positions)
+        read = self._read(pieces)
+        if self._device.type != "cuda":
+            return prefetched(read, self._prefetch_batches)
+        return _received(prefetched(_sent(read, self._device), self._prefetch_batches))
+
+    def _read(self, batches: Iterator[list[Piece]]) -> Iterator[ActivationBatch]:
+        """Each batch in memory of its own, page-locked if it goes to a GPU."""
+        opened: ShardFile | None = None
+        generation = None
+        with contextlib.ExitStack() as stack:
+            for pieces in batches:
+                batch = self._empty(sum(piece.stop - piece.start for piece in pieces))
+                filled = 0
+                for piece in pieces:
+                    if opened is None or piece.generation != generation:
+                        stack.close()
+                        generation = piece.generation
+                        opened = ShardFile(self.directory / f"{self._stems[generation]}.safetensors", self._layouts[generation])
+                        stack.callback(opened.close)
+                    count = piece.stop - piece.start
+                    opened.read(piece.start, piece.stop, ActivationBatch(*(column[filled : filled + count] for column in batch)))
+                    filled += count
+                yield batch
+
+    def _empty(self, num_rows: int) -> ActivationBatch:
+        pinned = self._device.type == "cuda"
+        acts_BLD = torch.empty((num_rows, len(self.layers), self.d_model), dtype=self.dtype, pin_memory=pinned)
+        return ActivationBatch(acts_BLD, *(torch.empty(num_rows, dtype=torch.int64, pin_memory=pinned) for _ in range(3)))
+
+
+def _sent(batches: Iterator[ActivationBatch], device: torch.device) -> Iterator[tuple[ActivationBatch, torch.cuda.Event]]:
+    """Each batch on the device, and the event that its copy is complete; copies have a CUDA stream of their own."""
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            # The allocator of page-locked memory knows of the copy, so the batch in it may be dropped before the copy is done.
+            on_device = ActivationBatch(*(column.to(device, non_blocking=True) for column in batch))
+            copied = stream.record_event()
+        yield on_device, copied
+
+
+def _received(sent: Iterator[tuple[ActivationBatch, torch.cuda.Event]]) -> Iterator[ActivationBatch]:
+    """The batches, in order with what the consumer computes: its CUDA stream waits for the copy, the process does not."""
+    for batch, copied in sent:
+        stream = torch.cuda.current_stream(batch.acts_BLD.device)
+        stream.wait_event(copied)
+        for column in batch:
+            column.record_stream(stream)
+        yield batch
+
+
+def _check_record(directory: Path, stem: str, record: Record, manifest: Record) -> None:
+    for key in SHARED_FACTS:
+        if record[key] != manifest[key]:
+            raise UserError(f"{directory / stem}.json has {key} {record[key]!r}, the set's manifest {manifest[key]!r}: two sets are mixed")
+    expected, found = layout_of(record).file_bytes(), record["files"][f"{stem}.safetensors"]["bytes"]
+    if found != expected:
+        raise UserError(
+            f"{directory / stem}.safetensors holds {found:,} bytes, its record's {record['num_positions']:,} positions take {expected:,}: "
+            f"the shard is damaged; delete {directory / stem}.json and run the cache stage again, it redoes only that shard"
+        )
+
+
+def _check_hash(path: Path, record: Record) -> None:
+    if records.hash_file(path) != record["files"][path.name]["xxh3_128"]:
+        raise UserError(
+            f"{path} does not have the bytes that were written (its hash differs): the shard is damaged; delete "
+            f"{path.with_suffix('.json')} and run the cache stage again, it redoes only that shard"
+        )
+
+
+def seal(directory: Path, shards: Mapping[str, Record], statistics: LayerStatistics) -> Record:
+    """Writes the manifest of a set whose shards are all committed, and gives it."""
+    first = next(iter(shards.values()))
+    # The factor that brings the centered layer to a mean squared norm of D.
+    scale_L = (first["d_model"] / statistics.mean_squared_centered_norm_L).sqrt()
+    for layer, scale in zip(first["layers"], scale_L.tolist(), strict=True):
+        if not math.isfinite(scale):
+            raise UserError(
+                f"{directory}: the activations of {layer} are the same at all of its {statistics.num_positions:,} positions, so they have "
+                "no scale; cache more positions, or another layer"
+            )
+    facts = {key: first[key] for key in SHARED_FACTS} | {"num_positions": statistics.num_positions}
+    facts |= {"scale": scale_L.tolist(), "statistics": statistics.to_json()}
+    return records.write_manifest(directory, SET_FORMAT, dict(shards), facts)

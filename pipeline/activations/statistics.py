@@ -1,0 +1,55 @@
+"""Per-layer sums of activations in float64.
+
+Shapes: B positions, L layers, D model width.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.activations.source import LayerStatistics
+
+# Rows turned into float64 at a time: bounds the memory, and fixes the order of additions.
+_ROWS_AT_A_TIME = 4096
+
+
+class LayerSums:
+    """Sums over positions of x and of |x|^2, layer by layer, added up in float64 on the activations' device."""
+
+    def __init__(self, num_layers: int, d_model: int) -> None:
+        self.num_positions = 0
+        self.sum_LD = torch.zeros((num_layers, d_model), dtype=torch.float64)
+        self.sum_squared_norm_L = torch.zeros(num_layers, dtype=torch.float64)
+
+    def add(self, acts_BLD: Tensor) -> None:
+        """Adds the activations of B positions."""
+        self.sum_LD = self.sum_LD.to(acts_BLD.device)
+        self.sum_squared_norm_L = self.sum_squared_norm_L.to(acts_BLD.device)
+        for part_BLD in torch.split(acts_BLD, _ROWS_AT_A_TIME):
+            double_BLD = part_BLD.double()
+            self.sum_LD += double_BLD.sum(0)
+            # Over positions first: a sum to a single number would depend on the number of threads.
+            self.sum_squared_norm_L += double_BLD.square_().sum(0).sum(-1)
+        self.num_positions += len(acts_BLD)
+
+    def statistics(self) -> LayerStatistics:
+        """The moments of all that was added."""
+        return LayerStatistics.from_sums(self.sum_LD.cpu(), self.sum_squared_norm_L.cpu(), self.num_positions)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values; floats keep every bit."""
+        sums = {"sum_squared_norm": self.sum_squared_norm_L.tolist(), "sum": self.sum_LD.tolist()}
+        return {"num_positions": self.num_positions, **sums}
+
+
+def statistics_of(sums: Iterable[dict[str, Any]]) -> LayerStatistics:
+    """The moments over several parts, from the sums of each as `LayerSums.to_json` gives them, added in their order."""
+    parts = list(sums)
+    sum_LD = torch.zeros_like(torch.tensor(parts[0]["sum"], dtype=torch.float64))
+    sum_squared_norm_L = torch.zeros(len(sum_LD), dtype=torch.float64)
+    for part in parts:
+        sum_LD += torch.tensor(part["sum"], dtype=torch.float64)
+        sum_squared_norm_L += torch.tensor(part["sum_squared_norm"], dtype=torch.float64)
+    return LayerStatistics.from_sums(sum_LD, sum_squared_norm_L, sum(part["num_positions"] for part in parts))

@@ -1,0 +1,85 @@
+"""Activations straight from the language model, shuffled in a buffer on the device, with no disk between."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator
+
+import torch
+
+from pipeline.activations.buffer import RollingBuffer
+from pipeline.activations.harvest import Harvester
+from pipeline.activations.order import batch_pieces
+from pipeline.activations.source import ActivationBatch, LayerStatistics
+from pipeline.activations.statistics import LayerSums
+from pipeline.config.activation_source import Harvest, StreamedActivations
+from pipeline.language_model import LanguageModel
+from pipeline.run import Run
+from pipeline.tokens import TokenSet
+
+
+class ActivationStream:
+    """An `ActivationSource` that computes its rows; a generation is a fill of its buffer.
+
+    The rows, their order and so the batches are those of the activation set that the same settings make. Resuming computes
+    at most one generation again: the one in which the cursor lies.
+    """
+
+    def __init__(self, tokens: TokenSet, model: LanguageModel, config: StreamedActivations, run: Run) -> None:
+        self._config = config
+        self._run = run
+        self._harvester = Harvester(tokens, model, config, run.check_stop)
+        self.language_model_hash = model.hash
+        self.tokens_id = tokens.data_id
+        self.tokenizer_hash = tokens.tokenizer_hash
+        self.layers = config.layers
+        self.d_model = model.d_model
+        self.num_positions = self._harvester.order.num_positions
+
+    @functools.cached_property
+    def data_id(self) -> str:
+        """sha256 over all that determines the rows and their order."""
+        harvester = self._harvester
+        settings = self._config.identity()
+        rows_settings = {key: settings[key] for key in Harvest.model_fields if key in settings}
+        made_from = [rows_settings, harvester.tokens.data_id, harvester.model.hash]
+        return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+    @functools.cached_property
+    def statistics(self) -> LayerStatistics:
+        """Of the leading `statistics_contexts` contexts of the order; computed when first asked for."""
+        order = self._harvester.order
+        wanted = min(self._config.statistics_contexts, order.num_contexts)
+        sums = LayerSums(*self._harvester.row_shape)
+        contexts_done = 0
+        for generation in range(order.num_generations):
+            batches = order.model_batches(generation)
+            for batch, rows in zip(batches, self._harvester.rows(generation), strict=True):
+                sums.add(rows.acts_BLD)
+                contexts_done += len(batch.contexts_B)
+                self._run.report("statistics", min(contexts_done, wanted), wanted, unit="contexts", done=contexts_done >= wanted)
+                if contexts_done >= wanted:
+                    return sums.statistics()
+        return sums.statistics()
+
+    def batches(self, *, batch_positions: int, epoch: int, cursor: int) -> Iterator[ActivationBatch]:
+        """See `ActivationSource`. The first batch waits until the buffer is full; later ones wait for a model batch at most."""
+        order = self._harvester.order
+        pieces = {"seed": self._config.seed, "epoch": epoch, "cursor": cursor, "batch_positions": batch_positions}
+        wanted = dict.fromkeys(piece.generation for batch in batch_pieces(order.rows, **pieces) for piece in batch)
+        buffer = RollingBuffer(self._harvester, list(wanted))
+        filled = None
+        for batch in batch_pieces(order.rows, **pieces):
+            parts = []
+            for piece in batch:
+                if piece.generation != filled:
+                    self._fill(buffer, int(order.rows[piece.generation]), first=filled is None)
+                    buffer.skip(piece.start)
+                    filled = piece.generation
+                parts.append(buffer.take(piece.stop - piece.start))
+            yield parts[0] if len(parts) == 1 else ActivationBatch(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+    def _fill(self, buffer: RollingBuffer, num_rows: int, *, first: bool) -> None:
+        for num_filled in buffer.fill():
+            if first:
+                self._run.report("filling the buffer", num_filled, num_rows, unit="positions", done=num_filled == num_rows)

@@ -1,0 +1,171 @@
+"""cache: activations of a language model to shuffled shards on disk.
+
+A shard is a generation of the order, so its bytes are the same whichever task makes it; task i of n makes shards i, i + n, ...
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import records
+from pipeline.activations import shards
+from pipeline.activations.buffer import RollingBuffer
+from pipeline.activations.harvest import Harvester
+from pipeline.activations.shard_file import ShardFileWriter
+from pipeline.activations.source import ActivationBatch
+from pipeline.activations.statistics import LayerSums, statistics_of
+from pipeline.config.cache_activations import CacheConfig
+from pipeline.config.errors import UserError
+from pipeline.language_model import LanguageModel
+from pipeline.records import Record
+from pipeline.run import Run
+from pipeline.tokens import TokenSet
+
+# Rows copied, summed and written at a time. Part of the format: it fixes the order in which the sums are added.
+ROWS_AT_A_TIME = 8192
+# Kept free beside the data: records, the manifest and whatever else the disk is used for meanwhile.
+SPARE_BYTES = 64 << 20
+
+
+def run(config: CacheConfig, run: Run) -> dict[str, Any]:
+    """Makes this task's missing shards, and the manifest once every task's are there."""
+    tokens = TokenSet.open(config.tokens)
+    run.bind_input("tokens", tokens.data_id)
+    model = LanguageModel.load(config.language_model)
+    run.bind_input("language_model", model.hash)
+    harvester = Harvester(tokens, model, config, run.check_stop)
+    inputs = {"tokens": tokens.data_id, "language_model": model.hash}
+    records.claim(config.output, {"stage": "cache", "settings": config.identity(), "inputs": inputs})
+    cache = _Cache(config, harvester, run)
+    cache.write_missing()
+    return cache.seal_if_complete()
+
+
+class _Cache:
+    """The activation set while it is made."""
+
+    def __init__(self, config: CacheConfig, harvester: Harvester, run: Run) -> None:
+        self._config = config
+        self._directory = config.output
+        self._harvester = harvester
+        self._order = harvester.order
+        self._run = run
+
+    def write_missing(self) -> None:
+        """Writes every shard of this task that is not committed yet."""
+        missing = [g for g in range(self._order.num_generations) if not self._is_committed(g)]
+        mine = [g for g in missing if g % self._run.num_tasks == self._run.task]
+        for generation in mine:
+            records.remove_leftovers(self._directory, _stem(generation))
+        self._check_disk(missing)
+        done = sum(
+            int(self._order.rows[g]) for g in range(self._run.task, self._order.num_generations, self._run.num_tasks) if g not in mine
+        )
+        total = done + sum(int(self._order.rows[g]) for g in mine)
+        buffer = RollingBuffer(self._harvester, mine)
+        for generation in mine:
+            for num_filled in buffer.fill():
+                self._run.report("cache", done, total, unit="positions", note=f"{num_filled:,} in the buffer")
+            done = self._write_shard(generation, buffer, done, total)
+        self._run.report("cache", done, total, unit="positions", done=True)
+
+    def _is_committed(self, generation: int) -> bool:
+        """Whether the shard exists; `UserError` if its record does, but its file is damaged."""
+        if not (self._directory / f"{_stem(generation)}.json").exists():
+            return False
+        records.read_shard(self._directory, _stem(generation), shards.SHARD_FORMAT)
+        return True
+
+    def _write_shard(self, generation: int, buffer: RollingBuffer, done: int, total: int) -> int:
+        """Writes and commits one shard from a full buffer; gives the positions done with it."""
+        facts = self._facts(generation)
+        sums = LayerSums(*self._harvester.row_shape)
+        name = f"{_stem(generation)}.safetensors"
+        with records.atomic_file(self._directory / name) as file:
+            writer = ShardFileWriter(file, shards.layout_of(facts))
+            while buffer.num_left:
+                rows = buffer.take(min(ROWS_AT_A_TIME, buffer.num_left))
+                sums.add(rows.acts_BLD)
+                writer.append(ActivationBatch(*(column.cpu() for column in rows)))
+                done += len(rows.tokens_B)
+                self._run.report("cache", done, total, unit="positions")
+                self._run.check_stop()
+            content_hash = writer.finish()
+        facts |= {"sums": sums.to_json()}
+        provenance = {"language_model": self._harvester.model.name, "tokens": str(self._config.tokens), "torch": torch.__version__}
+        provenance |= {"device": _device_name(self._harvester.model.device), "run": str(self._run.directory)}
+        hashes = {name: content_hash}
+        records.commit_shard(self._directory, _stem(generation), shards.SHARD_FORMAT, [name], facts, provenance, hashes)
+        return done
+
+    def _facts(self, generation: int) -> Record:
+        """What the record says of the shard's content."""
+        config, harvester = self._config, self._harvester
+        return {
+            "tokens_data_id": harvester.tokens.data_id,
+            "tokenizer_hash": harvester.tokens.tokenizer_hash,
+            "contexts": list(self._order.context_range(generation)),
+            "num_positions": int(self._order.rows[generation]),
+            "language_model_hash": harvester.model.hash,
+            "layers": config.layers,
+            "d_model": harvester.model.d_model,
+            "dtype": config.language_model.dtype,
+            "token_dtype": harvester.tokens.dtype.name,
+            "context_tokens": config.context_tokens,
+            "drop_positions": config.drop_positions,
+            "seed": config.seed,
+            "generation": generation,
+            "model_batch_contexts": config.model_batch_contexts,
+        }
+
+    def _check_disk(self, missing: list[int]) -> None:
+        """Prints what all tasks together still have to write, and raises `UserError` if the disk does not hold it."""
+        needed = sum(shards.layout_of(self._facts(generation)).file_bytes() for generation in missing)
+        # What tasks beside this one have in hand already lies on the disk, and the leftover of a dead one will be replaced.
+        in_hand = sum(_size(path) for path in self._directory.glob(".*.safetensors.*.tmp"))
+        needed = max(needed - in_hand, 0)
+        free = shutil.disk_usage(self._directory).free
+        rows = int(self._order.rows[missing].sum()) if missing else 0
+        self._run.say(
+            f"{self._order.num_positions:,} positions in {self._order.num_generations:,} shards, {rows:,} positions to be written: "
+            f"{_gigabytes(needed)} needed in {self._directory}, {_gigabytes(free)} free"
+        )
+        if needed and needed + SPARE_BYTES > free:
+            raise UserError(
+                f"{self._directory} needs {_gigabytes(needed + SPARE_BYTES)} more, but its disk has {_gigabytes(free)} free; free some, "
+                "choose another output, set max_tokens lower, or train with activations.kind=stream, which needs no disk"
+            )
+
+    def seal_if_complete(self) -> dict[str, Any]:
+        """Writes the manifest if every shard is committed, whoever made it; gives the stage's result."""
+        stems = [_stem(generation) for generation in range(self._order.num_generations)]
+        if not all(self._is_committed(generation) for generation in range(self._order.num_generations)):
+            return {"complete": False, "output": str(self._directory)}
+        made = {stem: records.read_shard(self._directory, stem, shards.SHARD_FORMAT) for stem in stems}
+        statistics = statistics_of(record["sums"] for record in made.values())
+        manifest = shards.seal(self._directory, made, statistics)
+        size = sum(described["bytes"] for record in made.values() for described in record["files"].values())
+        result = {"complete": True, "output": str(self._directory), "data_id": manifest["data_id"], "shards": len(made)}
+        return result | {"positions": statistics.num_positions, "bytes": size, "scale": manifest["scale"]}
+
+
+def _stem(generation: int) -> str:
+    return f"{generation:06d}"
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else os.uname().machine
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.3f} MB"
