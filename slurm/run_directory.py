@@ -50,8 +50,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import records
-from pipeline.config import yaml_file
+from pipeline.config import load, yaml_file
 from pipeline.config.errors import UserError
+from pipeline.config.schema import build
+from pipeline.config.stage import StageConfig
 
 Json = dict[str, Any]
 
@@ -96,6 +98,11 @@ class RunDirectory:
         """The resolved configuration as plain values."""
         return yaml_file.read(self.path / "config.yaml")
 
+    def config(self) -> StageConfig:
+        """The frozen configuration, typed. It is resolved already: the site's settings play no part."""
+        values = self.config_values()
+        return build(load.config_class(values["stage"]), values, str(self.path / "config.yaml"))
+
     def job(self) -> Json:
         return dict(records.read_json(self.path / "job.json"))
 
@@ -103,7 +110,7 @@ class RunDirectory:
         records.write_json(self.path / "job.json", job)
 
     def inputs(self) -> Json:
-        return dict(_read_or(self.path / "inputs.json", {}))
+        return _read_or_none(self.path / "inputs.json") or {}
 
     @property
     def num_tasks(self) -> int:
@@ -117,11 +124,11 @@ class RunDirectory:
 
     def progress(self, task: int = 0) -> Json | None:
         """The last heartbeat (see `pipeline.run.Run.report`), or None before the first."""
-        return _read_or(self.task_directory(task) / "progress.json", None)
+        return _read_or_none(self.task_directory(task) / "progress.json")
 
     def result(self, task: int = 0) -> Json | None:
         """How the task ended, or None while it hasn't."""
-        return _read_or(self.task_directory(task) / "result.json", None)
+        return _read_or_none(self.task_directory(task) / "result.json")
 
     def attempts(self, task: int = 0) -> list[Json]:
         """The lines of attempts.jsonl, oldest first; a half-written last line is left out."""
@@ -160,6 +167,10 @@ class RunDirectory:
         """The task's logs, oldest attempt first."""
         return sorted((self.task_directory(task) / "log").glob("*.log"), key=lambda path: path.stat().st_mtime)
 
+    def start_files(self) -> list[Path]:
+        """What jobs printed before they reached the run's own code: where to look when a job left no log."""
+        return sorted(path for ending in ("out", "err") for path in (self.path / "submitit").glob(f"*_log.{ending}"))
+
 
 def read_lines(path: Path) -> list[Json]:
     """The JSON values of a file that processes append lines to; lines that a kill cut short are left out."""
@@ -180,8 +191,8 @@ def append_line(path: Path, value: Json) -> None:
         file.write((json.dumps(value) + "\n").encode())
 
 
-def _read_or(path: Path, default: Any) -> Any:
-    return records.read_json(path) if path.exists() else default
+def _read_or_none(path: Path) -> Json | None:
+    return dict(records.read_json(path)) if path.exists() else None
 
 
 # -- creating, finding, listing ---------------------------------------------------------------------------------------

@@ -47,8 +47,7 @@ def from_values(values: dict[str, Any], *, where: str, site: Site) -> StageConfi
         near = difflib.get_close_matches(str(stage), STAGES, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"stages are {', '.join(STAGES)}"
         raise UserError(f"{where}: stage is {stage!r}; {hint}")
-    module, _, name = STAGES[stage].config_class.partition(":")
-    model: type[StageConfig] = getattr(importlib.import_module(module), name)
+    model = config_class(stage)
     values = _expand(values, site, where)
     given = values.get("resources", {})
     if isinstance(given, dict):
@@ -56,6 +55,13 @@ def from_values(values: dict[str, Any], *, where: str, site: Site) -> StageConfi
     build(Resources, site.resources, "the site file's resources")
     config = build(model, values, where)
     return config.model_copy(update=_absolute_paths(config))
+
+
+def config_class(stage: str) -> type[StageConfig]:
+    """The configuration class of `stage`, a key of `STAGES`."""
+    module, _, name = STAGES[stage].config_class.partition(":")
+    found: type[StageConfig] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def set_value(values: dict[str, Any], change: str, *, where: str) -> None:

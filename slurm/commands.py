@@ -1,0 +1,49 @@
+"""The `crosscoder` command line, put together from the modules that hold its commands.
+
+A module with commands has a `register(app)` that adds its functions with `app.command()(function)`; to plug one in, add
+its name to `COMMAND_MODULES`. Such a module imports only what is cheap at its top (no torch, transformers, submitit,
+numpy, rich) and the rest inside its functions: every command pays for all of them before it starts.
+"""
+
+import importlib
+import json
+import sys
+from typing import Any
+
+import typer
+
+from pipeline.config.errors import UserError
+
+COMMAND_MODULES = ("slurm.run_commands", "slurm.record_commands")
+
+
+def build_app() -> typer.Typer:
+    """The application with every command registered."""
+    app = typer.Typer(
+        name="crosscoder",
+        help="Train crosscoders on a Slurm cluster or one workstation: run, submit, watch and compare stages.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for module in COMMAND_MODULES:
+        importlib.import_module(module).register(app)
+    return app
+
+
+def main() -> None:
+    """Runs the command line. Exit code 0: done; 1: the user's input, said in one sentence; 2: wrong usage."""
+    try:
+        build_app()()
+    except UserError as error:
+        print(f"crosscoder: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except BrokenPipeError:  # `crosscoder logs RUN | head`
+        sys.stderr.close()
+        raise SystemExit(0) from None
+
+
+def print_json(value: Any) -> None:
+    """Prints `value` as indented JSON: what `--json` gives."""
+    print(json.dumps(value, indent=1, ensure_ascii=False, default=str))

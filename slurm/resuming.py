@@ -1,0 +1,78 @@
+"""Goes on with a run in its own directory, or makes a new run from an old one's frozen record."""
+
+from collections.abc import Sequence
+
+from pipeline.config import load
+from pipeline.config.errors import UserError
+from pipeline.config.site_file import Site
+from slurm import executor, holder, slurm_commands, submission
+from slurm.run_directory import RunDirectory
+
+WAITING_STATES = ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "STOPPED")
+"""Of jobs that Slurm has not done with."""
+
+
+def resume(run: RunDirectory, site: Site) -> None:
+    """Queues again what of `run` has not finished, or works on it here if that is how it was started.
+
+    Raises `UserError` when all has finished, or when a task is queued or being worked on: one at a time.
+    """
+    job = run.job()
+    left = [task for task in range(job["num_tasks"]) if run.task_state(task) != "finished"]
+    if not left:
+        raise UserError(f"{run.reference} has finished; `crosscoder rerun {run.reference}` does it again, as a new run")
+    if busy := [task for task in left if is_busy(run, task)]:
+        held = ", ".join(f"task {task}" for task in busy[:5]) if job["num_tasks"] > 1 else "it"
+        raise UserError(
+            f"{run.reference}: {held} is queued or being worked on as job {run.job_of_task(busy[0])}; wait for it, or cancel it first"
+        )
+    if job["executor"] in ("run", "debug"):
+        from slurm.foreground import run_frozen_here
+
+        print(f"run {run.path}", flush=True)
+        raise SystemExit(run_frozen_here(run, left))
+    for task in left:
+        (run.task_directory(task) / "result.json").unlink(missing_ok=True)
+    entries = executor.launch(run, left, site=site)
+    print(f"run {run.path}\njob {' '.join(str(entry['id']) for entry in entries)}: {len(left)} of {job['num_tasks']} task(s)", flush=True)
+
+
+def is_busy(run: RunDirectory, task: int) -> bool:
+    """Whether a process holds the task, or its last job still waits or runs."""
+    if holder.looks_held(run.task_directory(task) / "lock.json"):
+        return True
+    identity = run.job_of_task(task)
+    if identity is None:
+        return False
+    executor_name = run.job()["executor"]
+    if executor_name == "local":
+        result = run.result(task)
+        return result is None and holder.process_started(int(identity.partition("_")[0])) is not None
+    return executor_name == "slurm" and _slurm_has(identity)
+
+
+def _slurm_has(job: str) -> bool:
+    try:
+        states = slurm_commands.run("squeue", "-h", "-a", "-r", "-t", "all", "-j", job, "-o", "%T").split()
+    except slurm_commands.CommandFailed as error:
+        if "Invalid job id" in error.stderr:
+            return False
+        raise
+    return any(state in WAITING_STATES for state in states)
+
+
+def rerun(origin: RunDirectory, changes: Sequence[str], executor_name: str | None, site: Site) -> None:
+    """A new run with the configuration and the frozen code of `origin`, its inputs checked to be the same."""
+    values = origin.config_values()
+    for change in changes:
+        load.set_value(values, change, where=origin.reference)
+    config = load.from_values(values, where=origin.reference, site=site)
+    name = executor_name or origin.job()["executor"]
+    run = submission.Freezer(site, executor=name).freeze(config, where=origin.reference, code_of=origin)
+    print(f"run {run.path}", flush=True)
+    if name in ("run", "debug"):
+        from slurm.foreground import run_frozen_here
+
+        raise SystemExit(run_frozen_here(run, range(run.num_tasks)))
+    entries = executor.launch(run, range(run.num_tasks), site=site)
+    print(f"job {' '.join(str(entry['id']) for entry in entries)}", flush=True)

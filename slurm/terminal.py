@@ -1,0 +1,60 @@
+"""What a run at the terminal prints goes to its log as well, without the progress lines that overwrite each other."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+
+class TerminalAndLog(io.TextIOBase):
+    """Writes to a terminal and, line by line, to a log; of a line that was rewritten in place the log gets the last form."""
+
+    def __init__(self, terminal: TextIO, log: TextIO) -> None:
+        self._terminal = terminal
+        self._log = log
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        """Writes `text` to both."""
+        self._terminal.write(text)
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            self._log.write(_last_form(line) + "\n")
+        self._line = _last_form(self._line)
+        self._log.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes both."""
+        self._terminal.flush()
+
+    def isatty(self) -> bool:
+        """As the terminal says: progress is rewritten in place there."""
+        return self._terminal.isatty()
+
+    def fileno(self) -> int:
+        """The terminal's."""
+        return self._terminal.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The terminal's."""
+        return self._terminal.encoding or "utf-8"
+
+
+def _last_form(line: str) -> str:
+    return line.rpartition("\r")[2].replace("\x1b[2K", "")
+
+
+@contextlib.contextmanager
+def logged_to(path: Path) -> Iterator[None]:
+    """While the block runs, what is printed to stdout and stderr goes to the log at `path` too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        open(path, "a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(TerminalAndLog(sys.stdout, log)),
+        contextlib.redirect_stderr(TerminalAndLog(sys.stderr, log)),
+    ):
+        yield

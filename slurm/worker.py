@@ -1,0 +1,201 @@
+"""What a job runs: take up one task of a frozen run, check that nothing changed since, run the stage, record the end.
+
+`python -m slurm.worker DIRECTORY [TASK]`, with `code/` of the run directory first on `PYTHONPATH`, is a whole job; the
+executors start the same through submitit. Whatever happens, the run directory tells: a line in attempts.jsonl when the
+task is taken up and when it is left, and result.json when it ends by itself.
+"""
+
+import importlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import pipeline
+from pipeline import records
+from pipeline.config import load
+from pipeline.config.errors import UserError
+from pipeline.config.stage import StageConfig
+from pipeline.run import Run, Stopped, duration
+from slurm import environment, job_process, run_inputs, snapshot
+from slurm.holder import Holder
+from slurm.requeue import go_on_later, place
+from slurm.run_directory import RunDirectory, append_line
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+USER_ERROR_CODE, CRASH_CODE, STOPPED_CODE = 1, 70, 75
+"""Exit codes of a task: the user's input; an error of the program (EX_SOFTWARE); stopped, to be continued (EX_TEMPFAIL)."""
+
+
+class Ending(NamedTuple):
+    """How an attempt ended."""
+
+    status: str
+    exit_code: int
+    error: str | None = None
+    result: dict[str, Any] | None = None
+
+
+def work(directory: Path, task: int = 0, *, frozen: bool = True, interactive: bool = False) -> int:
+    """Runs one task of the run in `directory` and gives the exit code; 0 if it had finished before.
+
+    frozen : check that the code running is the run's `code/`. False where a run was frozen by this very process.
+    interactive : Ctrl-C asks the stage to save and stop, a second one ends it at once.
+    """
+    run = RunDirectory(directory)
+    here = run.task_directory(task)
+    result = run.result(task)
+    if result is not None and result["status"] == "finished":
+        print(f"{run.reference} task {task} finished before; nothing to do", flush=True)
+        return 0
+    process = job_process.this_process()
+    try:
+        with Holder(here, job=process.job, restart=process.restart):
+            return _attempt(run, task, process, frozen=frozen, interactive=interactive)
+    except UserError as error:  # somebody else holds it
+        print(f"crosscoder: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR_CODE
+
+
+def _attempt(run: RunDirectory, task: int, process: job_process.Process, *, frozen: bool, interactive: bool) -> int:
+    here = run.task_directory(task)
+    started = time.time()
+    identity = {"job": process.job, "restart": process.restart}
+    begin = {"event": "start", "time": started, **identity, "host": socket.gethostname(), "pid": os.getpid(), **environment.gpus()}
+    append_line(here / "attempts.jsonl", {**begin, "place": place(run.progress(task))})
+    (here / "result.json").unlink(missing_ok=True)
+    view = Run(here, stage=run.config_values()["stage"], task=task, num_tasks=run.num_tasks)
+    with _stop_on_signals(view, interactive=interactive):
+        ending = _guarded(lambda: _run_stage(run, view, frozen=frozen))
+    next_step = "stays as it is"
+    if ending.status == "stopped":
+        view.say(f"stopped after {duration(time.time() - started)}: {ending.error}; what was done is saved")
+    record = {"status": ending.status, "started": started, "ended": time.time(), **identity, "error": ending.error, "result": ending.result}
+    records.write_json(here / "result.json", record)
+    if ending.status == "stopped":
+        next_step = go_on_later(run, task, process)
+        view.say(next_step)
+    append_line(here / "attempts.jsonl", {"event": "end", "time": time.time(), **identity, "status": ending.status, "next": next_step})
+    return ending.exit_code
+
+
+def _guarded(stage: Callable[[], dict[str, Any]]) -> Ending:
+    """Calls `stage` and says how it ended; an error goes to the log, a user's in one sentence, any other with its traceback."""
+    try:
+        return Ending("finished", 0, result=stage())
+    except Stopped as stopped:
+        return Ending("stopped", STOPPED_CODE, error=str(stopped))
+    except UserError as error:
+        print(f"crosscoder: {error}", file=sys.stderr, flush=True)
+        return Ending("failed", USER_ERROR_CODE, error=str(error))
+    except Exception as error:
+        traceback.print_exc()
+        sys.stderr.flush()
+        return Ending("failed", CRASH_CODE, error=f"{type(error).__name__}: {error}")
+
+
+def _run_stage(run: RunDirectory, view: Run, *, frozen: bool) -> dict[str, Any]:
+    config = check_frozen(run, frozen=frozen)
+    inputs = run_inputs.check_all(run.inputs())
+    seeded = view.directory / "inputs.json"
+    before = records.read_json(seeded) if seeded.exists() else {}
+    records.write_json(seeded, {**inputs, **{field: entry for field, entry in before.items() if field not in inputs}})
+    view.check_stop()
+    program = importlib.import_module(load.STAGES[config.stage].program)
+    result: dict[str, Any] = program.run(config, view)
+    return result
+
+
+def check_frozen(run: RunDirectory, *, frozen: bool = True) -> StageConfig:
+    """The run's configuration, once code, configuration and environment are found as they were recorded.
+
+    Raises `UserError` naming exactly what differs.
+    """
+    if frozen:
+        imported = Path(pipeline.__file__).resolve()
+        if not imported.is_relative_to(run.code.resolve()):
+            raise UserError(
+                f"{run.reference} runs {imported.parents[1]} instead of its frozen {run.code}: check PYTHONPATH in the site's setup lines"
+            )
+        snapshot.check(run.path)
+        environment.check(records.read_json(run.path / "environment.json"))
+    text_hash = records.hash_file(run.path / "config.yaml")
+    recorded = run.job()["config_hash"]
+    if text_hash != recorded:
+        raise UserError(
+            f"{run.path / 'config.yaml'} was changed after it was frozen (hash {text_hash[:12]}, recorded {recorded[:12]}); change a "
+            "queued run with `crosscoder change`, or submit a new one"
+        )
+    return run.config()
+
+
+@contextmanager
+def _stop_on_signals(view: Run, *, interactive: bool) -> Iterator[None]:
+    """While the block runs, the stop signals ask the stage to save and stop; afterwards the former handlers are back.
+
+    Installed inside the job's function, so they replace submitit's, which ignore SIGTERM: all that a preemption, a
+    requeue or a node's shutdown sends on a stock cluster.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        view.request_stop(signal.Signals(number).name if number != signal.SIGINT else "Ctrl-C")
+
+    numbers = (*STOP_SIGNALS, signal.SIGINT) if interactive else STOP_SIGNALS
+    former = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def work_logged(directory: Path, task: int) -> int:
+    """`work`, with all that this process and its children print going to the task's own log."""
+    here = RunDirectory(directory).task_directory(task)
+    process = job_process.this_process()
+    name = process.job + (f"-rank{process.rank}" if process.rank else "")
+    log = here / "log" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with open(log, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    job_process.join_group(process, here)
+    if process.rank:
+        return work_beside(directory, task, process)
+    return work(directory, task)
+
+
+def work_beside(directory: Path, task: int, process: job_process.Process) -> int:
+    """Runs the stage as one of the further processes of a multi-process task; the process of rank 0 keeps the records."""
+    run = RunDirectory(directory)
+    view = Run(
+        run.task_directory(task) / "ranks" / str(process.rank), stage=run.config_values()["stage"], task=task, num_tasks=run.num_tasks
+    )
+    with _stop_on_signals(view, interactive=False):
+        ending = _guarded(lambda: _run_stage(run, view, frozen=True))
+    return 0 if ending.status == "stopped" else ending.exit_code  # a failing exit would take rank 0 down before it has saved
+
+
+def main() -> None:
+    """`python -m slurm.worker DIRECTORY [TASK]`."""
+    directory, *task = sys.argv[1:]
+    raise SystemExit(work(Path(directory), int(task[0]) if task else 0, interactive=sys.stdin.isatty()))
+
+
+if __name__ == "__main__":
+    main()
