@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pipeline import records
 from pipeline.config.errors import UserError
 from pipeline.config.language_model import LanguageModelConfig
+from pipeline.tokenizer import load_tokenizer
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,10 +37,12 @@ class _LastLayerRead(Exception):
 class LanguageModel:
     """A causal language model in evaluation mode on one device; `load` makes one."""
 
-    def __init__(self, model: Any, *, name: str, content_hash: str) -> None:
+    def __init__(self, model: Any, *, name: str, content_hash: str, tokenizer_hash: str | None = None) -> None:
         self.model = model
         self.name = name
         self.hash = content_hash
+        self.tokenizer_hash = tokenizer_hash
+        """Of the tokenizer that lies beside the weights; None where there is none, or it is not to be compared."""
         text_config = model.config.get_text_config()
         self.d_model: int = text_config.hidden_size
         self.vocab_size: int = model.get_input_embeddings().num_embeddings
@@ -61,6 +64,7 @@ class LanguageModel:
             )
         device = _device(config.device)
         dtype = DTYPES[config.dtype]
+        tokenizer_hash = None
         try:
             if config.random_weights:
                 model = _with_random_weights(where, config, dtype)
@@ -68,12 +72,14 @@ class LanguageModel:
             else:
                 model = transformers.AutoModelForCausalLM.from_pretrained(where, revision=config.revision, dtype=dtype)
                 content_hash = _hash_of_files(where, config.revision)
+                tokenizer_hash = _tokenizer_hash(where, config.revision) if config.check_tokenizer else None
         except (OSError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
             first_line = str(error).strip().splitlines()[0]
             raise UserError(f"the language model {config.model!r} could not be loaded: {first_line}") from error
-        return cls(model.eval().requires_grad_(False).to(device), name=config.model, content_hash=content_hash)
+        model = model.eval().requires_grad_(False).to(device)
+        return cls(model, name=config.model, content_hash=content_hash, tokenizer_hash=tokenizer_hash)
 
     @property
     def end_of_text_id(self) -> int | None:
@@ -190,6 +196,18 @@ def _hash_of_files(where: str, revision: str | None) -> str:
     config_path = Path(transformers.utils.cached_file(where, "config.json", revision=revision))
     hashes = [records.hash_file(path) for path in _weight_files(config_path.parent)]
     return _with_config(" ".join(hashes), records.read_json(config_path))
+
+
+def _tokenizer_hash(where: str, revision: str | None) -> str | None:
+    """The hash that token sets record of the model's tokenizer; None if it comes without one."""
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = transformers.utils.cached_file(where, "tokenizer.json", revision=revision, **quietly)
+    if found is None:
+        return None
+    # The token that ends a text is no part of the hash; any that exists will do for a tokenizer that names none.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(where, revision=revision)
+    end_of_text = None if tokenizer.eos_token is not None else tokenizer.convert_ids_to_tokens(0)
+    return load_tokenizer(where, revision=revision, special_text="token", end_of_text=end_of_text).vocabulary.tokenizer_hash
 
 
 def _weight_files(directory: Path) -> list[Path]:

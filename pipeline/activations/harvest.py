@@ -114,3 +114,8 @@ def check_tokens(tokens: TokenSet, model: LanguageModel) -> None:
             f"{tokens.directory} has end-of-text id {tokens.end_of_text_id}, but {model.name} has {model.end_of_text_id}: "
             "it is another tokenizer's; tokenize with the model's own"
         )
+    if tokens.tokenizer_hash and model.tokenizer_hash and tokens.tokenizer_hash != model.tokenizer_hash:
+        raise UserError(
+            f"{tokens.directory} was made by tokenizer {tokens.tokenizer_hash[:12]}, but {model.name} has {model.tokenizer_hash[:12]}; "
+            "tokenize with the model's own, or set language_model.check_tokenizer to false if the two give the same ids"
+        )

@@ -22,3 +22,6 @@ class LanguageModelConfig(Config):
     """Take only the architecture from `model` and draw the weights: for measuring speed without the weights."""
     random_weights_seed: Count = 0
     """Of the weights drawn; without meaning unless `random_weights`."""
+    check_tokenizer: Annotated[bool, Field(json_schema_extra=OPERATIONAL)] = True
+    """Refuse token sets that another tokenizer made than the one beside the weights, if there is one; set it to false for
+    a tokenizer that is the same but for its file."""
