@@ -47,12 +47,12 @@ def random_activations(num_positions: int, *, num_layers: int = 2, d_model: int 
 
 
 RELU = {"kind": "relu"}
-BATCH_TOPK = {"kind": "batch_topk", "k": 3}
+BATCH_TOPK = {"kind": "batch_topk", "k": 2}
 L1 = {"sparsity": {"kind": "decoder_norm_l1", "coefficient": 0.5}, "auxiliary": {"kind": "none"}}
 AUXK = {"sparsity": {"kind": "none"}, "auxiliary": {"kind": "auxk", "k": 2, "refresh_steps": 3}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "relu": {"crosscoder": {"num_features": 16, "activation_function": RELU}, "loss": L1},
-    "batch_topk": {"crosscoder": {"num_features": 16, "activation_function": BATCH_TOPK}, "loss": AUXK},
+    "batch_topk": {"crosscoder": {"num_features": 64, "activation_function": BATCH_TOPK}, "loss": AUXK},
 }
 
 
@@ -64,7 +64,7 @@ def train_config(variant: str = "relu", **changes: Any) -> TrainConfig:
         "activations": {"kind": "disk", "path": Path("nowhere")},
         "num_tokens": 1000,
         "batch_positions": 32,
-        "dead_window_tokens": 200,
+        "dead_window_tokens": 64,
         "device": "cpu",
         "log_every_steps": 4,
         "checkpoints": {"every_tokens": 160, "every_minutes": None, "keep": 3},

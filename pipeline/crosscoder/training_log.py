@@ -54,7 +54,7 @@ class TrainingLog:
             if isinstance(value, list):
                 for layer, of_layer in zip(self.state.layers, value, strict=True):
                     if of_layer is not None:
-                        self.writer.add_scalar(f"{name}/{layer}", of_layer, row["step"])
+                        self.writer.add_scalar(f"{name.removesuffix('_by_layer')}/{layer}", of_layer, row["step"])
             elif name != "step" and value is not None:
                 self.writer.add_scalar(_tag(name), value, row["step"])
 

@@ -1,0 +1,25 @@
+"""train: a crosscoder from activations on disk or straight from the language model."""
+
+from typing import Any
+
+import torch
+
+from pipeline.activations.opening import open_source
+from pipeline.config.errors import UserError
+from pipeline.config.train_crosscoder import TrainConfig
+from pipeline.crosscoder.trainer import Trainer
+from pipeline.run import Run
+
+
+def run(config: TrainConfig, run: Run) -> dict[str, Any]:
+    """Trains to the end, from the newest checkpoint in the run directory where there is one."""
+    device = chosen_device(config.device)
+    source = open_source(config.activations, run, device)
+    return Trainer(config, source, run, device).train()
+
+
+def chosen_device(setting: str) -> torch.device:
+    """`auto` is a GPU when there is one; `cuda` without one raises `UserError`."""
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch finds no GPU here; use device=auto or cpu, or ask for one with resources.gpus=1")
+    return torch.device("cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,100 @@
+"""The crosscoder's formulas, its first weights, and the units that it works in."""
+
+from typing import Any
+
+import pytest
+import torch
+from toy_activations import random_activations
+
+from pipeline.activations.source import LayerStatistics
+from pipeline.config.crosscoder import CrosscoderConfig, Normalization
+from pipeline.config.errors import UserError
+from pipeline.config.schema import build
+from pipeline.crosscoder.model import Crosscoder
+from pipeline.crosscoder.normalizer import Normalizer
+
+
+def crosscoder(seed: int = 0, **initialization: Any) -> Crosscoder:
+    values = {"num_features": 9, "activation_function": {"kind": "relu"}, "initialization": initialization}
+    return Crosscoder(build(CrosscoderConfig, values, "test"), num_layers=3, d_model=4, seed=seed)
+
+
+def statistics_of(acts_BLD: torch.Tensor) -> LayerStatistics:
+    exact = acts_BLD.double()
+    return LayerStatistics.from_sums(exact.sum(0), exact.square().sum((0, 2)), acts_BLD.shape[0])
+
+
+def test_encode_and_decode_agree_with_a_loop_over_features_and_layers() -> None:
+    torch.manual_seed(0)
+    model = crosscoder()
+    with torch.no_grad():
+        model.b_enc_F.normal_()
+        model.b_dec_LD.normal_()
+        acts_BLD = torch.randn(5, 3, 4)
+        features_BF = model.encode(acts_BLD)
+        decoded_BLD = model.decode(features_BF)
+    for b in range(5):
+        expected_LD = model.b_dec_LD.detach().clone()
+        for f in range(9):
+            pre = model.b_enc_F[f] + sum(acts_BLD[b, layer] @ model.W_enc_LDF[layer, :, f] for layer in range(3))
+            assert features_BF[b, f].item() == pytest.approx(max(0.0, pre.item()), abs=1e-5)
+            expected_LD += features_BF[b, f] * model.W_dec_FLD[f].detach()
+        torch.testing.assert_close(decoded_BLD[b], expected_LD)
+
+
+def test_decoders_begin_with_the_norm_asked_for_in_every_layer_and_encoders_as_their_transpose() -> None:
+    model = crosscoder(decoder_norm=0.37)
+    torch.testing.assert_close(model.W_dec_FLD.norm(dim=-1), torch.full((9, 3), 0.37))
+    assert torch.equal(model.W_enc_LDF, model.W_dec_FLD.permute(1, 2, 0))
+    torch.testing.assert_close(model.decoder_norms(), torch.full((9,), 3 * 0.37))
+    assert not model.b_enc_F.any()
+    assert not model.b_dec_LD.any()
+
+
+def test_an_encoder_drawn_on_its_own_has_the_same_norms_and_other_directions() -> None:
+    model = crosscoder(decoder_norm=0.37, encoder="random_directions")
+    torch.testing.assert_close(model.W_enc_LDF.norm(dim=1), torch.full((3, 9), 0.37))
+    cosines = (model.W_enc_LDF.permute(2, 0, 1) * model.W_dec_FLD).sum(-1) / 0.37**2
+    assert cosines.abs().mean() < 0.9
+
+
+def test_the_seed_decides_the_first_weights() -> None:
+    assert torch.equal(crosscoder(seed=1).W_dec_FLD, crosscoder(seed=1).W_dec_FLD)
+    assert not torch.equal(crosscoder(seed=1).W_dec_FLD, crosscoder(seed=2).W_dec_FLD)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_normalized_activations_have_mean_squared_norm_d_model_in_each_layer(center: bool) -> None:
+    raw_BLD = random_activations(500, d_model=6) * torch.tensor([1.0, 40.0])[:, None]
+    normalizer = Normalizer.from_statistics(statistics_of(raw_BLD), Normalization(center=center))
+    acts_BLD = normalizer.normalize(raw_BLD)
+    torch.testing.assert_close(acts_BLD.square().sum(-1).mean(0), torch.full((2,), 6.0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(acts_BLD.mean(0), normalizer.normalized_mean(), rtol=0, atol=1e-4)
+    assert bool((normalizer.normalized_mean() == 0).all()) == center
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_denormalize_undoes_normalize(center: bool) -> None:
+    raw_BLD = random_activations(50)
+    normalizer = Normalizer.from_statistics(statistics_of(raw_BLD), Normalization(center=center))
+    torch.testing.assert_close(normalizer.denormalize(normalizer.normalize(raw_BLD)), raw_BLD)
+
+
+def test_without_scaling_activations_keep_their_unit() -> None:
+    raw_BLD = random_activations(50)
+    normalizer = Normalizer.from_statistics(statistics_of(raw_BLD), Normalization(center=False, scale="none"))
+    assert torch.equal(normalizer.normalize(raw_BLD), raw_BLD)
+
+
+def test_half_precision_activations_are_normalized_in_float32() -> None:
+    raw_BLD = random_activations(50).half()
+    normalizer = Normalizer.from_statistics(statistics_of(raw_BLD), Normalization())
+    assert normalizer.normalize(raw_BLD).dtype == torch.float32
+    torch.testing.assert_close(normalizer.normalize(raw_BLD), normalizer.normalize(raw_BLD.float()))
+
+
+def test_a_layer_that_never_varies_is_refused() -> None:
+    raw_BLD = random_activations(50)
+    raw_BLD[:, 1] = 0.0
+    with pytest.raises(UserError, match="layer 1 of the activations never varies"):
+        Normalizer.from_statistics(statistics_of(raw_BLD), Normalization())

@@ -1,0 +1,92 @@
+"""What follows from the step alone: positions, learning rate, sparsity coefficient; and counters of dead features."""
+
+import pytest
+import torch
+from toy_activations import L1, train_config
+
+from pipeline.config.errors import UserError
+from pipeline.config.train_crosscoder import Optimizer
+from pipeline.crosscoder.dead_features import count_tokens, dead_features, firings
+from pipeline.crosscoder.plan import Place, Plan
+from pipeline.crosscoder.schedules import learning_rate, sparsity_coefficient
+
+
+def test_the_plan_of_three_and_a_half_epochs_by_hand() -> None:
+    # 10 positions an epoch in batches of 4: 4, 4, 2; then 4 and 1 of the last one: 35 in all.
+    plan = Plan.of(train_config(num_tokens=35, batch_positions=4), 10)
+    assert plan.num_steps == 11
+    assert [plan.positions_in(step) for step in range(1, 12)] == [4, 4, 2, 4, 4, 2, 4, 4, 2, 4, 1]
+    assert plan.place_after(3) == Place(epoch=1, cursor=0)
+    assert plan.place_after(4) == Place(epoch=1, cursor=4)
+    assert plan.tokens_after(11) == 35
+
+
+@pytest.mark.parametrize(("epoch_positions", "batch", "num_tokens"), [(7, 7, 7), (7, 3, 20), (5, 9, 12), (100, 1, 30), (64, 8, 128)])
+def test_steps_add_up_to_the_tokens_asked_for(epoch_positions: int, batch: int, num_tokens: int) -> None:
+    plan = Plan(epoch_positions, batch, num_tokens)
+    sizes = [plan.positions_in(step) for step in range(1, plan.num_steps + 1)]
+    assert sum(sizes) == num_tokens
+    assert 1 <= min(sizes) <= max(sizes) <= batch
+
+
+def test_epochs_are_counted_in_the_positions_that_the_activations_hold() -> None:
+    assert Plan.of(train_config(num_tokens=None, epochs=3), 40).num_tokens == 120
+
+
+def test_activations_without_positions_are_refused() -> None:
+    with pytest.raises(UserError, match="hold no positions to train on"):
+        Plan.of(train_config(), 0)
+
+
+def test_num_tokens_and_epochs_exclude_each_other() -> None:
+    for length in ({"num_tokens": 5, "epochs": 1}, {"num_tokens": None, "epochs": None}):
+        with pytest.raises(UserError, match=r"toy\.yaml: give either num_tokens or epochs"):
+            train_config(**length)
+
+
+def test_the_learning_rate_rises_stays_and_falls_by_hand() -> None:
+    settings = Optimizer(learning_rate=1.0, warmup_fraction=0.4, decay="linear", decay_fraction=0.3)
+    found = [learning_rate(settings, step, 10) for step in range(1, 11)]
+    assert found == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+def test_a_cosine_falls_to_the_final_fraction() -> None:
+    settings = Optimizer(learning_rate=2.0, warmup_fraction=0.0, decay="cosine", decay_fraction=1.0, final_fraction=0.1)
+    found = [learning_rate(settings, step, 999) for step in range(1, 1000)]
+    assert found == sorted(found, reverse=True)
+    assert found[499] == pytest.approx(2.0 * 0.55)
+    assert found[-1] == pytest.approx(0.2, rel=1e-4)
+
+
+def test_a_constant_learning_rate_stays() -> None:
+    settings = Optimizer(learning_rate=0.3, warmup_fraction=0.0, decay="constant")
+    assert {learning_rate(settings, step, 50) for step in range(1, 51)} == {0.3}
+
+
+def test_phases_that_overlap_are_refused() -> None:
+    with pytest.raises(UserError, match="warmup_fraction and decay_fraction add up to more than 1"):
+        train_config(optimizer={"warmup_fraction": 0.5, "decay_fraction": 0.6})
+
+
+def test_the_sparsity_coefficient_rises_linearly_and_is_zero_without_a_penalty() -> None:
+    loss = {**L1, "sparsity": {"kind": "decoder_norm_l1", "coefficient": 2.0, "warmup_fraction": 0.5}}
+    found = [sparsity_coefficient(train_config(loss=loss).loss, step, 8) for step in range(1, 9)]
+    assert found == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0]
+    assert sparsity_coefficient(train_config("batch_topk").loss, 8, 8) == 0.0
+
+
+def test_dead_counters_by_hand() -> None:
+    counters_F = torch.zeros(3, dtype=torch.int64)
+    fired = torch.tensor([[0.0, 2.0, 0.0], [0.0, 1.0, 0.5]])
+    assert firings(fired).tolist() == [0.0, 2.0, 1.0]
+    count_tokens(counters_F, firings(fired), 2)
+    assert counters_F.tolist() == [2, 0, 0]
+    count_tokens(counters_F, torch.tensor([0.0, 0.0, 4.0]), 5)
+    assert counters_F.tolist() == [7, 5, 0]
+    assert dead_features(counters_F, 5).tolist() == [0, 1]
+    assert dead_features(counters_F, 6).tolist() == [0]
+    assert dead_features(counters_F, 8).tolist() == []
+
+
+def test_firings_count_every_position_in_low_precision_too() -> None:
+    assert firings(torch.full((5000, 2), 0.01, dtype=torch.bfloat16)).tolist() == [5000.0, 5000.0]
