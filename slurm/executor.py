@@ -129,7 +129,7 @@ def _launch_slurm(run: RunDirectory, tasks: list[int], job: Json, site: Site) ->
         with _submission_environment({}):
             executor = slurm_executor(run, job, site)  # a new one each time: submitit can't unset a parameter
             try:
-                submitted = executor.map_array(FrozenTask, *zip(*[(str(run.path), task) for task in chunk], strict=True))
+                submitted = executor.submit_array([FrozenTask(str(run.path), task) for task in chunk])
             except (FailedJobError, FailedSubmissionError, OSError) as error:
                 raise UserError(_refusal(run, error, tasks[first:])) from error
         array_id = str(submitted[0].job_id).partition("_")[0]

@@ -1,6 +1,7 @@
 """The record of a run as `crosscoder show` gives it: values for `--json`, text for reading."""
 
 import time
+from pathlib import Path
 
 from pipeline import records
 from pipeline.config import yaml_file
@@ -52,11 +53,18 @@ def as_text(run: RunDirectory) -> str:
         f"  code         {code['hash'][:12]}, {code['files']} files, {commit}",
         f"  environment  python {environment['python_version']}, torch {environment['torch']}, {len(environment['packages'])} packages",
     ]
-    lines += [f"  waits for    {parent}" for parent in job["after"]]
+    lines += [f"  after        {_parent_text(Path(parent))}" for parent in job["after"]]
     lines += [f"  input        {field}: {_input_text(entry)}" for field, entry in values["inputs"].items()]
     lines += [f"  changed      {_when(change['time'])} by {change['by']}: {change['what']}" for change in job["changes"]]
     lines += ["", *_task_lines(values["tasks"]), "", "config.yaml", *_indented(yaml_file.write(values["config"]))]
     return "\n".join(lines)
+
+
+def _parent_text(path: Path) -> str:
+    if not (path / "job.json").exists():
+        return f"{path}, which is gone"
+    parent = RunDirectory(path)
+    return f"{parent.reference}, {parent.state()}"
 
 
 def _input_text(entry: Json) -> str:

@@ -167,17 +167,31 @@ def work_logged(directory: Path, task: int) -> int:
     here = RunDirectory(directory).task_directory(task)
     process = job_process.this_process()
     name = process.job + (f"-rank{process.rank}" if process.rank else "")
-    log = here / "log" / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    with _printing_to(here / "log" / f"{name}.log"):
+        job_process.join_group(process, here)
+        return work_beside(directory, task, process) if process.rank else work(directory, task)
+
+
+@contextmanager
+def _printing_to(path: Path) -> Iterator[None]:
+    """Appends to `path` what goes to stdout and stderr, below Python too, while the block runs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = os.dup(1), os.dup(2)
+    with open(path, "ab", buffering=0) as file:
+        _point_output_to(file.fileno(), file.fileno())
+    try:
+        yield
+    finally:
+        _point_output_to(*kept)
+        for descriptor in kept:
+            os.close(descriptor)
+
+
+def _point_output_to(output: int, errors: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    with open(log, "ab", buffering=0) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    job_process.join_group(process, here)
-    if process.rank:
-        return work_beside(directory, task, process)
-    return work(directory, task)
+    os.dup2(output, 1)
+    os.dup2(errors, 2)
 
 
 def work_beside(directory: Path, task: int, process: job_process.Process) -> int:
