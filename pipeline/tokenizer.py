@@ -79,7 +79,7 @@ def _from_file(name: str, file: Path, special_text: SpecialText, end_of_text: st
         raise UserError(f"tokenizer: {file} does not say which token ends a text; set end_of_text, for example to <|endoftext|>")
     end_id = _id_of(end_of_text, backend.token_to_id(end_of_text), str(file))
     backend_json = _canonical(backend)
-    vocabulary = Vocabulary(max(backend.get_vocab(with_added_tokens=True).values()) + 1, end_id, _sha256(backend_json))
+    vocabulary = Vocabulary(max(backend.get_vocab(with_added_tokens=True).values()) + 1, end_id, _hash(backend_json))
     return TokenizerDefinition(name, None, special_text, special_tokens, backend_json, vocabulary)
 
 
@@ -99,8 +99,8 @@ def _from_transformers(
         if not _same_ids(tokenizer, backend_json, special_text):
             backend_json = None
     size = max(max(vocab.values()) + 1, len(tokenizer))
-    described = backend_json or json.dumps([type(tokenizer).__name__, sorted(vocab.items()), sorted(tokenizer.all_special_tokens)])
-    vocabulary = Vocabulary(size, end_id, _sha256(described))
+    described = json.dumps([type(tokenizer).__name__, sorted(vocab.items()), sorted(tokenizer.all_special_tokens)])
+    vocabulary = Vocabulary(size, end_id, _hash(backend_json) if backend_json else _sha256(described))
     special = [str(token) for token in tokenizer.all_special_tokens]
     return TokenizerDefinition(name, revision, special_text, special, backend_json, vocabulary)
 
@@ -153,6 +153,13 @@ def _canonical(backend: Any) -> str:
     definition = json.loads(backend.to_str())
     definition |= {"truncation": None, "padding": None}
     return json.dumps(definition, sort_keys=True, ensure_ascii=False)
+
+
+def _hash(backend_json: str) -> str:
+    """sha256 of what decides a text's ids. Without what is put around it (which transformers adds to) and what leads back to text."""
+    definition = json.loads(backend_json)
+    deciding = {key: value for key, value in definition.items() if key not in ("post_processor", "decoder")}
+    return _sha256(json.dumps(deciding, sort_keys=True, ensure_ascii=False))
 
 
 def _sha256(text: str) -> str:
