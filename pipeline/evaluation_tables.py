@@ -23,8 +23,8 @@ _RECONSTRUCTION_COLUMNS = {
     "norm_ratio": "norm\nratio",
 }
 _NOTES = """\
-matched: another layer's activation, moved and scaled to this layer's mean and spread; legacy ratios: mean
-over positions of 1 - |e|²/|x - mean|²; jointly: in normalized space. metrics.json defines every number.
+matched: another layer's activation, moved and scaled to this layer's mean and spread; legacy ratios:
+mean over positions of 1 - |e|²/|x - mean|²; jointly: in normalized space (see metrics.json)
 """
 _LOSS_COLUMNS = {
     "cross_entropy": "cross-entropy,\nnats",
@@ -51,9 +51,7 @@ def verdicts(found: Measurements, layers: list[str]) -> list[str]:
         best = min(others, key=lambda stand: others[stand].cross_entropy)
         own, other = found.losses[Stand(layer, "crosscoder")].difference, others[best].difference
         outcome = "BETTER" if own < other else "WORSE"
-        sentences.append(
-            f"{layer}: the crosscoder costs {number(own)} nats, {_label(best)} {number(other)}: {outcome} than switching layers"
-        )
+        sentences.append(f"{layer}: {outcome} than switching layers (costs {number(own)} nats; {_label(best)}: {number(other)})")
     return sentences
 
 

@@ -1,5 +1,6 @@
 """A tiny language model, held-out token set and crosscoder checkpoint for tests of evaluation; weights are random or exact."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 from tiny_models import tiny_gpt2
 
+from pipeline import records
 from pipeline.activations.source import LayerStatistics
 from pipeline.config.crosscoder import BatchTopk, CrosscoderConfig, Relu
 from pipeline.config.evaluate_crosscoder import EvaluateConfig
@@ -17,7 +19,11 @@ from pipeline.crosscoder.checkpoint_files import Part
 from pipeline.crosscoder.model import Crosscoder
 from pipeline.crosscoder.normalizer import Normalizer
 from pipeline.language_model import LanguageModel
+from pipeline.run import Run
+from pipeline.stages import evaluate_crosscoder
 from pipeline.tokens import TokenSet, write_token_set
+
+Json = dict[str, Any]
 
 LAYERS = ["transformer.h.0", "transformer.h.2"]
 CONTEXT_TOKENS = 12
@@ -69,7 +75,8 @@ class Pieces:
 
     def write_crosscoder(self, config: CrosscoderConfig, crosscoder: Crosscoder, *, run: str = "train-run", **facts: Any) -> Path:
         """A checkpoint in a run directory; gives the run directory. `facts` replace what the checkpoint would say."""
-        statistics = LayerStatistics(torch.full(crosscoder.b_dec_LD.shape, 0.02).double(), torch.tensor([0.5, 0.6]).double(), 1000)
+        mean_LD = torch.full(crosscoder.b_dec_LD.shape, 0.02, dtype=torch.float64)
+        statistics = LayerStatistics(mean_LD, torch.linspace(0.5, 0.6, len(mean_LD), dtype=torch.float64), 1000)
         normalizer = Normalizer.from_statistics(statistics, config.normalization)
         since_F = torch.zeros(config.num_features, dtype=torch.int64)
         since_F[:2] = 500
@@ -83,3 +90,22 @@ class Pieces:
         settings: dict[str, Any] = {"name": "test", "crosscoder": crosscoder, "tokens": self.tokens.directory}
         settings |= {"language_model": self.language_model_config(), "context_tokens": CONTEXT_TOKENS, "batch_contexts": 4}
         return EvaluateConfig(**(settings | changes))
+
+
+def evaluated(pieces: Pieces, crosscoder: Path, directory: Path, **changes: Any) -> Json:
+    """What `metrics.json` holds after an evaluation."""
+    evaluate_crosscoder.run(pieces.config(crosscoder, **changes), Run(directory, output=io.StringIO()))
+    return dict(records.read_json(directory / "metrics.json"))
+
+
+def reconstruction_row(document: Json, layer: str, by: str, source: str | None = None) -> Json:
+    return _row(document["reconstruction"], layer, by, source)
+
+
+def loss_row(document: Json, layer: str, by: str, source: str | None = None) -> Json:
+    return _row(document["replaced"], layer, by, source)
+
+
+def _row(rows: list[Json], layer: str, by: str, source: str | None) -> Json:
+    (found,) = [row for row in rows if (row["layer"], row["by"], row["source"]) == (layer, by, source)]
+    return dict(found)

@@ -169,13 +169,14 @@ def summary(document: dict[str, Any], trained: TrainedCrosscoder) -> list[str]:
     """The lines above the tables."""
     held_out, sparsity, features = document["held_out"], document["sparsity"], trained.num_features
     as_trained = "" if sparsity["l0_as_trained"] is None else f" with the inference threshold, {sparsity['l0_as_trained']:.2f} as trained"
-    dead = f"dead in the last {trained.dead_window_tokens:,} training tokens: {_share(sparsity['dead'], features)}; "
+    trained_on = f"{trained.tokens_trained:,} training tokens"
+    dead, dead_eval, dense = (_share(sparsity[key], features) for key in ("dead", "dead_eval", "dense"))
     return [
-        f"crosscoder {trained.identity[:12]} of {', '.join(trained.layers)}",
-        f"{features:,} features, {trained.tokens_trained:,} training tokens in {trained.step:,} steps",
+        f"crosscoder {trained.identity[:12]}: {len(trained.layers)} layers, {features:,} features, {trained_on}",
         f"held-out: {held_out['contexts']:,} contexts, {held_out['positions']:,} positions, {held_out['predictions']:,} predictions",
         f"L0 {sparsity['l0']:.2f}{as_trained}",
-        dead + f"dead on held-out text: {_share(sparsity['dead_eval'], features)}; dense: {_share(sparsity['dense'], features)}",
+        f"dead: {dead} in the last {trained.dead_window_tokens:,} training tokens, {dead_eval} on the held-out text",
+        f"dense: {dense} fire on over {100 * metrics.DENSE_FRACTION:.0f} % of the positions",
     ]
 
 

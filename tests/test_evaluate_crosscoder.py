@@ -1,0 +1,191 @@
+"""The stage evaluate: its files and what it says, what it refuses, and that a stop leaves nothing half done."""
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evaluation_pieces import (
+    LAYERS,
+    Json,
+    Pieces,
+    batch_topk_config,
+    evaluated,
+    exact_crosscoder,
+    held_out_tokens,
+    loss_row,
+    random_crosscoder,
+    reconstruction_row,
+)
+from tiny_models import tiny_gpt2
+
+from pipeline import evaluation_tables, records
+from pipeline.config.crosscoder import CrosscoderConfig, Relu
+from pipeline.config.errors import UserError
+from pipeline.crosscoder.checkpoint import load_crosscoder
+from pipeline.crosscoder.metrics import DEFINITIONS
+from pipeline.run import Run, Stopped
+from pipeline.stages import evaluate_crosscoder
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Pieces:
+    return Pieces(tmp_path_factory.mktemp("evaluation"))
+
+
+@pytest.fixture(scope="module")
+def trained_run(pieces: Pieces) -> Path:
+    config = batch_topk_config()
+    return pieces.write_crosscoder(config, random_crosscoder(config))
+
+
+@pytest.fixture(scope="module")
+def metrics(pieces: Pieces, trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Json:
+    return evaluated(pieces, trained_run, tmp_path_factory.mktemp("run"))
+
+
+# -- what it writes and says ------------------------------------------------------------------------------------------------------
+
+
+def test_every_number_is_defined_in_words(metrics: Json) -> None:
+    numbers = {key for part in (metrics, metrics["held_out"], metrics["sparsity"], *metrics["reconstruction"], *metrics["replaced"])
+               for key, value in part.items() if isinstance(value, (int, float))}  # fmt: skip
+    kinds = {row["by"] for row in [*metrics["reconstruction"], *metrics["replaced"]]} | {"joint", "mean_over_layers"}
+    assert metrics["definitions"] == DEFINITIONS
+    for name in numbers | kinds:
+        assert name.removesuffix("_fraction") in DEFINITIONS or name in DEFINITIONS, name
+
+
+def test_result_names_the_headline_numbers_and_the_files(pieces: Pieces, trained_run: Path, metrics: Json, tmp_path: Path) -> None:
+    result = evaluate_crosscoder.run(pieces.config(trained_run), Run(tmp_path, output=io.StringIO()))
+    assert json.loads(json.dumps(result)) == result
+    assert result["l0"] == metrics["sparsity"]["l0"]
+    assert result["explained_variance"] == reconstruction_row(metrics, "joint", "crosscoder")["explained_variance"]
+    assert result["recovered_against_zero"] == loss_row(metrics, "all", "crosscoder")["recovered_against_zero"]
+    assert Path(result["files"][0]).name == "metrics.json"
+    assert all(Path(file).stat().st_size > 0 for file in result["files"])
+
+
+def test_inputs_are_recorded_by_content(pieces: Pieces, trained_run: Path, tmp_path: Path) -> None:
+    evaluated(pieces, trained_run, tmp_path)
+    inputs = {field: entry["data_id"] for field, entry in records.read_json(tmp_path / "inputs.json").items()}
+    assert inputs == {
+        "crosscoder": load_crosscoder(trained_run).identity,
+        "language_model": pieces.language_model.hash,
+        "tokens": pieces.tokens.data_id,
+    }
+
+
+def test_the_terminal_shows_every_table_within_100_columns(pieces: Pieces, trained_run: Path, tmp_path: Path) -> None:
+    output = io.StringIO()
+    evaluate_crosscoder.run(pieces.config(trained_run), Run(tmp_path, output=output))
+    lines = output.getvalue().splitlines()
+    assert max(map(len, lines)) <= 100
+    text = output.getvalue()
+    for phrase in ("L0 ", "dense: ", "Reconstruction", "Cross-entropy", "all layers, from one encode", "than switching layers"):
+        assert phrase in text
+    assert "…" not in text
+    assert not any(line != line.rstrip() for line in lines)
+
+
+def test_a_crosscoder_worse_than_another_layer_is_called_so(pieces: Pieces, tmp_path: Path) -> None:
+    said = {}
+    config = CrosscoderConfig(num_features=4, activation_function=Relu())
+    poor = pieces.write_crosscoder(config, random_crosscoder(config), run="poor")
+    for name, run in {"poor": poor, "exact": pieces.write_crosscoder(*exact_crosscoder(), run="exact")}.items():
+        output = io.StringIO()
+        evaluate_crosscoder.run(pieces.config(run), Run(tmp_path / name, output=output))
+        (said[name],) = [line for line in output.getvalue().splitlines() if line.startswith(f"{LAYERS[0]}: ")]
+    assert "WORSE than switching layers" in said["poor"]
+    assert "BETTER than switching layers (costs 0.0000 nats; " in said["exact"]
+
+
+def test_numbers_are_short_and_never_minus_zero() -> None:
+    assert evaluation_tables.number(None) == "-"
+    assert evaluation_tables.number(-1e-9) == "0.0000"
+    assert evaluation_tables.number(-12345.678) == "-1.23e+04"
+
+
+def test_an_evaluation_on_its_own_training_text_says_so(pieces: Pieces, tmp_path: Path) -> None:
+    config = batch_topk_config()
+    run = pieces.write_crosscoder(config, random_crosscoder(config), run="own-text", tokens_id=pieces.tokens.data_id)
+    output = io.StringIO()
+    evaluate_crosscoder.run(pieces.config(run), Run(tmp_path, output=output))
+    assert "is the token set that the crosscoder was trained on" in output.getvalue()
+
+
+def test_an_evaluation_that_is_stopped_leaves_no_metrics(pieces: Pieces, trained_run: Path, tmp_path: Path) -> None:
+    class StopsInTheSecondPass(Run):
+        def report(self, phase: str, *args: Any, **named: Any) -> None:
+            super().report(phase, *args, **named)
+            if phase == "evaluate":
+                self.request_stop("SIGTERM")
+
+    with pytest.raises(Stopped, match="SIGTERM"):
+        evaluate_crosscoder.run(pieces.config(trained_run), StopsInTheSecondPass(tmp_path, output=io.StringIO()))
+    assert {path.name for path in tmp_path.iterdir()} == {"inputs.json", "progress.json"}
+
+
+# -- what it refuses --------------------------------------------------------------------------------------------------------------
+
+
+def refused(pieces: Pieces, crosscoder: Path, directory: Path, **changes: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        evaluated(pieces, crosscoder, directory, **changes)
+    assert not (directory / "metrics.json").exists()
+    return str(caught.value)
+
+
+def test_another_language_model_is_refused(pieces: Pieces, trained_run: Path, tmp_path: Path) -> None:
+    other = pieces.language_model_config().model_copy(update={"model": str(tiny_gpt2(tmp_path / "other", seed=1))})
+    message = refused(pieces, trained_run, tmp_path / "run", language_model=other)
+    assert f"trained on a language model of hash {pieces.language_model.hash[:12]}" in message
+    assert message.endswith("name the model that it was trained on")
+
+
+def test_a_layer_or_width_that_the_model_does_not_have_is_refused(pieces: Pieces, tmp_path: Path) -> None:
+    config = batch_topk_config()
+    run = pieces.write_crosscoder(config, random_crosscoder(config), run="missing-layer", layers=[LAYERS[0], "transformer.h.9"])
+    assert "reads transformer.h.9, but" in refused(pieces, run, tmp_path)
+    assert "has transformer.h.0 to transformer.h.2" in refused(pieces, run, tmp_path)
+    run = pieces.write_crosscoder(config, random_crosscoder(config, d_model=8), run="narrow")
+    assert "reads activations of width 8, but" in refused(pieces, run, tmp_path)
+
+
+def test_tokens_of_another_tokenizer_are_refused(pieces: Pieces, trained_run: Path, tmp_path: Path) -> None:
+    other = held_out_tokens(tmp_path / "tokens", tokenizer_hash="another")
+    message = refused(pieces, trained_run, tmp_path / "run", tokens=other.directory)
+    assert "was made by the tokenizer another, the tokens that the crosscoder was trained on by tokenizer" in message
+
+
+def test_contexts_longer_than_the_model_reads_are_refused(pieces: Pieces, trained_run: Path, tmp_path: Path) -> None:
+    assert "context_tokens is 65" in refused(pieces, trained_run, tmp_path, context_tokens=65)
+
+
+def test_weights_that_are_not_finite_are_named_and_nothing_is_written(pieces: Pieces, tmp_path: Path) -> None:
+    config, crosscoder = exact_crosscoder()
+    with torch.no_grad():
+        crosscoder.b_dec_LD[1, 3] = math.nan
+    message = refused(pieces, pieces.write_crosscoder(config, crosscoder, run="nan"), tmp_path)
+    assert message.startswith("metrics.reconstruction[1].explained_variance is nan: ")
+
+
+def test_the_newest_finished_run_of_a_name_is_taken(tmp_path: Path) -> None:
+    for run, status in {"20260101-000000-aaaa": "finished", "20260102-000000-bbbb": "finished", "20260103-000000-cccc": "failed"}.items():
+        records.write_json(tmp_path / run / "result.json", {"status": status})
+    assert evaluate_crosscoder.find_run(tmp_path).name == "20260102-000000-bbbb"
+
+
+def test_a_run_and_a_checkpoint_stand_for_themselves(trained_run: Path) -> None:
+    checkpoint = trained_run / "checkpoints" / "00000007"
+    assert evaluate_crosscoder.find_run(trained_run) == trained_run
+    assert evaluate_crosscoder.find_run(checkpoint) == checkpoint
+
+
+def test_a_folder_without_a_finished_run_is_refused(pieces: Pieces, tmp_path: Path) -> None:
+    records.write_json(tmp_path / "runs" / "20260103-000000-cccc" / "result.json", {"status": "failed"})
+    assert "holds neither a checkpoint nor a finished run of train" in refused(pieces, tmp_path / "runs", tmp_path / "run")
+    assert f"{tmp_path}/nowhere does not exist" in refused(pieces, tmp_path / "nowhere", tmp_path / "run")
