@@ -33,6 +33,8 @@ class Site(Config):
     """Shell lines run before a job's program (`module load cuda`); the first that fails ends the job."""
     machines: list[Machine] = []
     """Machines outside Slurm that `crosscoder accelerators` asks."""
+    gpu_memory_gb: dict[str, float] = {}
+    """Memory of a GPU by Slurm's name of its type, in GB (`a100: 80`): Slurm itself does not tell it."""
 
     def expand(self, text: str, where: str) -> str:
         """`text` with `{data}`, `{ssd}` and `{runs}` replaced by absolute roots."""

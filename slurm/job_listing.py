@@ -1,0 +1,164 @@
+"""Gathers what `crosscoder jobs` and `watch` show, and puts it into a table."""
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from pipeline.config.site_file import Site
+from pipeline.run import duration, quantity
+from slurm import holder, jobs, run_directory, slurm_commands, slurm_queries
+from slurm.job_output import Job
+from slurm.jobs import Line, Row, Task
+from slurm.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+REMEMBERED_DAYS = 3.0
+"""Runs submitted longer ago are shown only while they are in the queue, or with --all."""
+
+
+class Gathered(NamedTuple):
+    jobs: list[Job]
+    tasks: list[Task]
+    remembered: list[Job]
+
+    def rows(self, now: float | None = None) -> list[Row]:
+        return jobs.join(self.jobs, self.tasks, now=time.time() if now is None else now, remembered=self.remembered)
+
+
+def gather(site: Site, *, everything: bool = False, ask_accounting: bool = True) -> Gathered:
+    """One squeue, the run directories, and, for jobs that ended without a trace, sacct where the cluster has it."""
+    queue = slurm_queries.my_jobs() if slurm_commands.is_installed() else []
+    tasks = [task for run in _runs(site.runs.absolute(), queue, everything) for task in read_tasks(run)]
+    lost = jobs.forgotten(queue, tasks) if ask_accounting else []
+    remembered = slurm_queries.finished_jobs(lost) if lost and slurm_queries.has_accounting(slurm_queries.configuration()) else []
+    return Gathered(queue, tasks, remembered)
+
+
+def _runs(root: Path, queue: Iterable[Job], everything: bool) -> list[RunDirectory]:
+    since = run_directory.new_id(time.time() - REMEMBERED_DAYS * 86400)
+    recent = [run for run in run_directory.list_runs(root) if everything or run.id >= since]
+    known = set(recent)
+    queued = {RunDirectory(path) for job in queue if (path := directory_in(job.comment)) and (path / "job.json").exists()}
+    return [*sorted(queued - known, key=lambda run: run.id), *recent]
+
+
+def directory_in(comment: str) -> Path | None:
+    """The run directory that a job's comment names; None for a comment of another kind."""
+    try:
+        value = json.loads(comment)["directory"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return Path(value) if isinstance(value, str) else None
+
+
+def read_tasks(run: RunDirectory) -> list[Task]:
+    """Every task of a run as its directory tells now."""
+    job = run.job()
+    num_tasks = int(job["num_tasks"])
+    waits_for = tuple(RunDirectory(Path(path)).reference for path in job["after"])
+    minutes = job["resources"].get("timeout_min")
+    return [
+        Task(
+            run=run.reference,
+            stage=job["stage"],
+            name=job["name"],
+            task=task,
+            num_tasks=num_tasks,
+            executor=job["executor"],
+            job_id=run.job_of_task(task),
+            file_state=run.task_state(task),
+            is_held=_is_held(run, task, num_tasks),
+            progress=run.progress(task),
+            result=run.result(task),
+            waits_for=waits_for,
+            limit_s=minutes * 60 if minutes else None,
+        )
+        for task in range(num_tasks)
+    ]
+
+
+def _is_held(run: RunDirectory, task: int, num_tasks: int) -> bool:
+    path = run.task_directory(task, num_tasks) / "lock.json"
+    return path.exists() and holder.looks_held(path)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """`3 running, 12 waiting`, in the order of `jobs.STATES`."""
+    counts = {state: sum(row.state == state for row in rows) for state in jobs.STATES}
+    return ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no jobs"
+
+
+COLORS = {"running": "green", "waiting": "cyan", "held": "yellow", "stopped": "yellow", "failed": "red", "cancelled": "red", "lost": "red"}
+
+
+def table(rows: Sequence[Row], *, now: float | None = None, max_lines: int | None = None) -> "Table":
+    """The rows, tasks of one run that read alike in one line. `max_lines` cuts the end and says so."""
+    from rich.table import Table
+    from rich.text import Text
+
+    now = time.time() if now is None else now
+    lines = jobs.fold(rows)
+    cut = lines[:max_lines] if max_lines is not None else lines
+    left_out = f"; {len(lines) - len(cut)} lines more" if len(cut) < len(lines) else ""
+    shown = Table(title=summary(rows) + left_out, title_justify="left", box=None, pad_edge=False)
+    for name in ("JOB", "RUN", "STATE", "NODE", "TIME", "PROGRESS", "RATE", "ENDS", "WHY"):
+        shown.add_column(name, overflow="fold", no_wrap=name in ("STATE", "TIME", "RATE", "ENDS"))
+    for line in cut:
+        state, *rest = cells(line, now)
+        shown.add_row(line.job, rest[0], Text(state, style=COLORS.get(state.split()[0], "")), *rest[1:])
+    return shown
+
+
+def cells(line: Line, now: float) -> list[str]:
+    """The texts of a line, state first: state, run, node, time, progress, rate, end, why."""
+    row, count = line.rows[0], len(line.rows)
+    state = row.state if count == 1 else f"{row.state} x{count}"
+    run = f"{row.run}" if row.run else f"({row.name})"
+    if row.task is not None and count == 1:
+        run += f" {row.task}/{row.num_tasks}"
+    nodes = ",".join(dict.fromkeys(r.node for r in line.rows if r.node))
+    why = row.warning or row.reason
+    return [state, run, nodes, _time(row, count), _progress(row, count), _rate(row), _end(row, now), why]
+
+
+def _time(row: Row, count: int) -> str:
+    limit = clock(row.limit_s) if row.limit_s is not None else "no limit"
+    elapsed = clock(row.elapsed_s) if row.elapsed_s is not None and count == 1 else "-"
+    return f"{elapsed} / {limit}"
+
+
+def _progress(row: Row, count: int) -> str:
+    if count > 1 or row.step is None:
+        return ""
+    share = f"{row.percent:.0f} % " if row.percent is not None else ""
+    of = f"/{quantity(row.total)}" if row.total else ""
+    return f"{share}{row.phase} {quantity(row.step)}{of} {row.unit}"
+
+
+def _rate(row: Row) -> str:
+    return f"{quantity(row.rate)}/s" if row.rate else ""
+
+
+def _end(row: Row, now: float) -> str:
+    if row.ends is not None:
+        return f"{_clock_time(row.ends, now)} ({duration(max(0.0, row.ends - now))})"
+    if row.starts is not None and row.starts > now:
+        return f"starts {_clock_time(row.starts, now)}"
+    return ""
+
+
+def _clock_time(moment: float, now: float) -> str:
+    """`14:05`, with the day where it is another than today's."""
+    then = time.localtime(moment)
+    return time.strftime("%H:%M" if then[:3] == time.localtime(now)[:3] else "%a %d %b %H:%M", then)
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03`, from a day on `2-01:02:03`, as squeue writes them."""
+    whole = int(seconds)
+    days, rest = divmod(whole, 86400)
+    return (f"{days}-" if days else "") + f"{rest // 3600}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
