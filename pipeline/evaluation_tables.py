@@ -23,8 +23,8 @@ _RECONSTRUCTION_COLUMNS = {
     "norm_ratio": "norm\nratio",
 }
 _NOTES = """\
-matched: another layer's activation, moved and scaled to this layer's mean and spread; legacy ratios:
-mean over positions of 1 - |e|²/|x - mean|²; jointly: in normalized space (see metrics.json)
+matched: another layer's activation, moved and scaled to this layer's mean and spread
+legacy ratios: mean over positions of 1 - |e|²/|x - mean|²; jointly: in normalized space
 """
 _LOSS_COLUMNS = {
     "cross_entropy": "cross-entropy,\nnats",

@@ -1,5 +1,6 @@
 """Figures of an evaluation, as PNG files: the same numbers give the same bytes with one version of matplotlib."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +33,8 @@ def feature_density(
     Features that never fire here have no place on the axis: a bar of their own stands left of it.
     """
     figure, axes = _new_figure(7.0, 4.0)
-    lowest, highest = np.floor(np.log10(1 / num_positions)), 0.0
-    edges = np.arange(lowest, highest + 1e-9, 0.1)
+    lowest = min(-1, math.floor(-math.log10(num_positions)))
+    edges = np.arange(10 * lowest, 1) / 10
     never = lowest - 0.7
     heights = []
     for chosen_F in (~dead_F, dead_F):
@@ -50,8 +51,8 @@ def feature_density(
         f"dense:\n{num_dense:,} features", (np.log10(dense_fraction), 1.0), xytext=(4, -4), xycoords=("data", "axes fraction"),
         textcoords="offset points", va="top", fontsize=8,
     )  # fmt: skip
-    ticks = np.arange(lowest, highest + 1)
-    axes.set_xticks([never, *ticks], ["never", *[f"$10^{{{int(tick)}}}$" for tick in ticks]])
+    ticks = range(lowest, 1)
+    axes.set_xticks([never, *ticks], ["never", *[f"$10^{{{tick}}}$" for tick in ticks]])
     axes.set_xlabel(f"share of the {num_positions:,} held-out positions on which a feature fires")
     axes.set_ylabel(f"features (of {len(counts_F):,})")
     axes.set_ylim(0, 1.08 * max(1, (heights[0] + heights[1]).max()))
