@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # what the first optimizer of a process imports: a second that the forked processes need not spend each
 from toy_activations import MemorySource, random_activations, train_config
 
 from pipeline.activations.source import ActivationBatch

@@ -47,7 +47,7 @@ def random_activations(num_positions: int, *, num_layers: int = 2, d_model: int 
 
 
 RELU = {"kind": "relu"}
-BATCH_TOPK = {"kind": "batch_topk", "k": 2}
+BATCH_TOPK = {"kind": "batch_topk", "k": 2, "threshold_momentum": 0.8}
 L1 = {"sparsity": {"kind": "decoder_norm_l1", "coefficient": 0.5}, "auxiliary": {"kind": "none"}}
 AUXK = {"sparsity": {"kind": "none"}, "auxiliary": {"kind": "auxk", "k": 2, "refresh_steps": 3}}
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -25,9 +25,11 @@ class BatchTopk(Config):
     rank_by: Literal["activation_times_decoder_norm", "activation"] = "activation_times_decoder_norm"
     """What is highest: the activation times the sum over layers of the feature's decoder norms, so that scaling a feature
     up and its decoder down changes nothing (Minder et al. 2025), or the activation alone."""
-    threshold_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
+    threshold_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     """Of the running average over batches of the smallest rank that fired, which is the threshold at inference. The
-    first 1 / (1 - momentum) batches are averaged evenly, so a short run's threshold needs no warm-up."""
+    first 1 / (1 - momentum) batches are averaged evenly. That rank hardly differs from batch to batch when k times B are
+    thousands, but it grows several times over while the decoders do: a long memory (0.999 elsewhere) lags behind in a
+    short run, and more features fire at inference than in training."""
 
 
 ActivationFunctionConfig = Annotated[Relu | BatchTopk, Field(discriminator="kind")]

@@ -99,10 +99,11 @@ class Trainer:
 
     def _after_step(self) -> None:
         state = self.state
-        if state.step % self.config.log_every_steps == 0 or state.step == state.plan.num_steps:
+        done = state.step == state.plan.num_steps
+        if done or state.step % self.config.log_every_steps == 0:
             self.check_finite()
             self.log.write_row()
-        self.run.report("train", state.tokens, state.plan.num_tokens, unit="tokens", note=self.log.note())
+        self.run.report("train", state.tokens, state.plan.num_tokens, unit="tokens", done=done, note=self.log.note())
         if self.run.stop_reason is not None:
             self._save()
             self.run.check_stop()
