@@ -38,11 +38,13 @@ class Encoder(Protocol):
 
 
 class ReferenceEncoder:
-    """The library `tokenizers`, in this thread alone (set TOKENIZERS_PARALLELISM=false where others work beside it)."""
+    """The library `tokenizers`, in this thread alone unless TOKENIZERS_PARALLELISM says otherwise."""
 
     def __init__(self, definition: TokenizerDefinition) -> None:
         if definition.backend_json is None:
             raise UserError(f"tokenizer: {definition.name} exists in Python only; set encoder to auto or transformers")
+        # Else each of the processes that share a machine's cores would start a thread a core.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._backend = backend_tokenizer(definition.backend_json, definition.special_text)
 
     def encode(self, texts: list[str]) -> EncodedTexts:
