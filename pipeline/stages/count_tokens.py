@@ -5,7 +5,8 @@ counts have to be those of records and manifest. Runs at the speed of memory, or
 """
 
 import io
-import itertools
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,29 +59,36 @@ def count_sets(sets: dict[str, TokenSet], run: Run) -> dict[str, dict[str, Count
 def count_shard(tokens: TokenSet, shard: TokenShard, run: Run, ids_before: int, total_ids: int) -> Count:
     """Counts one shard's separators, and checks them and the ids against offsets, vocabulary and record."""
     path = tokens.directory / f"{shard.stem}.bin"
+    separators = np.asarray(shard.ends[1:], np.int64) - 1
+    in_order = bool((np.diff(separators, prepend=-1) > 0).all())
+    num_ids, num_separators, num_outside, num_in_place = 0, 0, 0, 0
+    flags = np.empty(BLOCK_IDS, bool)
+    for number, ids in enumerate(_blocks(path, shard.ids.dtype)):
+        found = flags[: len(ids)]
+        num_outside += int(np.count_nonzero(np.greater_equal(ids, tokens.vocab_size, out=found)))
+        num_separators += int(np.count_nonzero(np.equal(ids, tokens.separator, out=found)))
+        first, last = np.searchsorted(separators, (num_ids, num_ids + len(ids))) if in_order else (0, 0)
+        num_in_place += int(np.count_nonzero(found[separators[first:last] - num_ids]))
+        num_ids += len(ids)
+        if number % BLOCKS_A_REPORT == 0:
+            run.check_stop()
+            run.report("ids", ids_before + num_ids, total_ids, unit="ids")
     mend = f"the shard is damaged; delete {tokens.directory / shard.stem}.json and run tokenize again, it redoes only that shard"
-    num_ids, num_separators, num_outside = 0, 0, 0
-    block, flags = np.empty(BLOCK_IDS, shard.ids.dtype), np.empty(BLOCK_IDS, bool)
-    with open(path, "rb", buffering=0) as file:
-        for number in itertools.count():
-            ids = block[: file.readinto(block) // block.itemsize]
-            if not len(ids):
-                break
-            found = flags[: len(ids)]
-            num_ids += len(ids)
-            num_separators += int(np.count_nonzero(np.equal(ids, tokens.separator, out=found)))
-            num_outside += int(np.count_nonzero(np.greater_equal(ids, tokens.vocab_size, out=found)))
-            if number % BLOCKS_A_REPORT == 0:
-                run.check_stop()
-                run.report("ids", ids_before + num_ids, total_ids, unit="ids")
     if num_separators != shard.num_documents:
         raise UserError(f"{path} holds {num_separators:,} documents, its record says {shard.num_documents:,}: {mend}")
     if num_outside != num_separators:
         raise UserError(f"{path} holds {num_outside - num_separators:,} ids outside the vocabulary of {tokens.vocab_size:,}: {mend}")
-    ends = np.asarray(shard.ends, np.int64)
-    if not (np.diff(ends) > 0).all() or not (shard.ids[ends[1:] - 1] == tokens.separator).all():
+    if num_in_place != num_separators:
         raise UserError(f"{path.with_suffix('.ends')} points beside the separators of {path.name}: {mend}")
     return Count(num_separators, num_ids - num_separators)
+
+
+def _blocks(path: Path, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
+    """The file's numbers, `BLOCK_IDS` at a time; each block overwrites the one before it."""
+    block = np.empty(BLOCK_IDS, dtype)
+    with open(path, "rb", buffering=0) as file:
+        while num_bytes := file.readinto(block.data):
+            yield block[: num_bytes // dtype.itemsize]
 
 
 def by_source(shards: dict[str, Count]) -> dict[str, tuple[int, Count]]:
