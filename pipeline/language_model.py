@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+import xxhash
 from torch import Tensor, nn
 
 from pipeline import records
@@ -183,8 +184,8 @@ def _with_random_weights(where: str, config: LanguageModelConfig, dtype: torch.d
 
 
 def _hash_of_tensors(model: Any) -> str:
-    """sha256 over names, shapes, dtypes and bytes of all weights, and over the config."""
-    hasher = hashlib.sha256()
+    """sha256 over a hash of the names, shapes, dtypes and bytes of all weights, and over the config."""
+    hasher = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):
         hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         hasher.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -250,6 +250,38 @@ def test_tokens_of_another_tokenizer_are_refused(inputs, tmp_path, vocab_size, e
         open_source(settings, Run(tmp_path / "run"), CPU)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_too_disk_and_stream_give_the_same_batches(inputs, tmp_path):
+    settings = harvest_settings(inputs, language_model={"model": str(inputs / "model"), "dtype": "bfloat16"})
+    cache_activations.run(CacheConfig(name="test", output=tmp_path / "set", **settings), Run(tmp_path / "cache"))
+    gpu = torch.device("cuda")
+    disk = open_source(DiskActivations(path=tmp_path / "set"), Run(tmp_path / "disk"), gpu)
+    streamed = open_source(StreamedActivations(kind="stream", **settings), Run(tmp_path / "stream"), gpu)
+    assert_same(read(disk, batch_positions=33, epoch=1), read(streamed, batch_positions=33, epoch=1))
+
+
+def test_a_buffer_that_does_not_fit_is_refused(inputs, tmp_path, monkeypatch):
+    source = open_source(StreamedActivations(kind="stream", **harvest_settings(inputs)), Run(tmp_path / "run"), CPU)
+
+    def full(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(UserError, match=r"a generation of [0-9]+ positions takes .* set contexts_per_generation below 6"):
+        list(source.batches(batch_positions=10, epoch=0, cursor=0))
+
+
+def test_a_model_batch_that_does_not_fit_is_refused(inputs, tmp_path, monkeypatch):
+    source = open_source(StreamedActivations(kind="stream", **harvest_settings(inputs)), Run(tmp_path / "run"), CPU)
+
+    def full(*_args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LanguageModel, "activations", full)
+    with pytest.raises(UserError, match=r"too little memory for .* on 4 contexts at once; set model_batch_contexts"):
+        list(source.batches(batch_positions=10, epoch=0, cursor=0))
+
+
 def test_a_bit_flipped_in_a_shard_is_found_when_hashes_are_checked(pair, tmp_path):
     path = tmp_path / "set" / "000002.safetensors"
     content = bytearray(path.read_bytes())

@@ -114,7 +114,9 @@ def _allocate(num_rows: int, harvester: Harvester) -> ActivationBatch:
     try:
         acts_NLD = torch.empty((num_rows, num_layers, d_model), dtype=harvester.model.dtype, device=device)
         numbers = [torch.empty(num_rows, dtype=torch.int64, device=device) for _ in range(3)]
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except RuntimeError as error:  # on a CPU there is no class of its own for it
+        if "memory" not in str(error):
+            raise
         raise UserError(
             f"a generation of {num_rows:,} positions takes {gigabytes:.1f} GB, more than is free on {device}; "
             f"set contexts_per_generation below {harvester.settings.contexts_per_generation:,}"

@@ -62,7 +62,13 @@ class Harvester:
         kept = self.order.kept_positions
         row_of_context, place = np.nonzero(np.arange(len(kept)) < batch.kept_B[:, None])
         cells_R = row_of_context * self.settings.context_tokens + kept[place]
-        acts_BSLD = self.model.activations(self._to_device(read.tokens_BS), self.layers)
+        try:
+            acts_BSLD = self.model.activations(self._to_device(read.tokens_BS), self.layers)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{self.model.device} has too little memory for {self.model.name} on {len(read.tokens_BS)} contexts at once; set "
+                "model_batch_contexts or contexts_per_generation lower"
+            ) from error
         return ActivationBatch(
             acts_BSLD.flatten(0, 1).index_select(0, self._to_device(cells_R)),
             self._to_device(read.tokens_BS.reshape(-1)[cells_R]),

@@ -65,11 +65,11 @@ class ActivationStream:
     def batches(self, *, batch_positions: int, epoch: int, cursor: int) -> Iterator[ActivationBatch]:
         """See `ActivationSource`. The first batch waits until the buffer is full; later ones wait for a model batch at most."""
         order = self._harvester.order
-        pieces = {"seed": self._config.seed, "epoch": epoch, "cursor": cursor, "batch_positions": batch_positions}
-        wanted = dict.fromkeys(piece.generation for batch in batch_pieces(order.rows, **pieces) for piece in batch)
-        buffer = RollingBuffer(self._harvester, list(wanted))
+        place = {"seed": self._config.seed, "epoch": epoch, "cursor": cursor}
+        rest = batch_pieces(order.rows, **place, batch_positions=order.num_positions)
+        buffer = RollingBuffer(self._harvester, [piece.generation for pieces in rest for piece in pieces])
         filled = None
-        for batch in batch_pieces(order.rows, **pieces):
+        for batch in batch_pieces(order.rows, **place, batch_positions=batch_positions):
             parts = []
             for piece in batch:
                 if piece.generation != filled:

@@ -37,7 +37,7 @@ class Harvest(Config):
     model_batch_contexts: PositiveCount = 32
     """Contexts in one forward pass. Part of the identity: another batch shape may round differently."""
     max_tokens: PositiveCount | None = None
-    """Positions taken, exactly, dropped ones not counted; None takes all there are."""
+    """Positions taken at most, dropped ones not counted; None takes all there are."""
     seed: Count = 0
     """Of the order of contexts and positions."""
 

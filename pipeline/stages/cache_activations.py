@@ -5,6 +5,7 @@ A shard is a generation of the order, so its bytes are the same whichever task m
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipeline import records
 from pipeline.activations import shards
 from pipeline.activations.buffer import RollingBuffer
 from pipeline.activations.harvest import Harvester
+from pipeline.activations.prefetch import prefetched
 from pipeline.activations.shard_file import ShardFileWriter
 from pipeline.activations.source import ActivationBatch
 from pipeline.activations.statistics import LayerSums, statistics_of
@@ -26,6 +28,8 @@ from pipeline.tokens import TokenSet
 
 # Rows copied, summed and written at a time. Part of the format: it fixes the order in which the sums are added.
 ROWS_AT_A_TIME = 8192
+# So many of these wait in memory to be written.
+READ_AHEAD = 4
 # Kept free beside the data: records, the manifest and whatever else the disk is used for meanwhile.
 SPARE_BYTES = 64 << 20
 
@@ -86,10 +90,9 @@ class _Cache:
         name = f"{_stem(generation)}.safetensors"
         with records.atomic_file(self._directory / name) as file:
             writer = ShardFileWriter(file, shards.layout_of(facts))
-            while buffer.num_left:
-                rows = buffer.take(min(ROWS_AT_A_TIME, buffer.num_left))
-                sums.add(rows.acts_BLD)
-                writer.append(ActivationBatch(*(column.cpu() for column in rows)))
+            # The model computes in the thread that reads ahead, while this one hashes and writes.
+            for rows in prefetched(_taken(buffer, sums), READ_AHEAD):
+                writer.append(rows)
                 done += len(rows.tokens_B)
                 self._run.report("cache", done, total, unit="positions")
                 self._run.check_stop()
@@ -150,6 +153,14 @@ class _Cache:
         size = sum(described["bytes"] for record in made.values() for described in record["files"].values())
         result = {"complete": True, "output": str(self._directory), "data_id": manifest["data_id"], "shards": len(made)}
         return result | {"positions": statistics.num_positions, "bytes": size, "scale": manifest["scale"]}
+
+
+def _taken(buffer: RollingBuffer, sums: LayerSums) -> Iterator[ActivationBatch]:
+    """The rows of the buffer's current generation, on the CPU, added to `sums` on the way."""
+    while buffer.num_left:
+        rows = buffer.take(min(ROWS_AT_A_TIME, buffer.num_left))
+        sums.add(rows.acts_BLD)
+        yield ActivationBatch(*(column.cpu() for column in rows))
 
 
 def _stem(generation: int) -> str:
