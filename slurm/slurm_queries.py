@@ -1,6 +1,6 @@
 """Questions to Slurm, each one call: my jobs, all nodes, the configuration, the partitions, one job in full."""
 
-import getpass
+import os
 from collections.abc import Sequence
 
 from pipeline.config.errors import UserError
@@ -14,7 +14,7 @@ MAX_IDS_A_CALL = 500
 
 def my_jobs() -> list[Job]:
     """My jobs that Slurm's controller knows: waiting, running, and for a while (MinJobAge) finished. One call of squeue."""
-    text = slurm_commands.run("squeue", "-h", "-r", "-a", "-t", "all", "-u", getpass.getuser(), "-o", job_output.JOB_FORMAT)
+    text = slurm_commands.run("squeue", "-h", "-r", "-a", "-t", "all", "-u", str(os.getuid()), "-o", job_output.JOB_FORMAT)
     return job_output.parse_squeue(text)
 
 

@@ -57,6 +57,7 @@ def start_cluster() -> Iterator[Callable[..., PrivateCluster]]:
     clusters: list[PrivateCluster] = []
     # /tmp and not pytest's own directory: the paths of unix sockets end at 107 bytes.
     root = Path(tempfile.mkdtemp(prefix="private-slurm-", dir="/tmp"))
+    root.chmod(0o711)  # munge wants its socket reachable
 
     def start(chosen: layout.Layout | None = None) -> PrivateCluster:
         cluster = PrivateCluster(root / str(len(clusters)))

@@ -1,13 +1,12 @@
 """The accounting database of a private cluster: a MariaDB and a slurmdbd of its own, both unprivileged."""
 
-import getpass
 import shutil
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slurm import slurm_commands
-from slurm.cluster import configuration, packages
+from slurm.cluster import configuration, hardware, packages
 from slurm.cluster.layout import Layout
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def start(cluster: "PrivateCluster", layout: Layout) -> None:
 
 
 def _start_database(cluster: "PrivateCluster") -> None:
-    directory, user = cluster.directory, getpass.getuser()
+    directory, user = cluster.directory, hardware.user_name()
     data, socket_path = directory / "sql", directory / "run" / "sql.sock"
     if not data.exists():
         _install_database(cluster, data, user)

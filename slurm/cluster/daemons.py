@@ -10,7 +10,6 @@ Order matters. The controller comes before the nodes: a slurmd that finds none b
 jobs' processes go first: they outlive their slurmd.
 """
 
-import getpass
 import random
 import shutil
 import socket
@@ -89,7 +88,7 @@ class PrivateCluster:
         d = self.directory
         for name in ("state", "log", "run", "dev", *(f"spool/{node.name}" for node in layout.nodes)):
             (d / name).mkdir(parents=True, exist_ok=True)
-        place = Place(d, hardware.host_name(), getpass.getuser(), tuple(free_ports(3 + len(layout.nodes))))
+        place = Place(d, hardware.host_name(), hardware.user_name(), tuple(free_ports(3 + len(layout.nodes))))
         # In tenths of a second, so that clusters started one after another don't share ids.
         first_job_id = 1000 + int(time.time() * 10) % 60_000_000
         self.configuration.write_text(configuration.slurm_conf(layout, place, first_job_id))
@@ -116,9 +115,11 @@ class PrivateCluster:
             accounting.start(self, layout)
         self.spawn("slurmctld", packages.path("slurmctld"), "-D")
         self.wait_until("the controller", lambda: "is UP" in self._ask("scontrol", "ping"))
+        cut_off = self._ask("squeue", "-h", "-t", "running,completing,suspended,stopped", "-o", "%A").split()
         for node in layout.nodes:
             self.start_node(node.name)
         self.wait_until("nodes that take jobs", self._nodes_are_ready)
+        self._requeue(cut_off)
 
     def start_node(self, node: str) -> None:
         self.spawn(f"slurmd-{node}", packages.path("slurmd"), "-D", "-N", node)
@@ -126,6 +127,14 @@ class PrivateCluster:
     def _nodes_are_ready(self) -> bool:
         states = self._ask("sinfo", "-h", "-N", "-o", "%T").split()
         return bool(states) and set(states) <= READY_STATES
+
+    def _requeue(self, cut_off: list[str]) -> None:
+        """Requeues the jobs that the last stop, or a reboot, cut off; Slurm misses only those that had run for 20 s."""
+        for job in cut_off:
+            try:
+                self.command("scontrol", "requeue", job)
+            except slurm_commands.CommandFailed:  # one that forbids it (--no-requeue)
+                self._ask("scancel", job)
 
     def _start_munge(self) -> None:
         d, socket_path = self.directory, self.place.munge_socket

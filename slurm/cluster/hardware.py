@@ -1,6 +1,7 @@
 """What this machine has: cores, memory and GPUs, for a private cluster that offers exactly that."""
 
 import os
+import pwd
 import re
 import socket
 from pathlib import Path
@@ -73,6 +74,14 @@ def workstation(*, munge: bool = False, accounting: bool = False) -> Layout:
         tuple(Gpu(type_name(g.name), d) for g, d in zip(gpus, devices, strict=True)),
     )
     return Layout((node,), PARTITIONS, munge=munge, accounting=accounting)
+
+
+def user_name() -> str:
+    """Whose processes these are; the number for a user whom the system has no name for. Not $USER, which may be another's."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def host_name() -> str:

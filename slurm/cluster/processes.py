@@ -42,9 +42,13 @@ def start(command: list[str], *, log: Path, variables: Mapping[str, str]) -> int
         (os.POSIX_SPAWN_DUP2, 1, 2),
     ]
     # Python ignores SIGPIPE and SIGXFSZ, and a daemon would hand that down to every job.
-    return os.posix_spawnp(
+    pid = os.posix_spawnp(
         command[0], command, dict(variables), file_actions=actions, setsid=True, setsigdef=[signal.SIGPIPE, signal.SIGXFSZ]
     )
+    # For a moment after exec the kernel shows an empty environment, which would read as a process that is not ours.
+    while not variables_of(pid) and os.waitpid(pid, os.WNOHANG) == (0, 0):
+        time.sleep(0.001)
+    return pid
 
 
 def variables_of(pid: int) -> list[bytes]:

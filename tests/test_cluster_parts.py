@@ -1,0 +1,137 @@
+"""The private cluster's parts that need no Slurm: what this machine has, what is missing, what is written."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.errors import UserError
+from slurm import slurm_commands
+from slurm.cluster import configuration, hardware, layout, packages, processes
+from slurm.cluster.configuration import Place
+from slurm.cluster.daemons import PORTS, PrivateCluster, free_ports
+from slurm.cluster.hardware import NvidiaGpu
+
+# As nvidia-smi of a machine with H200s prints it; the third line is a GPU whose driver tells less.
+NVIDIA_SMI = """0, NVIDIA H200, 143771, 4, 0
+1, NVIDIA H200, 143771, 120000, 97
+2, NVIDIA GeForce RTX 4090, 24564, [N/A], [Not Supported]
+"""
+
+
+def test_gpus_are_read_from_nvidia_smi() -> None:
+    assert hardware.parse_nvidia_smi(NVIDIA_SMI) == [
+        NvidiaGpu(0, "NVIDIA H200", 143_771, 4, 0),
+        NvidiaGpu(1, "NVIDIA H200", 143_771, 120_000, 97),
+        NvidiaGpu(2, "NVIDIA GeForce RTX 4090", 24_564, None, None),
+    ]
+    assert hardware.parse_nvidia_smi("No devices were found\n") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("Tesla V100-SXM2-16GB", "v100"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA GeForce RTX 3060 Ti", "rtx3060ti"),
+        ("NVIDIA RTX A6000", "rtxa6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx6000ada"),
+        ("NVIDIA L40S", "l40s"),
+        ("Graphics Device", "gpu"),
+    ],
+)
+def test_a_type_is_named_as_clusters_name_it(name: str, expected: str) -> None:
+    assert hardware.type_name(name) == expected
+
+
+def test_a_container_with_some_of_a_machines_gpus_offers_those(tmp_path: Path) -> None:
+    for name in ("nvidia3", "nvidia11", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert hardware._device_files(2, tmp_path) == [f"{tmp_path}/nvidia3", f"{tmp_path}/nvidia11"]
+    assert hardware._device_files(0, tmp_path) == []
+
+
+def test_memory_is_the_containers_where_it_has_a_limit(tmp_path: Path) -> None:
+    meminfo, limit = tmp_path / "meminfo", tmp_path / "memory.max"
+    meminfo.write_text("MemTotal:       16777216 kB\nMemFree: 1 kB\n")
+    assert hardware._memory_mb(meminfo, limit) == int(16_384 * 0.95)
+    limit.write_text("max\n")
+    assert hardware._memory_mb(meminfo, limit) == int(16_384 * 0.95)
+    limit.write_text(f"{4 << 30}\n")
+    assert hardware._memory_mb(meminfo, limit) == int(4096 * 0.95)
+
+
+def test_what_is_missing_is_named_with_the_command_that_gets_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(packages, "find", lambda program: None if program in ("slurmd", "squeue", "slurmdbd") else f"/bin/{program}")
+    assert packages.missing() == ["slurmd", "slurm-client"]
+    assert packages.missing(accounting=True) == ["slurmd", "slurm-client", "slurmdbd"]
+    with pytest.raises(UserError, match=r"needs slurmd, slurm-client.*apt-get install -y --no-install-recommends slurmd slurm-client$"):
+        PrivateCluster(tmp_path).start(layout.pretended())
+    assert packages.install_command(["slurmdbd"]).endswith("slurmdbd slurm-wlm-mysql-plugin")
+
+
+def place(directory: Path) -> Place:
+    return Place(directory, "host", "me", tuple(range(10_000, 10_006)))
+
+
+def test_jobs_without_a_memory_request_share_a_node() -> None:
+    text = configuration.slurm_conf(layout.pretended(), place(Path("/c")), 4711)
+    assert "\nDefMemPerCPU=1000\n" in text  # 8 cores of a 16,000 MiB node: half of it at most
+    assert "\nFirstJobId=4711\n" in text
+
+
+def test_a_real_machine_is_not_promised_beyond_what_it_has() -> None:
+    real = layout.Layout((layout.Node("w", 4, 8_000, (layout.Gpu("a100", "/dev/nvidia0"),)),), layout.PARTITIONS)
+    text = configuration.slurm_conf(real, Place(Path("/c"), "w", "me", (1, 2, 3, 4)), 1)
+    assert "config_overrides" not in text
+    assert "NodeName=w NodeHostname=w NodeAddr=127.0.0.1 Port=4 CPUs=4 RealMemory=8000 Gres=gpu:a100:1" in text
+    assert configuration.gres_conf(real, {"w": ("/dev/nvidia0",)}) == "AutoDetect=off\nNodeName=w Name=gpu Type=a100 File=/dev/nvidia0\n"
+
+
+def test_free_ports_are_different_and_outside_the_kernels_own_range() -> None:
+    ports = free_ports(20)
+    assert len(set(ports)) == 20
+    assert all(port in PORTS for port in ports)
+    assert max(PORTS) < 32_768
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_of_a_command_names_it_with_exit_code_and_stderr() -> None:
+    with pytest.raises(
+        slurm_commands.CommandFailed, match=r'sh exited 3: "went wrong"; command: sh -c .echo went wrong >&2; exit 3'
+    ) as caught:
+        slurm_commands.run("sh", "-c", "echo went wrong >&2; exit 3")
+    assert (caught.value.exit_code, caught.value.stderr) == (3, "went wrong")
+
+
+def test_a_command_that_hangs_is_killed_and_said() -> None:
+    with pytest.raises(slurm_commands.CommandFailed, match=r"`sleep 30` gave no answer within 0.2 s"):
+        slurm_commands.run("sleep", "30", timeout_s=0.2)
+
+
+def test_a_missing_program_is_said_with_what_to_do() -> None:
+    with pytest.raises(slurm_commands.CommandMissing, match="no-such-program is not installed on this machine; install it"):
+        slurm_commands.run("no-such-program")
+
+
+def test_a_configuration_that_is_gone_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    with pytest.raises(UserError, match=r"SLURM_CONF is .*slurm.conf, which does not exist; unset it, or start that cluster"):
+        slurm_commands.run("squeue")
+
+
+def test_the_environment_of_a_command_has_only_slurms_configuration_from_the_caller() -> None:
+    given = {"PATH": "/bin", "SLURM_CONF": "/c/slurm.conf", "SLURM_JOB_ID": "1", "SBATCH_PARTITION": "low", "SRUN_CPUS": "1", "HOME": "/h"}
+    assert slurm_commands.environment(given) == {"PATH": "/bin", "SLURM_CONF": "/c/slurm.conf", "HOME": "/h"}
+
+
+def test_a_stopped_private_cluster_is_not_taken_for_a_running_one(tmp_path: Path) -> None:
+    (tmp_path / "slurm.conf").touch()
+    (tmp_path / "run").mkdir()
+    processes.write_pids(tmp_path, {"slurmctld": 1})
+    assert slurm_commands.environment({"PATH": "/bin"}, directory=tmp_path) == {"PATH": "/bin"}
