@@ -109,6 +109,7 @@ class Measurement:
 
     @torch.inference_mode()
     def add(self, batch: HeldOutBatch, run: Run) -> None:
+        """Adds a batch; raises `Stopped` before the next forward pass when the run was asked to stop."""
         clean = clean_run(self._language_model, batch.tokens_BS, self._layers)
         acts_NLD = clean.acts_BSLD[batch.replaced_BS].float()
         reconstructions_NLD = self._reconstruct(acts_NLD)

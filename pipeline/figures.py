@@ -42,7 +42,7 @@ def feature_density(
         in_bins, _ = np.histogram(np.log10(counts[counts > 0] / num_positions), edges)
         heights.append(np.append(in_bins, np.sum(counts == 0)))
     places, widths = np.append(edges[:-1], never - 0.1), np.append(np.diff(edges), 0.2)
-    names = [f"fired late in training ({np.sum(~dead_F):,})", f"dead in training ({np.sum(dead_F):,})"]
+    names = [f"fired late in training ({np.sum(~dead_F):,})", f"dead at the end of training ({np.sum(dead_F):,})"]
     for color, name, height, bottom in zip((ALIVE, DEAD), names, heights, (0 * heights[0], heights[0]), strict=True):
         axes.bar(places, height, widths, bottom, align="edge", color=color, label=name)
     num_dense = int(np.sum(counts_F > dense_fraction * num_positions))

@@ -117,15 +117,21 @@ def test_an_evaluation_on_its_own_training_text_says_so(pieces: Pieces, tmp_path
     assert "is the token set that the crosscoder was trained on" in output.getvalue()
 
 
-def test_an_evaluation_that_is_stopped_leaves_no_metrics(pieces: Pieces, trained_run: Path, tmp_path: Path) -> None:
-    class StopsInTheSecondPass(Run):
-        def report(self, phase: str, *args: Any, **named: Any) -> None:
-            super().report(phase, *args, **named)
-            if phase == "evaluate":
+@pytest.mark.parametrize("stopped_in", ["means", "evaluate"])
+def test_an_evaluation_that_is_stopped_leaves_no_metrics(pieces: Pieces, trained_run: Path, tmp_path: Path, stopped_in: str) -> None:
+    class StoppingRun(Run):
+        last: tuple[str, float] = ("", 0)
+
+        def report(self, phase: str, step: float, *args: Any, **named: Any) -> None:
+            super().report(phase, step, *args, **named)
+            self.last = (phase, step)
+            if phase == stopped_in:
                 self.request_stop("SIGTERM")
 
+    run = StoppingRun(tmp_path, output=io.StringIO())
     with pytest.raises(Stopped, match="SIGTERM"):
-        evaluate_crosscoder.run(pieces.config(trained_run), StopsInTheSecondPass(tmp_path, output=io.StringIO()))
+        evaluate_crosscoder.run(pieces.config(trained_run), run)
+    assert run.last == (stopped_in, 4), "it stops after the first batch"
     assert {path.name for path in tmp_path.iterdir()} == {"inputs.json", "progress.json"}
 
 

@@ -36,7 +36,7 @@ def test_density_counts_every_feature_once(drawn: list[Figure], tmp_path: Path) 
     counts_F = np.array([0, 0, 0, 1, 10, 100, 150, 1000])
     dead_F = np.array([True, True, False, True, False, False, False, False])
     figures.feature_density(tmp_path / "density.png", counts_F, dead_F, num_positions=1000, dense_fraction=0.1)
-    alive, dead = bar_heights(drawn[0], "fired late in training (5)"), bar_heights(drawn[0], "dead in training (3)")
+    alive, dead = bar_heights(drawn[0], "fired late in training (5)"), bar_heights(drawn[0], "dead at the end of training (3)")
     assert (alive.sum(), dead.sum()) == (5, 3)
     assert (alive[-1], dead[-1]) == (1, 2), "the last bar is of those that never fire"
     assert (tmp_path / "density.png").read_bytes().startswith(PNG)

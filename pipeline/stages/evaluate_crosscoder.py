@@ -111,7 +111,6 @@ def measure(trained: TrainedCrosscoder, language_model: LanguageModel, held_out:
     )
     done, total = 0, len(held_out.indices)
     for batch in held_out.batches():
-        run.check_stop()
         measurement.add(batch, run)
         done += len(batch.tokens_BS)
         run.report("evaluate", done, total, unit="contexts", done=done == total)
