@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.config.schema import Config
 from pipeline.config.train_crosscoder import DecoderNormL1, NoPenalty
 from pipeline.crosscoder.model import Crosscoder
+from pipeline.crosscoder.sparsity import decoder_norms
 
 
 def squared_norms_L(vectors_BLD: Tensor) -> Tensor:
@@ -27,9 +28,8 @@ def decoder_norm_l1(features_BF: Tensor, W_dec_FLD: Tensor) -> Tensor:
     The sparsity term of Lindsey et al. 2024 ("Sparse Crosscoders"). Scalar, float32, in the activations' unit.
     Scaling a feature up and its decoder down leaves it unchanged, so the model can't cheat it.
     """
-    decoder_norms_F = torch.linalg.vector_norm(W_dec_FLD, dim=-1).sum(dim=-1)
     # Features are never negative, so their sum is their L1 norm; summing positions first avoids a float32 copy of [B, F].
-    return torch.dot(features_BF.sum(dim=0, dtype=torch.float32), decoder_norms_F) / features_BF.shape[0]
+    return torch.dot(features_BF.sum(dim=0, dtype=torch.float32), decoder_norms(W_dec_FLD)) / features_BF.shape[0]
 
 
 def _no_penalty(features_BF: Tensor, W_dec_FLD: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def auxk(crosscoder: Crosscoder, pre_BF: Tensor, residual_BLD: Tensor, dead_J: T
     features_BJ = torch.relu(pre_BF[:, dead_J])
     if k < dead_J.numel():
         with torch.no_grad():
-            norms_J = torch.linalg.vector_norm(W_dead_JLD, dim=-1).sum(dim=-1)
+            norms_J = decoder_norms(W_dead_JLD)
             strongest_BK = torch.topk(features_BJ * norms_J.to(features_BJ.dtype), k, dim=-1, sorted=False).indices
         chosen_BK = torch.gather(features_BJ, 1, strongest_BK)
         features_BJ = torch.zeros_like(features_BJ).scatter(1, strongest_BK, chosen_BK)

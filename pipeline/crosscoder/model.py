@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.config.crosscoder import BatchTopk, CrosscoderConfig
 from pipeline.crosscoder.initialization import initial_weights
-from pipeline.crosscoder.sparsity import ACTIVATION_FUNCTIONS, Firing, update_threshold
+from pipeline.crosscoder.sparsity import ACTIVATION_FUNCTIONS, Firing, decoder_norms, update_threshold
 
 
 class Crosscoder(nn.Module):
@@ -44,8 +44,7 @@ class Crosscoder(nn.Module):
 
     def decoder_norms(self) -> Tensor:
         """[F]: the sum over layers of each feature's decoder norms, float32."""
-        norms_FL: Tensor = torch.linalg.vector_norm(self.W_dec_FLD, dim=-1)
-        return norms_FL.sum(dim=-1)
+        return decoder_norms(self.W_dec_FLD)
 
     def pre_activations(self, acts_BLD: Tensor) -> Tensor:
         """[B, F], before the activation function."""
@@ -53,12 +52,12 @@ class Crosscoder(nn.Module):
 
     def fire(self, pre_BF: Tensor) -> Firing:
         """The features as in training: BatchTopK looks at the whole batch."""
-        return self.activation_function.in_training(pre_BF, self.decoder_norms().detach(), self.settings)
+        return self.activation_function.in_training(pre_BF, self.W_dec_FLD, self.settings)
 
     def encode(self, acts_BLD: Tensor) -> Tensor:
         """features_BF at inference: each position alone, by the threshold that training estimated."""
         pre_BF = self.pre_activations(acts_BLD)
-        return self.activation_function.at_inference(pre_BF, self.decoder_norms().detach(), self.threshold, self.settings)
+        return self.activation_function.at_inference(pre_BF, self.W_dec_FLD, self.threshold, self.settings)
 
     def update_threshold(self, smallest_rank: Tensor) -> None:
         """Takes the smallest rank that fired in a training batch into the running average that is the threshold."""

@@ -26,30 +26,36 @@ class Firing(NamedTuple):
 
 class ActivationFunction(NamedTuple):
     in_training: Callable[[Tensor, Tensor, Any], Firing]
-    """(pre_BF, decoder_norms_F, settings) to what fires."""
+    """(pre_BF, W_dec_FLD, settings) to what fires."""
     at_inference: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-    """(pre_BF, decoder_norms_F, threshold, settings) to features_BF."""
+    """(pre_BF, W_dec_FLD, threshold, settings) to features_BF."""
 
 
-def _relu_in_training(pre_BF: Tensor, decoder_norms_F: Tensor, settings: Relu) -> Firing:
+def decoder_norms(W_dec_FLD: Tensor) -> Tensor:
+    """[F]: the sum over layers of each feature's decoder norms, float32."""
+    norms_FL: Tensor = torch.linalg.vector_norm(W_dec_FLD, dim=-1)
+    return norms_FL.sum(dim=-1)
+
+
+def _relu_in_training(pre_BF: Tensor, W_dec_FLD: Tensor, settings: Relu) -> Firing:
     return Firing(torch.relu(pre_BF), None)
 
 
-def _relu_at_inference(pre_BF: Tensor, decoder_norms_F: Tensor, threshold: Tensor, settings: Relu) -> Tensor:
+def _relu_at_inference(pre_BF: Tensor, W_dec_FLD: Tensor, threshold: Tensor, settings: Relu) -> Tensor:
     return torch.relu(pre_BF)
 
 
-def _rank(pre_BF: Tensor, decoder_norms_F: Tensor, settings: BatchTopk) -> Tensor:
+def _rank(pre_BF: Tensor, W_dec_FLD: Tensor, settings: BatchTopk) -> Tensor:
     """[B, F], negative where the pre-activation is; in its precision, since a float32 copy would cost more than the ranking."""
     if settings.rank_by == "activation":
         return pre_BF
-    return pre_BF * decoder_norms_F.to(pre_BF.dtype)
+    return pre_BF * decoder_norms(W_dec_FLD).to(pre_BF.dtype)
 
 
-def _batch_topk_in_training(pre_BF: Tensor, decoder_norms_F: Tensor, settings: BatchTopk) -> Firing:
+def _batch_topk_in_training(pre_BF: Tensor, W_dec_FLD: Tensor, settings: BatchTopk) -> Firing:
     """The k * B highest ranks of the batch fire. Gradients reach what fired and nothing else; ranks carry none."""
     with torch.no_grad():
-        rank = _rank(pre_BF, decoder_norms_F, settings).flatten()
+        rank = _rank(pre_BF, W_dec_FLD, settings).flatten()
         highest = torch.topk(rank, min(settings.k * pre_BF.shape[0], rank.numel()), sorted=False)
         smallest = torch.where(highest.values > 0, highest.values, torch.inf).min().float()
     # With fewer than k * B positive pre-activations some of the highest are zero or below: relu keeps them from firing.
@@ -59,9 +65,9 @@ def _batch_topk_in_training(pre_BF: Tensor, decoder_norms_F: Tensor, settings: B
     return Firing(features_BF, smallest)
 
 
-def _batch_topk_at_inference(pre_BF: Tensor, decoder_norms_F: Tensor, threshold: Tensor, settings: BatchTopk) -> Tensor:
+def _batch_topk_at_inference(pre_BF: Tensor, W_dec_FLD: Tensor, threshold: Tensor, settings: BatchTopk) -> Tensor:
     """A feature fires if its rank is above the threshold, whatever else is in the batch."""
-    fires_BF = _rank(pre_BF.detach(), decoder_norms_F, settings) > threshold
+    fires_BF = _rank(pre_BF.detach(), W_dec_FLD.detach(), settings) > threshold
     return torch.relu(pre_BF) * fires_BF
 
 

@@ -140,8 +140,12 @@ class Trainer:
 
     def _clip_gradients(self) -> Tensor:
         """The norm of all gradients together, before clipping."""
+        parameters = list(self.state.crosscoder.parameters())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         limit = self.config.optimizer.gradient_clip_norm
-        return torch.nn.utils.clip_grad_norm_(self.state.crosscoder.parameters(), float("inf") if limit is None else limit)
+        if limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return norm
 
     def check_finite(self) -> None:
         """Raises `UserError` if any step's loss or gradient was NaN or infinite. Waits for the device."""
