@@ -211,7 +211,7 @@ def _submit_anew(
         slurm_commands.run("scontrol", "uhold", name)
     try:
         record = refreezing.refreeze(run, request.settings, after, site)
-        entries = executor.launch(run, tasks, site=site)
+        entries = executor.launch(run, tasks)
     except BaseException:
         _cancel_new(run, known)
         refreezing.restore(run)

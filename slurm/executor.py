@@ -19,10 +19,9 @@ from typing import Any
 from pipeline.config.errors import UserError
 from pipeline.config.resources import Resources
 from pipeline.config.schema import build
-from pipeline.config.site_file import Site, load_site
 from slurm import slurm_commands, slurm_queries
 from slurm.frozen_task import FrozenTask
-from slurm.run_directory import Json, RunDirectory
+from slurm.run_directory import Json, RunDirectory, list_runs
 
 SUBMITIT_FOLDER = "submitit"
 """Without %a: submitit fails on it after sbatch has succeeded. Without %j: it would make a folder for each array element."""
@@ -31,18 +30,17 @@ LOCAL_TIMEOUT_MIN = 60.0 * 24 * 365
 """submitit's local controller counts from the submission, waiting included; `LocalQueue` keeps the time limit itself."""
 
 
-def launch(run: RunDirectory, tasks: Sequence[int], *, site: Site | None = None) -> list[Json]:
+def launch(run: RunDirectory, tasks: Sequence[int]) -> list[Json]:
     """Submits `tasks` of a frozen run to its executor and records the jobs; gives the entries added to job.json.
 
     A run that waits for others (`after`) is told to. Raises `UserError` with what the queue said when it refuses.
     """
     job = run.job()
-    site = site or load_site()
     launcher = {"local": _launch_local, "slurm": _launch_slurm}.get(job["executor"])
     if launcher is None:
         raise UserError(f"{run.reference} is of executor {job['executor']}, which has no queue")
     entries = []
-    for entry in launcher(run, list(tasks), job, site):
+    for entry in launcher(run, list(tasks), job):
         job = run.job()
         job["jobs"].append(entry)
         run.write_job(job)
@@ -53,7 +51,7 @@ def launch(run: RunDirectory, tasks: Sequence[int], *, site: Site | None = None)
 # -- local --------------------------------------------------------------------------------------------------------
 
 
-def _launch_local(run: RunDirectory, tasks: list[int], job: Json, site: Site) -> Iterator[Json]:
+def _launch_local(run: RunDirectory, tasks: list[int], job: Json) -> Iterator[Json]:
     """One process of submitit's local executor, which works on the tasks `max_parallel` (default 1) at a time.
 
     submitit would start all tasks of an array at once.
@@ -119,7 +117,7 @@ def signal_delay_s(timeout_min: int) -> int:
 # -- Slurm --------------------------------------------------------------------------------------------------------
 
 
-def _launch_slurm(run: RunDirectory, tasks: list[int], job: Json, site: Site) -> Iterator[Json]:
+def _launch_slurm(run: RunDirectory, tasks: list[int], job: Json) -> Iterator[Json]:
     """One `sbatch` for all tasks; several where MaxArraySize is lower than their number."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -127,7 +125,7 @@ def _launch_slurm(run: RunDirectory, tasks: list[int], job: Json, site: Site) ->
     for first in range(0, len(tasks), size):
         chunk = tasks[first : first + size]
         with _submission_environment({}):
-            executor = slurm_executor(run, job, site)  # a new one each time: submitit can't unset a parameter
+            executor = slurm_executor(run, job)  # a new one each time: submitit can't unset a parameter
             try:
                 submitted = executor.submit_array([FrozenTask(str(run.path), task) for task in chunk])
             except (FailedJobError, FailedSubmissionError, OSError) as error:
@@ -137,7 +135,7 @@ def _launch_slurm(run: RunDirectory, tasks: list[int], job: Json, site: Site) ->
         yield {"id": array_id, "tasks": chunk, "array": len(chunk) > 1, "submitted": time.time(), "sbatch": text}
 
 
-def slurm_executor(run: RunDirectory, job: Json, site: Site) -> Any:
+def slurm_executor(run: RunDirectory, job: Json) -> Any:
     """submitit's executor with every parameter of the run's job."""
     import submitit
 
@@ -145,11 +143,11 @@ def slurm_executor(run: RunDirectory, job: Json, site: Site) -> Any:
     if not slurm_commands.is_installed("srun"):
         raise UserError("Slurm is not installed on this machine (no srun on PATH); use --executor local, or submit from a login node")
     executor = submitit.SlurmExecutor(folder=run.path / SUBMITIT_FOLDER)
-    executor.update_parameters(**slurm_parameters(run, job, resources, site))
+    executor.update_parameters(**slurm_parameters(run, job, resources))
     return executor
 
 
-def slurm_parameters(run: RunDirectory, job: Json, resources: Resources, site: Site) -> dict[str, Any]:
+def slurm_parameters(run: RunDirectory, job: Json, resources: Resources) -> dict[str, Any]:
     """submitit's parameters for a job of this run; those that are None are left to the cluster."""
     frozen = [f"export {name}={shlex.quote(value)}" for name, value in frozen_variables(run).items()]
     gpus = f"gpu:{resources.gpu_type}:{resources.gpus}" if resources.gpu_type else f"gpu:{resources.gpus}"
@@ -172,7 +170,7 @@ def slurm_parameters(run: RunDirectory, job: Json, resources: Resources, site: S
         "dependency": dependency([RunDirectory(Path(path)) for path in job["after"]]),
         "array_parallelism": resources.max_parallel or resources.array_tasks,
         "stderr_to_stdout": True,
-        "setup": ["set -e", *site.setup, *frozen],
+        "setup": ["set -e", *job["setup"], *frozen],
         # srun of Slurm 22.05 and 23.02 does not read SLURM_CPUS_PER_TASK; a process that dies must end the others, which wait for it
         "srun_args": [f"--cpus-per-task={resources.cpus}", "--kill-on-bad-exit=1"],
         "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", "chdir": str(run.path)},
@@ -199,10 +197,26 @@ def dependency(parents: Sequence[RunDirectory]) -> str | None:
     return "afterok:" + ":".join(dict.fromkeys(ids)) if ids else None
 
 
-def submission_text(run: RunDirectory, site: Site) -> str:
+def let_wait_again(parent: RunDirectory) -> list[str]:
+    """Makes the queued jobs that wait for `parent` wait for its newest jobs; gives their ids."""
+    moved = []
+    for child in list_runs(parent.path.parents[2]):
+        job = child.job()
+        if str(parent.path) not in job["after"] or job["executor"] != "slurm" or not job["jobs"]:
+            continue
+        wanted = dependency([RunDirectory(Path(path)) for path in job["after"]])
+        for entry in job["jobs"] if wanted else []:
+            state = slurm_commands.run("squeue", "-h", "-t", "pending", "-j", str(entry["id"]), "-o", "%T")
+            if state.strip():
+                slurm_commands.run("scontrol", "update", f"jobid={entry['id']}", f"dependency={wanted}")
+                moved.append(str(entry["id"]))
+    return moved
+
+
+def submission_text(run: RunDirectory) -> str:
     """The sbatch script that submitting the run would write, without the array line that submitit adds."""
     with _submission_environment({}):
-        executor = slurm_executor(run, run.job(), site)
+        executor = slurm_executor(run, run.job())
         return str(executor._make_submission_file_text(executor._submitit_command_str, "dry-run"))
 
 

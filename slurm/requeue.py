@@ -4,15 +4,12 @@ Slurm itself requeues a preempted job where the partition's mode is REQUEUE. It 
 preemption cancels: there the job sees to it before it ends.
 """
 
-from typing import TYPE_CHECKING
+from enum import Enum
 
 from pipeline.config.errors import UserError
-from slurm import slurm_commands
-from slurm.run_directory import Json
-
-if TYPE_CHECKING:
-    from slurm.job_process import Process
-    from slurm.run_directory import RunDirectory
+from slurm import executor, slurm_commands, slurm_values
+from slurm.job_process import Process
+from slurm.run_directory import Json, RunDirectory
 
 MAX_ATTEMPTS = 100
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
@@ -20,7 +17,7 @@ SLURM_TIMEOUT_S = 20.0
 """Short: Slurm kills a preempted job when its grace time is over."""
 
 
-def go_on_later(run: "RunDirectory", task: int, process: "Process") -> str:
+def go_on_later(run: RunDirectory, task: int, process: Process) -> str:
     """Sees to it that the stopped task is taken up again, if something has to be done; says in words what comes next."""
     by_hand = f"`crosscoder submit --resume {run.reference}` goes on from there"
     if process.executor != "slurm":
@@ -28,36 +25,53 @@ def go_on_later(run: "RunDirectory", task: int, process: "Process") -> str:
     if reason := leads_nowhere(run.attempts(task), run.progress(task)):
         return f"not requeued: {reason}; {by_hand}"
     try:
-        state = job_state(process.job)
-    except UserError as error:
-        return f"Slurm did not say what becomes of job {process.job} ({error}); {by_hand}"
-    if state == "RUNNING":
-        try:
+        fate = fate_of(slurm_commands.run("scontrol", "-o", "show", "job", process.job, timeout_s=SLURM_TIMEOUT_S), process.restart)
+        if fate is Fate.RUNNING:
             slurm_commands.run("scontrol", "requeue", process.job, timeout_s=SLURM_TIMEOUT_S)
-        except UserError as error:
-            return _submit_anew(run, task, f"Slurm refused to requeue ({error})", by_hand)
-        return f"requeued as job {process.job}"
-    if state == "PREEMPTED":  # preemption that cancels; one that requeues shows PENDING or COMPLETING
-        return _submit_anew(run, task, "preemption cancels jobs here", by_hand)
-    if state == "CANCELLED":
+            return f"requeued as job {process.job}"
+    except UserError as error:
+        return _submit_anew(run, task, f"Slurm would not requeue job {process.job} ({error})", by_hand)
+    if fate is Fate.REQUEUED:
+        return f"Slurm requeues job {process.job} itself"
+    if fate is Fate.CANCELLED:
         return f"job {process.job} was cancelled; {by_hand}"
-    return f"left to Slurm, where job {process.job} is {state}"
+    return _submit_anew(run, task, f"Slurm ended job {process.job}: {fate.value}", by_hand)
 
 
-def job_state(job: str) -> str:
-    """The state of one job, as squeue names it."""
-    lines = slurm_commands.run("squeue", "-h", "-a", "-t", "all", "-j", job, "-o", "%T", timeout_s=SLURM_TIMEOUT_S).split()
-    return lines[0] if lines else "gone"
+class Fate(Enum):
+    """What Slurm does to a job that was told to stop."""
+
+    RUNNING = "it runs"
+    REQUEUED = "it will be started again"
+    PREEMPTED = "preemption cancels here"
+    TIMED_OUT = "its time limit is over"
+    CANCELLED = "somebody cancelled it"
 
 
-def _submit_anew(run: "RunDirectory", task: int, why: str, by_hand: str) -> str:
-    from slurm import executor
+def fate_of(text: str, restart: int) -> Fate:
+    """From what `scontrol show job` says to a process of the job's attempt number `restart`.
 
+    A job being ended reads COMPLETING whatever becomes of it. A requeued one has one restart more; a preempted one that
+    is not requeued has a preemption time.
+    """
+    details = slurm_values.parse_records(text)[0]
+    if details.get("JobState") in ("RUNNING", "SIGNALING"):
+        return Fate.RUNNING
+    if details.get("JobState") == "PENDING" or int(details.get("Restarts") or 0) > restart:
+        return Fate.REQUEUED
+    if slurm_values.present(details.get("PreemptTime")):
+        return Fate.PREEMPTED
+    ran, limit = slurm_values.seconds(details.get("RunTime", "")), slurm_values.seconds(details.get("TimeLimit", ""))
+    return Fate.TIMED_OUT if ran is not None and limit is not None and ran >= limit else Fate.CANCELLED
+
+
+def _submit_anew(run: RunDirectory, task: int, why: str, by_hand: str) -> str:
     try:
-        entries = executor.launch(run, [task])
+        (entry,) = executor.launch(run, [task])
+        waiting = executor.let_wait_again(run)
     except (UserError, OSError) as error:
         return f"{why}, and a new submission failed: {error}; {by_hand}"
-    return f"{why}: submitted anew as job {entries[0]['id']}"
+    return f"{why}; submitted anew as job {entry['id']}" + (f", for which {', '.join(waiting)} wait now" if waiting else "")
 
 
 def leads_nowhere(attempts: list[Json], progress: Json | None) -> str | None:

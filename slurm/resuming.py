@@ -12,7 +12,7 @@ WAITING_STATES = ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING"
 """Of jobs that Slurm has not done with."""
 
 
-def resume(run: RunDirectory, site: Site) -> None:
+def resume(run: RunDirectory) -> None:
     """Queues again what of `run` has not finished, or works on it here if that is how it was started.
 
     Raises `UserError` when all has finished, or when a task is queued or being worked on: one at a time.
@@ -33,7 +33,7 @@ def resume(run: RunDirectory, site: Site) -> None:
         raise SystemExit(run_frozen_here(run, left))
     for task in left:
         (run.task_directory(task) / "result.json").unlink(missing_ok=True)
-    entries = executor.launch(run, left, site=site)
+    entries = executor.launch(run, left)
     print(f"run {run.path}\njob {' '.join(str(entry['id']) for entry in entries)}: {len(left)} of {job['num_tasks']} task(s)", flush=True)
 
 
@@ -74,5 +74,5 @@ def rerun(origin: RunDirectory, changes: Sequence[str], executor_name: str | Non
         from slurm.foreground import run_frozen_here
 
         raise SystemExit(run_frozen_here(run, range(run.num_tasks)))
-    entries = executor.launch(run, range(run.num_tasks), site=site)
+    entries = executor.launch(run, range(run.num_tasks))
     print(f"job {' '.join(str(entry['id']) for entry in entries)}", flush=True)

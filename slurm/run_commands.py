@@ -72,7 +72,7 @@ def submit(
     if resume is not None:
         if arguments:
             raise typer.BadParameter("--resume takes the run as it is: give no configuration with it")
-        resuming.resume(find(resume, site.runs.absolute()), site)
+        resuming.resume(find(resume, site.runs.absolute()))
         return
     if not arguments:
         raise typer.BadParameter("name a configuration, for example configs/demo/train.yaml")
@@ -88,7 +88,7 @@ def submit(
     elif executor is Executor.debug:
         run_here(planned)
     else:
-        queue(planned, site, as_json=as_json)
+        queue(planned, as_json=as_json)
 
 
 def rerun(
@@ -143,7 +143,7 @@ def check_queue(parsed: Sequence[tuple[str, StageConfig]]) -> str:
 # -- what becomes of a plan -----------------------------------------------------------------------------------------
 
 
-def queue(planned: "Sequence[Planned]", site: Site, *, as_json: bool = False) -> None:
+def queue(planned: "Sequence[Planned]", *, as_json: bool = False) -> None:
     """Submits the planned runs and prints run directory and job id of each.
 
     If the queue refuses one, it and those after it are deleted, unless some of its tasks are queued already.
@@ -157,7 +157,7 @@ def queue(planned: "Sequence[Planned]", site: Site, *, as_json: bool = False) ->
             rows.append({"stage": item.config.stage, "name": item.config.name, "skipped": item.skipped})
         else:
             try:
-                entries = executor.launch(item.run, list(range(item.run.num_tasks)), site=site)
+                entries = executor.launch(item.run, list(range(item.run.num_tasks)))
             except BaseException:
                 for rest in planned[position:]:
                     if rest.run is not None and not rest.run.job()["jobs"]:
@@ -192,7 +192,7 @@ def show_dry_run(planned: "Sequence[Planned]", site: Site) -> None:
             job = item.run.job()
             print(f"# {item.config.stage} {item.config.name}: {job['num_tasks']} task(s), executor {job['executor']}")
             if job["executor"] == "slurm":
-                print(executor.submission_text(item.run, site))
+                print(executor.submission_text(item.run))
             own = {other.run for other in planned}
             earlier = [run for run in list_runs(site.runs.absolute(), item.config.stage, item.config.name) if run not in own]
             if not earlier:

@@ -23,6 +23,8 @@ job.json, written when the run is frozen and when something about its submission
      "submitted": 1795424130.5, "submitted_by": "ana@login1", "submitted_from": "/home/ana/crosscoder",
      "command": ["crosscoder", "submit", "configs/demo/train.yaml"],
      "resources": {"gpus": 1, "timeout_min": 60, ...},        as in config.yaml
+     "setup": ["module load cuda"],            the site's shell lines that a job begins with
+     "config_hash": "77d0...", "code_hash": "5b1e...",        of config.yaml and code/
      "num_tasks": 4,
      "after": ["/runs/cache/demo/20261123-091529-x2aa"],      runs that must finish first
      "jobs": [{"id": "1042", "tasks": [0, 1, 2, 3], "array": true, "submitted": 1795424130.9, "sbatch": "#!/bin/bash\n..."}],

@@ -104,6 +104,7 @@ class Freezer:
                 "command": self.command,
                 "config_hash": records.hash_file(run.path / "config.yaml"),
                 "code_hash": code["hash"],
+                "setup": self.site.setup,
                 "resources": config.resources.resolved(),
                 "num_tasks": config.resources.array_tasks,
                 "after": [str(parent.path) for parent in after],

@@ -75,15 +75,18 @@ def _attempt(run: RunDirectory, task: int, process: job_process.Process, *, froz
     view = Run(here, stage=run.config_values()["stage"], task=task, num_tasks=run.num_tasks)
     with _stop_on_signals(view, interactive=interactive):
         ending = _guarded(lambda: _run_stage(run, view, frozen=frozen))
-    next_step = "stays as it is"
-    if ending.status == "stopped":
-        view.say(f"stopped after {duration(time.time() - started)}: {ending.error}; what was done is saved")
-    record = {"status": ending.status, "started": started, "ended": time.time(), **identity, "error": ending.error, "result": ending.result}
-    records.write_json(here / "result.json", record)
-    if ending.status == "stopped":
-        next_step = go_on_later(run, task, process)
-        view.say(next_step)
-    append_line(here / "attempts.jsonl", {"event": "end", "time": time.time(), **identity, "status": ending.status, "next": next_step})
+        if ending.status == "stopped":
+            ending = _failure_beside(here, identity) or ending
+        if ending.status == "stopped":
+            view.say(f"stopped after {duration(time.time() - started)}: {ending.error}; what was done is saved")
+        record = {"status": ending.status, "started": started, "ended": time.time(), **identity}
+        records.write_json(here / "result.json", record | {"error": ending.error, "result": ending.result})
+        next_step = "stays as it is"
+        if ending.status == "stopped":
+            with _children_ignore_signals():
+                next_step = go_on_later(run, task, process)
+            view.say(next_step)
+        append_line(here / "attempts.jsonl", {"event": "end", "time": time.time(), **identity, "status": ending.status, "next": next_step})
     return ending.exit_code
 
 
@@ -162,6 +165,20 @@ def _stop_on_signals(view: Run, *, interactive: bool) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _children_ignore_signals() -> Iterator[None]:
+    """Lets scontrol and sbatch finish: Slurm sends its SIGTERM, more than once, to every process of a step it ends.
+
+    A program inherits which signals are ignored.
+    """
+    former = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
 def work_logged(directory: Path, task: int) -> int:
     """`work`, with all that this process and its children print going to the task's own log."""
     here = RunDirectory(directory).task_directory(task)
@@ -197,12 +214,22 @@ def _point_output_to(output: int, errors: int) -> None:
 def work_beside(directory: Path, task: int, process: job_process.Process) -> int:
     """Runs the stage as one of the further processes of a multi-process task; the process of rank 0 keeps the records."""
     run = RunDirectory(directory)
-    view = Run(
-        run.task_directory(task) / "ranks" / str(process.rank), stage=run.config_values()["stage"], task=task, num_tasks=run.num_tasks
-    )
+    here = run.task_directory(task) / "ranks" / str(process.rank)
+    view = Run(here, stage=run.config_values()["stage"], task=task, num_tasks=run.num_tasks)
     with _stop_on_signals(view, interactive=False):
         ending = _guarded(lambda: _run_stage(run, view, frozen=True))
+    if ending.status == "failed":
+        records.write_json(here / "failure.json", {"job": process.job, "restart": process.restart, "error": ending.error})
     return 0 if ending.status == "stopped" else ending.exit_code  # a failing exit would take rank 0 down before it has saved
+
+
+def _failure_beside(here: Path, identity: dict[str, Any]) -> Ending | None:
+    """The failure of another process of this task and attempt: why Slurm told this one to stop."""
+    for path in sorted((here / "ranks").glob("*/failure.json")):
+        failure = records.read_json(path)
+        if {key: failure[key] for key in identity} == identity:
+            return Ending("failed", CRASH_CODE, error=f"process {path.parent.name}: {failure['error']}")
+    return None
 
 
 def main() -> None:

@@ -65,7 +65,10 @@ def run(config, run):
             raise UserError(f"the toy fails at step {step}, as it was told")
         if config.crash_at == step:
             raise RuntimeError("the toy crashes")
-        time.sleep(config.step_seconds)
+        until = time.monotonic() + config.step_seconds
+        while time.monotonic() < until:
+            run.check_stop()
+            time.sleep(0.02)
         records.write_json(state, {"step": step + 1})
         run.report("count", step + 1, config.steps, unit="steps", done=True)
     if config.output is not None:

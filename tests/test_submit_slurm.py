@@ -1,0 +1,334 @@
+"""Submission to a real, private Slurm: what reaches a job, what survives, what is refused."""
+
+import dataclasses
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from toy_project import ToyProject
+
+from slurm.cluster import faults, layout
+from slurm.cluster.daemons import PrivateCluster
+from slurm.run_directory import RunDirectory
+
+pytestmark = pytest.mark.slurm
+
+PATIENCE_SECONDS = 60.0
+LOW = "{cpus: 8, partition: low, node: n2}"
+
+
+class Queue:
+    """A toy project that submits to the private cluster."""
+
+    def __init__(self, project: ToyProject, cluster: PrivateCluster) -> None:
+        self.project = project
+        self.cluster = cluster
+
+    def submit(self, *arguments: str, expect: int = 0, **variables: str) -> list[RunDirectory]:
+        done = self.project.crosscoder("submit", *arguments, SLURM_CONF=str(self.cluster.configuration), **variables)
+        assert done.returncode == expect, done.stdout + done.stderr
+        self.said = done.stdout + done.stderr
+        return [RunDirectory(Path(path)) for path in re.findall(r"^run (.*)$", done.stdout, re.M)]
+
+    def job(self, run: RunDirectory) -> str:
+        return str(run.job()["jobs"][-1]["id"])
+
+    def slurm_state(self, job: str) -> str:
+        return self.cluster.command("squeue", "-h", "-a", "-r", "-t", "all", "-j", job, "-o", "%T").split()[0]
+
+    def detail(self, job: str) -> str:
+        return self.cluster.command("scontrol", "show", "job", "-o", job)
+
+
+def wait_until(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not holds():
+        assert time.monotonic() < deadline, f"{what}: not within {PATIENCE_SECONDS} s"
+        time.sleep(0.1)
+
+
+def finished(run: RunDirectory) -> bool:
+    return run.state() == "finished"
+
+
+def at_step(run: RunDirectory, step: int) -> bool:
+    progress = run.progress()
+    return progress is not None and progress["step"] >= step
+
+
+@pytest.fixture
+def queue(tmp_path: Path, cluster: PrivateCluster) -> Iterator[Queue]:
+    yield Queue(ToyProject(tmp_path), cluster)
+    cluster.command("scancel", "--me")
+
+
+def test_a_job_runs_the_frozen_code_though_the_checkout_is_edited_while_it_waits(queue: Queue) -> None:
+    config = queue.project.config()
+    (run,) = queue.submit(config, "--node", "n1", "steps=2", "resources.cpus=1")
+    program = queue.project.root / "pipeline/stages/toy.py"
+    program.write_text(program.read_text().replace('"hello"', '"edited"'))
+    (queue.project.root / config).write_text("broken")
+    wait_until(lambda: finished(run), "the job")
+    (log,) = run.log_files()
+    assert f"hello from {run.code / 'pipeline/stages/toy.py'} at step 0" in log.read_text()
+    assert queue.detail(queue.job(run)).count("ReqNodeList=n1") == 1
+
+
+def test_a_job_gets_its_gpu_and_not_another_jobs(queue: Queue) -> None:
+    config = queue.project.config(step_seconds=0.5)
+    runs = [queue.submit(config, f"name=g{i}", "--node", "n1", "resources.gpus=1", "resources.gpu_type=h200")[0] for i in range(2)]
+    wait_until(lambda: all(finished(run) for run in runs), "both jobs")
+    assert sorted(str((run.result() or {})["result"]["gpus"]) for run in runs) == ["0", "1"]
+
+
+def test_the_callers_slurm_variables_do_not_leak_into_a_submission(queue: Queue) -> None:
+    leaks = {"SBATCH_PARTITION": "low", "SBATCH_TIMELIMIT": "7", "SLURM_MEM_PER_CPU": "1", "SLURM_ARRAY_JOB_ID": "1", "SLURM_JOB_ID": "1"}
+    (run,) = queue.submit(queue.project.config(), **leaks)
+    detail = queue.detail(queue.job(run))
+    assert "Partition=main" in detail
+    assert "TimeLimit=01:00:00" in detail
+    wait_until(lambda: finished(run), "the job")
+
+
+def test_the_job_carries_its_run_in_its_comment_and_its_script_in_the_record(queue: Queue) -> None:
+    (run,) = queue.submit(queue.project.config())
+    comment = queue.cluster.command("squeue", "-h", "-t", "all", "-j", queue.job(run), "-o", "%k").strip()
+    assert json.loads(comment) == {"run": run.reference, "directory": str(run.path)}
+    assert "#SBATCH --requeue" in run.job()["jobs"][0]["sbatch"]
+
+
+def test_a_chain_runs_in_order_and_binds_what_it_makes(queue: Queue) -> None:
+    first = queue.project.config("first", output="data/first")
+    second = queue.project.config("second", data="data/first", output="data/second")
+    runs = queue.submit(first, second)
+    assert runs[1].inputs()["data"] == {"path": str(queue.project.root / "data/first"), "kind": "pending", "made_by": str(runs[0].path)}
+    wait_until(lambda: all(finished(run) for run in runs), "the chain")
+    made = json.loads((queue.project.root / "data/first/manifest.json").read_text())["data_id"]
+    assert runs[1].inputs()["data"]["data_id"] == made
+    assert queue.submit(first, second) == []
+    assert queue.said.count("skipped") == 2
+
+
+def test_a_failed_stage_cancels_what_waits_for_it(queue: Queue) -> None:
+    first = queue.project.config("first", fail_at=1, output="data/first")
+    second = queue.project.config("second", data="data/first")
+    runs = queue.submit(first, second)
+    wait_until(lambda: queue.slurm_state(queue.job(runs[1])) == "CANCELLED", "the second job's end")
+    assert (runs[0].result() or {})["error"] == "the toy fails at step 1, as it was told"
+    assert runs[1].result() is None
+
+
+def test_an_array_has_a_directory_and_a_log_a_task_and_resuming_redoes_only_what_is_missing(queue: Queue) -> None:
+    (run,) = queue.submit(queue.project.config(), "resources.array_tasks=4", "resources.max_parallel=2")
+    assert "ArrayTaskThrottle=2" in queue.detail(queue.job(run))
+    wait_until(lambda: finished(run), "the array")
+    assert [(run.result(task) or {})["result"]["task"] for task in range(4)] == [0, 1, 2, 3]
+    assert all(len(run.log_files(task)) == 1 for task in range(4))
+    wait_until(lambda: queue.slurm_state(f"{queue.job(run)}_2") == "COMPLETED", "Slurm's end of task 2")
+    (run.task_directory(2) / "result.json").unlink()
+    queue.submit("--resume", str(run.path))
+    assert run.job()["jobs"][-1]["tasks"] == [2]
+    wait_until(lambda: finished(run), "task 2 again")
+    assert [len(run.log_files(task)) for task in range(4)] == [1, 1, 2, 1]
+    queue.submit("--resume", str(run.path), expect=1)
+    assert "has finished; `crosscoder rerun" in queue.said
+
+
+def test_a_run_that_is_queued_is_not_queued_again(queue: Queue) -> None:
+    (run,) = queue.submit(queue.project.config(step_seconds=5.0))
+    queue.submit("--resume", str(run.path), expect=1)
+    assert f"is queued or being worked on as job {queue.job(run)}" in queue.said
+
+
+def test_what_the_cluster_cannot_give_is_refused_before_anything_is_queued(queue: Queue) -> None:
+    config = queue.project.config()
+    for change, sentence in (
+        ("resources.partition=nosuch", "resources.partition is nosuch, but this cluster has main, low, short"),
+        ("resources.node=n9", "resources.node is n9, but partition main has no such node"),
+        ("resources.gpus=3", "resources.gpus is 3 (GPUs on each of 1 nodes), but main has 1 x a100 on n3, 2 x h200 on n1"),
+        ("resources.gpu_type=h100", None),
+        ("resources.cpus=9", "resources.cpus is 9 for 1 processes, but nodes of main have 8 cores"),
+        ("resources.mem_gb=99", "resources.mem_gb is 99, but nodes of main have 15.6"),
+        ("resources.nodes=4", "resources.nodes is 4, but main has 3"),
+    ):
+        if sentence is None:
+            queue.submit(config, change, "resources.gpus=1", expect=1)
+        else:
+            queue.submit(config, change, expect=1)
+            assert sentence in queue.said
+    queue.submit(config, "resources.partition=short", "resources.timeout_min=61", expect=1)
+    assert "resources.timeout_min is 61, but jobs in short may take 60 minutes" in queue.said
+    queue.submit(config, "resources.constraint=nosuch", expect=1)
+    assert 'sbatch exited 1: "Batch job submission failed: Invalid feature specification"' in queue.said
+    assert not list(queue.project.runs.glob("toy/*/*"))
+
+
+def test_a_preempted_job_saves_is_requeued_and_goes_on(queue: Queue) -> None:
+    low = queue.project.config("low", steps=40, step_seconds=0.2)
+    (run,) = queue.submit(low, "--partition", "low", "resources.cpus=8", "--node", "n2")
+    wait_until(lambda: at_step(run, 3), "the first steps")
+    (high,) = queue.submit(queue.project.config("high"), "resources.cpus=8", "--node", "n2")
+    wait_until(lambda: finished(high), "the job that preempts")
+    saved = (run.progress() or {})["step"]
+    assert 3 <= saved < 40
+    wait_until(lambda: finished(run), "the preempted job")
+    lines = run.attempts()
+    assert [line["status"] for line in lines if line["event"] == "end"] == ["stopped", "finished"]
+    assert len({line["job"] for line in lines}) == 1
+    assert [line["restart"] for line in lines if line["event"] == "start"] == [0, 1]
+    assert f"at step {saved}" in run.log_files()[-1].read_text()
+
+
+def test_any_signal_to_stop_and_a_requeue_by_hand_save_and_go_on(queue: Queue) -> None:
+    ways = {"term": "--signal=TERM", "usr1": "--signal=USR1", "usr2": "--signal=USR2"}
+    runs = {name: queue.submit(queue.project.config(name, steps=15, step_seconds=0.2))[0] for name in (*ways, "byhand")}
+    wait_until(lambda: all(at_step(run, 2) for run in runs.values()), "the first steps")
+    for name, signal in ways.items():
+        queue.cluster.command("scancel", signal, queue.job(runs[name]))
+    queue.cluster.command("scontrol", "requeue", queue.job(runs["byhand"]))
+    wait_until(lambda: all(finished(run) for run in runs.values()), "the second attempts")
+    for name, run in runs.items():
+        ends = [(line["status"], line["next"]) for line in run.attempts() if line["event"] == "end"]
+        by = f"Slurm requeues job {queue.job(run)} itself" if name == "byhand" else f"requeued as job {queue.job(run)}"
+        assert ends == [("stopped", by), ("finished", "stays as it is")]
+
+
+def test_where_preemption_cancels_the_job_submits_itself_anew_and_is_waited_for(queue: Queue) -> None:
+    queue.cluster.command("scontrol", "update", "partitionname=low", "preemptmode=cancel", "gracetime=0")
+    try:
+        first = queue.project.config(
+            "first", steps=25, step_seconds=0.2, output="data/first", resources="{cpus: 8, partition: low, node: n2}"
+        )
+        second = queue.project.config("second", data="data/first")
+        runs = queue.submit(first, second)
+        wait_until(lambda: at_step(runs[0], 3), "the first steps")
+        (high,) = queue.submit(queue.project.config("high"), "resources.cpus=8", "--node", "n2")
+        wait_until(lambda: finished(high), "the job that preempts")
+        wait_until(lambda: finished(runs[0]), "the job submitted anew")
+        old, new = [entry["id"] for entry in runs[0].job()["jobs"]]
+        end = next(line for line in runs[0].attempts() if line["event"] == "end")
+        assert end["next"].startswith(f"Slurm ended job {old}: preemption cancels here; submitted anew as job {new}")
+        wait_until(lambda: finished(runs[1]), "the run that waits for it")
+    finally:
+        queue.cluster.command("scontrol", "update", "partitionname=low", "preemptmode=requeue", "gracetime=20")
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(queue: Queue) -> None:
+    (run,) = queue.submit(queue.project.config(steps=100, step_seconds=0.2))
+    wait_until(lambda: at_step(run, 2), "the first steps")
+    queue.cluster.command("scancel", queue.job(run))
+    wait_until(lambda: run.state() == "stopped", "the stop")
+    wait_until(lambda: queue.slurm_state(queue.job(run)) == "CANCELLED", "Slurm's word of it")
+    assert "was cancelled; `crosscoder submit --resume" in run.attempts()[-1]["next"]
+    queue.submit("--resume", str(run.path))
+    wait_until(lambda: at_step(run, 4), "the run to go on")
+
+
+def test_a_job_whose_node_dies_goes_on_elsewhere(queue: Queue) -> None:
+    (run,) = queue.submit(queue.project.config(steps=20, step_seconds=0.2), "resources.constraint=null")
+    wait_until(lambda: at_step(run, 2), "the first steps")
+    node = queue.cluster.command("squeue", "-h", "-j", queue.job(run), "-o", "%N").strip()
+    faults.crash(queue.cluster, node)
+    try:
+        wait_until(lambda: finished(run), "the job's second attempt")
+    finally:
+        faults.revive(queue.cluster, node)
+    starts = [line for line in run.attempts() if line["event"] == "start"]
+    assert [line["restart"] for line in starts] == [0, 1]
+    assert "at step 0" not in run.log_files()[-1].read_text().splitlines()[-1]
+
+
+def test_a_job_that_slurm_runs_twice_has_one_holder(queue: Queue) -> None:
+    """slurmd dies and its job runs on: the attempt that Slurm starts elsewhere takes over, and the first one ends."""
+    (run,) = queue.submit(queue.project.config(steps=200, step_seconds=0.2))
+    wait_until(lambda: at_step(run, 2), "the first steps")
+    node = queue.cluster.command("squeue", "-h", "-j", queue.job(run), "-o", "%N").strip()
+    faults.lose_contact(queue.cluster, node)
+    queue.cluster.command("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+    try:
+        wait_until(lambda: sum(line["event"] == "start" for line in run.attempts()) == 2, "the second attempt")
+        first, second = [line for line in run.attempts() if line["event"] == "start"]
+        wait_until(lambda: not Path(f"/proc/{first['pid']}").exists(), "the end of the first")
+        assert json.loads((run.path / "lock.json").read_text())["pid"] == second["pid"]
+        assert "took it over; this process ends without saving" in "".join(log.read_text() for log in run.log_files())
+    finally:
+        faults.revive(queue.cluster, node)
+
+
+def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(queue: Queue) -> None:
+    (run,) = queue.submit(queue.project.config(steps=3, step_seconds=60.0))
+
+    def count(event: str) -> int:
+        return sum(line["event"] == event for line in run.attempts())
+
+    for attempt in (1, 2, 3):
+        wait_until(lambda attempt=attempt: count("start") == attempt and bool(run.log_files()), "an attempt")
+        wait_until(lambda attempt=attempt: run.log_files()[-1].read_text().count("at step 0") == attempt, "the stage")
+        queue.cluster.command("scancel", "--signal=USR2", queue.job(run))
+        wait_until(lambda attempt=attempt: count("end") == attempt, "its end")
+    assert run.attempts()[-1]["next"].startswith("not requeued: its last 3 attempts got no further than the start")
+
+
+def test_a_queued_job_whose_run_directory_was_deleted_runs_nothing(queue: Queue) -> None:
+    (blocker,) = queue.submit(queue.project.config("blocker", steps=100, step_seconds=0.2), "--node", "n3", "resources.cpus=8")
+    (run,) = queue.submit(queue.project.config(), "--node", "n3")
+    shutil.rmtree(run.path)
+    queue.cluster.command("scancel", queue.job(blocker))
+    job = re.findall(r"^job (\d+)", queue.said, re.M)[0]
+    wait_until(lambda: queue.slurm_state(job) in ("FAILED", "CANCELLED"), "the job's failure")
+    assert not run.path.exists() or not list(run.path.rglob("result.json"))
+
+
+def test_processes_of_a_job_form_a_group_though_their_nodes_names_do_not_resolve(queue: Queue) -> None:
+    program = queue.project.root / "pipeline/stages/toy.py"
+    program.write_text(
+        "import torch\n"
+        "import torch.distributed as dist\n"
+        "def run(config, run):\n"
+        "    dist.init_process_group('gloo')\n"
+        "    ranks = torch.tensor([float(dist.get_rank() + 1)])\n"
+        "    dist.all_reduce(ranks)\n"
+        "    dist.destroy_process_group()\n"
+        "    return {'sum': float(ranks)}\n"
+    )
+    (run,) = queue.submit(queue.project.config(), "resources.nodes=2")
+    wait_until(lambda: finished(run), "the job")
+    assert (run.result() or {})["result"] == {"sum": 3.0}
+
+
+def test_a_process_that_fails_ends_the_others_and_the_run_is_failed(queue: Queue) -> None:
+    program = queue.project.root / "pipeline/stages/toy.py"
+    program.write_text(
+        "import os, time\n"
+        "def run(config, run):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise RuntimeError('rank 1 crashes')\n"
+        "    while True:\n"
+        "        run.check_stop()\n"
+        "        time.sleep(0.05)\n"
+    )
+    (run,) = queue.submit(queue.project.config(), "resources.tasks_per_node=2")
+    wait_until(lambda: run.state() == "failed", "the failure")
+    assert (run.result() or {})["error"] == "process 1: RuntimeError: rank 1 crashes"
+    wait_until(lambda: queue.slurm_state(queue.job(run)) == "FAILED", "Slurm's word of it")
+
+
+def test_a_thousand_tasks_are_one_sbatch(queue: Queue) -> None:
+    (run,) = queue.submit(queue.project.config(), "resources.array_tasks=1000", "resources.max_parallel=1")
+    (entry,) = run.job()["jobs"]
+    queue.cluster.command("scancel", entry["id"])
+    assert entry["tasks"] == list(range(1000))
+    assert "#SBATCH --array=0-999%1" in entry["sbatch"]
+
+
+def test_an_array_is_split_where_the_cluster_takes_only_small_ones(tmp_path: Path, start_cluster: Callable[..., PrivateCluster]) -> None:
+    small = start_cluster(layout.pretended(dataclasses.replace(layout.TEST_POLICY, max_array_size=3)))
+    queue = Queue(ToyProject(tmp_path), small)
+    (run,) = queue.submit(queue.project.config(), "resources.array_tasks=7")
+    assert [(entry["tasks"], entry["array"]) for entry in run.job()["jobs"]] == [([0, 1, 2], True), ([3, 4, 5], True), ([6], False)]
+    wait_until(lambda: finished(run), "all tasks")
+    assert [(run.result(task) or {})["result"]["task"] for task in range(7)] == list(range(7))
