@@ -1,13 +1,18 @@
 """Every encoder gives the tokenizer's own ids, and special tokens written out in a text become what was asked for."""
 
+import multiprocessing
+import time
+
 import numpy as np
 import pytest
 import tokenizers
 from token_fixtures import END_OF_TEXT, make_texts, make_tokenizer
 
 from pipeline import encoders
+from pipeline.chunk_encoder import ChunkSettings, EncoderPool
 from pipeline.config.errors import UserError
 from pipeline.encoders import GigatokenEncoder, ReferenceEncoder, choose_encoder, make_encoder
+from pipeline.text_source import Chunk
 from pipeline.tokenizer import PROBES, load_tokenizer
 
 TEXTS = [*PROBES, *make_texts(30), f"a{END_OF_TEXT}b {END_OF_TEXT}", ""]
@@ -125,6 +130,22 @@ def test_a_token_or_a_tokenizer_that_is_not_there_is_named(file, tmp_path):
         definition_of(tmp_path)
     with pytest.raises(UserError, match=r"tokenizer: .*nothing can't be loaded"):
         definition_of(tmp_path / "nothing")
+
+
+def test_a_killed_worker_is_said_in_one_sentence(file):
+    settings = ChunkSettings(definition_of(file), "tokenizers", "text", 1000, 0.0, 0)
+
+    def chunks():
+        yield Chunk(0, 1, b'{"text": "a"}\n', None, None)
+        while not multiprocessing.active_children():
+            time.sleep(0.01)
+        multiprocessing.active_children()[0].kill()
+        while True:
+            yield Chunk(0, 2, b'{"text": "b"}\n', None, None)
+
+    with EncoderPool(settings, 2) as pool, pytest.raises(UserError, match="a tokenizing process was killed, most often for want of mem"):
+        for _ in pool.map(chunks()):
+            pass
 
 
 def _broken_on(word):

@@ -57,6 +57,8 @@ def run(config: TokenizeConfig, run: Run) -> dict[str, Any]:
     for split, manifest in (manifests or {}).items():
         counts = "  ".join(f"{count:,} {key}" for key, count in _totals(manifest).items())
         run.say(f"{split}: {counts}  data id {manifest['data_id'][:12]}")
+        if not manifest["documents"]:
+            run.say(f"{split} holds no document: the hash chose none of so few; set another validation_fraction or seed")
     return {
         "sealed": manifests is not None,
         "sources": len(mine),
