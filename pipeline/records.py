@@ -16,6 +16,7 @@ sorted record hashes. So the same content has the same id wherever it lies and w
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -74,10 +75,10 @@ def _fsync_directory(directory: Path) -> None:
 
 def remove_leftovers(directory: Path, stem: str) -> None:
     """Deletes temporary files that killed writers of this stem left, and its data files if its record is missing."""
-    for leftover in directory.glob(f".{stem}.*.tmp"):
+    for leftover in directory.glob(f".{glob.escape(stem)}.*.tmp"):
         leftover.unlink(missing_ok=True)
     if not (directory / f"{stem}.json").exists():
-        for part in directory.glob(f"{stem}.*"):
+        for part in directory.glob(f"{glob.escape(stem)}.*"):
             part.unlink(missing_ok=True)
 
 

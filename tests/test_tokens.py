@@ -55,6 +55,14 @@ def test_a_shard_that_was_not_committed_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_writer_left_is_removed_even_if_the_name_looks_like_a_pattern(tmp_path):
+    for name in (".a[1]-000.bin.host.7.tmp", "a[1]-000.bin", "a1-000.bin"):
+        (tmp_path / name).write_bytes(b"x")
+    with TokenShardWriter(tmp_path, "a[1]-000", Vocabulary(100, 99, "")):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["a1-000.bin"]
+
+
 def test_an_id_that_the_vocabulary_does_not_have_is_refused(tmp_path):
     with pytest.raises(UserError, match="id 10 in a vocabulary of 10"):
         write_token_set(tmp_path, {"a": [[1, 10]]}, vocab_size=10, end_of_text_id=0)
