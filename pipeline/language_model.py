@@ -10,7 +10,7 @@ import contextlib
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,8 @@ class LanguageModel:
             if name == last:
                 raise _LastLayerRead
 
-        with self._hooks(dict.fromkeys(layers, read_output)), contextlib.suppress(_LastLayerRead):
-            self.model(input_ids=tokens_BS.to(self.device), use_cache=False)
+        with contextlib.suppress(_LastLayerRead):
+            self._run(tokens_BS, dict.fromkeys(layers, read_output))
         return torch.stack([read[name] for name in layers], dim=2)
 
     @torch.inference_mode()
@@ -140,18 +140,18 @@ class LanguageModel:
             new_BSD = new_BSD.to(acts_BSD)
             return (new_BSD, *output[1:]) if isinstance(output, tuple) else new_BSD
 
-        with self._hooks(dict.fromkeys(replace, replaced)):
-            logits_BSV: Tensor = self.model(input_ids=tokens_BS.to(self.device), use_cache=False).logits
+        logits_BSV: Tensor = self._run(tokens_BS, dict.fromkeys(replace, replaced)).logits
         return logits_BSV
 
-    @contextlib.contextmanager
-    def _hooks(self, actions: dict[str, Callable[[str, Any], Any]]) -> Iterator[None]:
-        """Calls `actions[layer](layer, output)` after each of these blocks; what it returns, if not None, replaces the output."""
+    def _run(self, tokens_BS: Tensor, actions: dict[str, Callable[[str, Any], Any]]) -> Any:
+        """A forward pass that calls `actions[layer](layer, output)` after each of these blocks; a result replaces the output."""
         with contextlib.ExitStack() as stack:
             for name, action in actions.items():
                 hook = self.model.get_submodule(name).register_forward_hook(lambda _m, _i, output, n=name, a=action: a(n, output))
                 stack.callback(hook.remove)
-            yield
+            # A trainer that streams may call from within its own autocast; the model computes in the dtype it was loaded in.
+            stack.enter_context(torch.autocast(self.device.type, enabled=False))
+            return self.model(input_ids=tokens_BS.to(self.device), use_cache=False)
 
 
 def _hidden(output: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """The cache stage: any number of tasks, any kill, one and the same activation set."""
 
+import errno
 import itertools
 import json
 import os
@@ -19,9 +20,12 @@ import torch
 from tiny_models import tiny_gpt2, tiny_token_set
 
 from pipeline import records
+from pipeline.activations.shard_file import ShardFileWriter
 from pipeline.activations.shards import ActivationSet
 from pipeline.config.cache_activations import CacheConfig
 from pipeline.config.errors import UserError
+from pipeline.config.load import load
+from pipeline.config.site_file import Site
 from pipeline.contexts import Contexts
 from pipeline.language_model import LanguageModel
 from pipeline.run import Run, Stopped
@@ -258,6 +262,42 @@ def test_a_disk_too_small_is_refused_before_anything_is_computed(inputs, tmp_pat
         cache(cache_config(inputs, tmp_path / "other"), tmp_path)
     assert not list((tmp_path / "other").glob("*.safetensors"))
     capsys.readouterr()
+
+
+def test_a_disk_that_fills_up_loses_nothing_that_was_written(inputs, finished, tmp_path, monkeypatch):
+    append = ShardFileWriter.append
+
+    def append_or_fail(self, rows):
+        if (tmp_path / "set" / "000001.json").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, rows)
+
+    monkeypatch.setattr(ShardFileWriter, "append", append_or_fail)
+    config = cache_config(inputs, tmp_path / "set")
+    with pytest.raises(UserError, match=r"000002\.safetensors could not be written: no space left on device; free some space"):
+        cache(config, tmp_path)
+    left = sorted(path.name for path in (tmp_path / "set").iterdir())
+    assert left == ["000000.json", "000000.safetensors", "000001.json", "000001.safetensors", "recipe.json"]
+    monkeypatch.undo()
+    cache(config, tmp_path)
+    assert contents(tmp_path / "set") == contents(finished[1])
+
+
+def test_the_settings_are_read_from_yaml(inputs, tmp_path):
+    path = tmp_path / "cache.yaml"
+    path.write_text(
+        f"stage: cache\nname: demo\ntokens: {inputs}/tokens\noutput: '{{ssd}}/activations/demo'\nmax_tokens: 1e9\n"
+        "layers: [transformer.h.7, transformer.h.8]\nlanguage_model:\n  model: gpt2\n  dtype: bfloat16\n"
+    )
+    config = load(path, [], Site(ssd=tmp_path / "ssd"))
+    assert isinstance(config, CacheConfig)
+    assert (config.context_tokens, config.drop_positions, config.max_tokens) == (1024, [0], 1_000_000_000)
+    assert config.outputs() == {"activations": tmp_path / "ssd" / "activations" / "demo"}
+    assert not {"tokens", "output", "name", "resources"} & set(config.identity())
+    with pytest.raises(UserError, match=r"language_model\.dtyp is not a setting; did you mean `dtype`"):
+        load(path, ["language_model.dtyp=float16"], Site())
+    with pytest.raises(UserError, match=r"layers is .*: an entry stands twice"):
+        load(path, ["layers=[a, a]"], Site())
 
 
 def test_only_what_is_still_missing_counts_as_needed(inputs, finished, tmp_path, monkeypatch, capsys):

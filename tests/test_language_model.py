@@ -127,6 +127,13 @@ def test_half_precision_is_computed_in_it(directory):
     torch.testing.assert_close(acts_BSLD.float(), exact_BSLD, rtol=0.1, atol=0.1)
 
 
+def test_a_callers_autocast_does_not_reach_into_the_model(model):
+    alone_BSLD, alone_BSV = model.activations(TOKENS, model.block_names), model.logits(TOKENS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.activations(TOKENS, model.block_names).equal(alone_BSLD)
+        assert model.logits(TOKENS).equal(alone_BSV)
+
+
 @pytest.mark.parametrize(("layer", "message"), [
     ("transformer.h.12", r"layers\[1\] is transformer\.h\.12, but .* has blocks 0 to 2 \(transformer\.h\.N\); use a smaller number"),
     ("transformer.h1", r"layers\[1\] is transformer\.h1, .*did you mean transformer\.h\.1\?"),
