@@ -91,7 +91,7 @@ def needs_new_submission(before: Resources, after: Resources, request: Request) 
     if "gpus" in changed and after.gpus == 0:
         anew.append("gpus")
     anew += [key for key in ("partition", "mem_gb") if key in changed and getattr(after, key) is None]
-    return anew + request.settings
+    return anew + [setting.partition("=")[0] for setting in request.settings]
 
 
 def _parts(target: Target) -> tuple[list[Job], list[Job]]:
@@ -175,7 +175,7 @@ def _parents(request: Request, site: Site) -> list[RunDirectory] | None:
 def _change_foreign(target: Target, request: Request, site: Site) -> list[str]:
     """A job that is no run: what scontrol does, and no more."""
     name = job_control.slurm_names(target.ids)[0]
-    keys = [key for key in request.resources if key not in BY_SCONTROL] + request.settings
+    keys = [key for key in request.resources if key not in BY_SCONTROL] + [setting.partition("=")[0] for setting in request.settings]
     if keys:
         raise UserError(f"job {name} belongs to no run here, so it can't be submitted anew, which {', '.join(keys)} would take")
     waiting, running = _parts(target)

@@ -41,7 +41,7 @@ def _target(reference: str, runs: Path, queue: Sequence[job_output.Job]) -> Targ
     active = [job for job in queue if not job.is_final]
     array, underscore, tasks = reference.partition("_")
     if array.isdigit() and (not underscore or tasks):
-        wanted = set(parse_ranges(tasks)) if underscore else None
+        wanted = set(jobs.parse_ranges(tasks)) if underscore else None
         ids = [job.id for job in active if _is_part(job, array, wanted)]
         if ids:
             return Target(ids, _run_of(array, runs))
@@ -79,17 +79,6 @@ def _local_target(run: RunDirectory) -> Target:
 def is_local_job(pid: int) -> bool:
     """Whether the process is a controller of submitit's local executor: after a reboot the number may be anyone's."""
     return holder.process_started(pid) is not None and "submitit" in processes.command_line(pid)
-
-
-def parse_ranges(text: str) -> list[int]:
-    """The numbers of `3`, `[1-3,7]` or `[1-3,7%2]`."""
-    numbers: list[int] = []
-    for part in text.strip("[]").partition("%")[0].split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise UserError(f"{text!r} does not name tasks of an array; write 3, or [1-3,7]")
-        numbers += range(int(first), int(last or first) + 1)
-    return numbers
 
 
 def slurm_names(ids: Sequence[str]) -> list[str]:

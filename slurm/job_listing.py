@@ -59,7 +59,9 @@ def read_tasks(run: RunDirectory) -> list[Task]:
     """Every task of a run as its directory tells now."""
     job = run.job()
     num_tasks = int(job["num_tasks"])
-    waits_for = tuple(RunDirectory(Path(path)).reference for path in job["after"])
+    parents = [RunDirectory(Path(path)) for path in job["after"]]
+    cancelled = {job_id for change in job["changes"] for job_id in change["what"].get("cancelled", [])}
+    failed_parents = tuple(p.reference for p in parents if p.path.exists() and {"failed", "stopped"} & set(p.states()))
     minutes = job["resources"].get("timeout_min")
     return [
         Task(
@@ -74,7 +76,9 @@ def read_tasks(run: RunDirectory) -> list[Task]:
             is_held=_is_held(run, task, num_tasks),
             progress=run.progress(task),
             result=run.result(task),
-            waits_for=waits_for,
+            waits_for=tuple(parent.reference for parent in parents),
+            failed_parents=failed_parents,
+            was_cancelled=run.job_of_task(task) in cancelled,
             limit_s=minutes * 60 if minutes else None,
         )
         for task in range(num_tasks)

@@ -57,11 +57,15 @@ STATE_WORDS = {
 
 def in_words(job: Job, waits_for: Sequence[str] = ()) -> str:
     """Why `job` is in its state; empty where there is nothing to say. `waits_for` names the runs that it depends on."""
+    if job.state == "COMPLETING":
+        return "is ending"
     others = ", ".join(waits_for) or _ids_in(job.dependency) or "another job"
     if job.reason == "DependencyNeverSatisfied":
         if job.is_final:
             return f"cancelled: it needed {others}, which failed or was cancelled"
         return f"needs {others}, which failed or was cancelled: it will never start; cancel it"
+    if job.state == "CANCELLED":  # the reason is still that for which it waited
+        return STATE_WORDS["CANCELLED"]
     if job.reason == "Dependency":
         return f"waits for {others}"
     if job.reason == "BeginTime":

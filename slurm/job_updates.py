@@ -7,6 +7,7 @@ from pipeline.config.errors import UserError
 from pipeline.config.resources import Resources
 from slurm import slurm_commands, slurm_queries
 from slurm.job_output import Job
+from slurm.jobs import parse_ranges
 
 
 def resource_updates(before: Resources, after: Resources, *, is_array: bool) -> dict[str, str]:
@@ -42,17 +43,25 @@ def queue_updates(queue: Mapping[str, Any], dependency: str | None) -> dict[str,
 def update(name: str, attribute: str, value: str, *, is_running: bool) -> None:
     """One update, read back. Raises `UserError` where Slurm refuses, or accepts and does something else."""
     try:
-        slurm_commands.run("scontrol", "update", f"jobid={name}", f"{attribute}={value}")
+        whole = attribute == "ArrayTaskThrottle"  # of an array, not of its tasks
+        slurm_commands.run("scontrol", "update", f"jobid={name.partition('_')[0] if whole else name}", f"{attribute}={value}")
     except slurm_commands.CommandFailed as error:
         if is_running and attribute == "TimeLimit" and "denied" in error.stderr:
             raise UserError(
                 f"{name} is running: its time limit can be lowered; to raise it takes an administrator of the cluster"
             ) from error
         raise
-    for job in slurm_queries.job_details(name):
+    array, _, tasks = name.partition("_")
+    for job in slurm_queries.job_details(array):
         shown = read_back(job, attribute)
-        if shown is not None and not job.is_final and not _same(attribute, shown, value):
+        if shown is not None and _is_concerned(job, tasks) and not _same(attribute, shown, value):
             raise UserError(f"Slurm accepted {attribute}={value} for {job.id}, but shows {shown or 'nothing'}: the change was not made")
+
+
+def _is_concerned(job: Job, tasks: str) -> bool:
+    """Whether the job is among the tasks `[1-3,7]` of its array and has not ended; scontrol shows the waiting ones as one."""
+    own = job.id.partition("_")[2]
+    return not job.is_final and (not tasks or not own or bool(set(parse_ranges(own)) & set(parse_ranges(tasks))))
 
 
 def read_back(job: Job, attribute: str) -> str | None:

@@ -7,6 +7,7 @@ forgotten (MinJobAge after its end) lives on in its run directory; one that died
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from pipeline.config.errors import UserError
 from pipeline.run import duration
 from slurm import job_reasons
 from slurm.job_output import Job
@@ -34,6 +35,10 @@ class Task(NamedTuple):
     progress: dict[str, Any] | None = None
     result: dict[str, Any] | None = None
     waits_for: tuple[str, ...] = ()
+    failed_parents: tuple[str, ...] = ()
+    """Those of `waits_for` that failed or were stopped: Slurm cancels what needs them."""
+    was_cancelled: bool = False
+    """Whether `crosscoder cancel` ended its last job."""
     limit_s: int | None = None
 
 
@@ -173,6 +178,10 @@ def _state_without_job(task: Task) -> tuple[str, str]:
         return "new", "was never submitted"
     if task.is_held:
         return "running", "" if task.executor != "slurm" else "its process lives, but Slurm no longer knows its job"
+    if task.was_cancelled:
+        return "cancelled", f"was cancelled; {again}"
+    if task.failed_parents:
+        return "cancelled", f"cancelled: it needed {', '.join(task.failed_parents)}, which failed or was cancelled"
     if task.executor == "slurm":
         return "lost", f"Slurm no longer knows it and it left no result: cancelled or killed; {again}"
     if task.file_state == "queued" and task.executor == "local":
@@ -250,3 +259,14 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             spans.append([number, number])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def parse_ranges(text: str) -> list[int]:
+    """The numbers of `3`, `[1-3,7]` or `[1-3,7%2]`."""
+    numbers: list[int] = []
+    for part in text.strip("[]").partition("%")[0].split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UserError(f"{text!r} does not name tasks of an array; write 3, or [1-3,7]")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers

@@ -9,9 +9,10 @@ from slurm import slurm_commands
 from slurm.cluster import hardware
 from slurm.cluster.hardware import NvidiaGpu
 
-TIMEOUT_S = 10.0
+CONNECT_S, ANSWER_S = 10, 20.0
+"""Until a machine counts as unreachable, and until an answer is given up."""
 # BatchMode: a machine that wants a password is an error, not a prompt.
-SSH_OPTIONS = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={int(TIMEOUT_S)}")
+SSH_OPTIONS = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}")
 IN_USE_MIB = 500
 """A GPU with more of its memory taken, or with work on it, counts as used: outside Slurm nobody allots them."""
 
@@ -27,7 +28,7 @@ class Machine(NamedTuple):
 def ask(host: str) -> Machine:
     """The GPUs of `host` now. Never raises for a machine that doesn't answer: that is its `error`."""
     try:
-        text = slurm_commands.run("ssh", *SSH_OPTIONS, "--", host, " ".join(hardware.nvidia_smi_command()), timeout_s=TIMEOUT_S + 5)
+        text = slurm_commands.run("ssh", *SSH_OPTIONS, "--", host, " ".join(hardware.nvidia_smi_command()), timeout_s=ANSWER_S)
     except slurm_commands.CommandFailed as error:
         if error.exit_code in (127, *hardware.NO_GPU_CODES):
             return Machine(host, [], "has no GPU that nvidia-smi knows")

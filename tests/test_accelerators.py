@@ -1,0 +1,134 @@
+"""Every GPU there is, on Slurm's nodes and outside."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.errors import UserError
+from pipeline.config.site_file import Machine as SiteMachine
+from pipeline.config.site_file import Site
+from slurm import accelerators, machines, slurm_commands
+from slurm.accelerators import Row, Total
+from slurm.cluster.daemons import PrivateCluster
+from slurm.cluster.hardware import NvidiaGpu
+from slurm.machines import Machine
+from slurm.node_output import GpuCount, Node
+
+NODES = [
+    Node("n1", ("MIXED",), ("main", "low"), {"h200": GpuCount(8, 3)}),
+    Node("n2", ("IDLE", "DRAIN"), ("main",), {"h200": GpuCount(8, 0)}, reason="bad fan"),
+    Node("n3", ("IDLE",), ("main",), {"a100": GpuCount(4, 0), "gpu": GpuCount(1, 1)}),
+    Node("c1", ("IDLE",), ("cpu",)),
+]
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of programs that is all of PATH: the machine has nothing but what a test puts there."""
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    monkeypatch.setenv("PATH", str(directory))
+    return directory
+
+
+def write_program(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_gpus_are_told_by_type_and_node_and_what_is_drained_is_not_free() -> None:
+    rows = accelerators.rows_of_nodes(NODES, {"h200": 141.0})
+    assert rows == [
+        Row("n1", "h200", 141.0, 8, 3, 5, "mixed", ["main", "low"], ""),
+        Row("n2", "h200", 141.0, 8, 0, 0, "idle+drain", ["main"], "bad fan"),
+        Row("n3", "a100", None, 4, 0, 4, "idle", ["main"], ""),
+        Row("n3", "gpu", None, 1, 1, 0, "idle", ["main"], ""),
+    ]
+    assert accelerators.totals(rows) == [Total("h200", 16, 3, 5), Total("a100", 4, 0, 4), Total("gpu", 1, 1, 0)]
+
+
+def test_a_machine_outside_slurm_counts_gpus_with_work_as_used() -> None:
+    gpus = [NvidiaGpu(i, "NVIDIA H200", 143_771, used, busy) for i, (used, busy) in enumerate([(4, 0), (90_000, 0), (4, 35), (None, None)])]
+    (row,) = accelerators.rows_of_machine(Machine("box", gpus))
+    # 143,771 MiB = 150.8 GB
+    assert row == Row("box", "h200", 150.8, 4, 2, 2, "up", [], "", in_slurm=False)
+
+
+def test_a_machine_that_does_not_answer_is_a_row_and_no_failure(programs: Path) -> None:
+    write_program(programs / "ssh", 'echo "ssh: connect to host box port 22: No route to host" >&2; exit 255')
+    rows = accelerators.gather(Site(machines=[SiteMachine(host="box")]))
+    assert rows == [Row("box", "", None, 0, 0, 0, "no answer", [], "ssh: connect to host box port 22: No route to host", in_slurm=False)]
+
+
+def test_machines_are_asked_at_once_in_batch_mode_and_told_in_order(programs: Path) -> None:
+    # $4 is ConnectTimeout, $6 the host, $7 what it is to run.
+    answer = 'case "$6" in two) /bin/sleep 0.3; echo "0, Tesla T4, 15360, 0, 0";; none) exit 6;; *) echo "0, NVIDIA L4, 23034, 0, 0";; esac'
+    write_program(programs / "ssh", f'[ "$2" = BatchMode=yes ] || exit 9\n{answer}')
+    asked = machines.ask_all(["two", "one", "none"])
+    assert [(machine.host, [gpu.name for gpu in machine.gpus]) for machine in asked] == [
+        ("two", ["Tesla T4"]),
+        ("one", ["NVIDIA L4"]),
+        ("none", []),
+    ]
+    assert asked[2].error == "has no GPU that nvidia-smi knows"
+
+
+def test_a_machine_that_hangs_is_given_up(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machines, "ANSWER_S", 0.2)
+    write_program(programs / "ssh", "exec /bin/sleep 30")
+    assert "gave no answer within 0.2 s" in machines.ask("box").error
+
+
+def test_a_machine_without_slurm_and_gpus_says_so(programs: Path) -> None:
+    with pytest.raises(UserError, match=r"has no GPU .* and no Slurm, and the site file names no machines; .* --executor local"):
+        accelerators.gather(Site())
+
+
+def test_a_workstation_outside_slurm_tells_its_own_gpus(programs: Path) -> None:
+    write_program(programs / "nvidia-smi", 'echo "0, NVIDIA GeForce RTX 4090, 24564, 18000, 99"')
+    (row,) = accelerators.gather(Site())
+    assert (row.node.endswith("(this machine)"), row.type, row.memory_gb, row.total, row.used) == (True, "rtx4090", 25.8, 1, 1)
+
+
+def test_nvidia_smi_without_a_driver_is_no_gpu_and_its_other_failures_are_told(programs: Path) -> None:
+    write_program(programs / "nvidia-smi", 'echo "couldn\'t communicate with the NVIDIA driver"; exit 9')
+    with pytest.raises(UserError, match="has no GPU"):
+        accelerators.gather(Site())
+    write_program(programs / "nvidia-smi", 'echo "Unable to determine the device handle: GPU is lost"; exit 15')
+    with pytest.raises(slurm_commands.CommandFailed, match="GPU is lost"):
+        accelerators.gather(Site())
+
+
+@pytest.mark.slurm
+def test_a_running_jobs_gpus_are_used_and_the_sites_memory_is_told(cluster: PrivateCluster) -> None:
+    before = accelerators.gather(Site(gpu_memory_gb={"a100": 80.0}))
+    assert [(row.node, row.type, row.memory_gb, row.free) for row in before] == [
+        ("n1", "h200", 141.0, 2),
+        ("n2", "h200", 141.0, 2),
+        ("n3", "a100", 80.0, 1),
+    ]
+    assert all(set(row.partitions) == {"main", "low", "short"} for row in before)
+    cluster.command("srun", "-Q", "--gres=gpu:h200:1", "-w", "n2", os.path.realpath("/bin/true"))
+    job = cluster.command("sbatch", "--parsable", "--gres=gpu:h200:1", "-w", "n2", "-o", "/dev/null", "--wrap", "sleep 60").strip()
+    while cluster.command("squeue", "-h", "-j", job, "-o", "%T").strip() != "RUNNING":
+        time.sleep(0.05)
+    n2 = next(row for row in accelerators.gather(Site()) if row.node == "n2")
+    assert (n2.total, n2.used, n2.free, n2.state) == (2, 1, 1, "mixed")
+    cluster.command("scancel", job)
+
+
+@pytest.mark.slurm
+def test_text_serves_where_slurm_was_built_without_json(cluster: PrivateCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    while {"idle"} != {row.state for row in accelerators.gather(Site())}:
+        time.sleep(0.05)
+    with_json = accelerators.gather(Site())
+    sinfo = shutil.which("sinfo")
+    write_program(
+        tmp_path / "sinfo", f'case "$*" in *--json*) echo "sinfo: error: unrecognized option" >&2; exit 1;; esac\nexec {sinfo} "$@"'
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    by_text = accelerators.gather(Site())
+    assert [row._replace(partitions=[]) for row in by_text] == [row._replace(partitions=[]) for row in with_json]

@@ -1,0 +1,224 @@
+"""My jobs, joined from Slurm's queue, the run directories and their heartbeats."""
+
+import time
+from typing import Any
+
+import pytest
+
+from slurm import job_listing, job_reasons, jobs, watch
+from slurm.job_output import Job
+from slurm.jobs import Row, Task
+
+NOW = 1_795_424_000.0
+
+
+def job(job_id: str = "1042", state: str = "RUNNING", **fields: Any) -> Job:
+    running = {"nodes": "n1", "limit_s": 3600, "elapsed_s": 600, "started": NOW - 600} if state == "RUNNING" else {}
+    return Job(job_id, state, **{"partition": "main", "priority": 7, **running, **fields})
+
+
+def task(job_id: str | None = "1042", file_state: str = "queued", **fields: Any) -> Task:
+    plain = {"run": "train/demo/20261123-091530-k3f9", "stage": "train", "name": "demo", "task": 0, "num_tasks": 1, "executor": "slurm"}
+    return Task(**{**plain, "job_id": job_id, "file_state": file_state, **fields})
+
+
+def beat(**fields: Any) -> dict[str, Any]:
+    plain = {"phase": "train", "step": 250, "total": 1000, "unit": "steps", "rate": 0.5, "seconds_left": 1500.0, "time": NOW - 2}
+    return {**plain, "started": NOW - 590, "note": "", **fields}
+
+
+def only(*arguments: Any, **keywords: Any) -> Row:
+    (row,) = jobs.join(*arguments, now=NOW, **keywords)
+    return row
+
+
+# -- one row ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_running_task_shows_place_progress_rate_and_expected_end() -> None:
+    row = only([job(gpus="gpu:h200:1")], [task(progress=beat())])
+    assert (row.job, row.run, row.stage, row.state, row.node) == ("1042", "train/demo/20261123-091530-k3f9", "train", "running", "n1")
+    assert (row.elapsed_s, row.limit_s, row.percent, row.rate, row.gpus) == (600, 3600, 25.0, 0.5, "gpu:h200:1")
+    assert row.ends == NOW - 2 + 1500
+    assert row.warning == ""
+
+
+def test_an_end_past_the_time_limit_is_warned_of() -> None:
+    row = only([job()], [task(progress=beat(seconds_left=3600.0))])
+    # Started 600 s ago with a limit of 3,600 s: 3,000 s are left, and 3,598 s are needed.
+    assert row.warning == "needs 9 min 58 s more than its time limit"
+
+
+def test_a_run_that_fell_silent_is_warned_of() -> None:
+    assert only([job()], [task(progress=beat(time=NOW - 300))]).warning == "no sign of life for 5 min 0 s"
+
+
+def test_of_an_earlier_attempts_heartbeat_only_the_progress_counts() -> None:
+    row = only([job(elapsed_s=10, started=NOW - 10)], [task(progress=beat(time=NOW - 400))])
+    assert (row.percent, row.rate, row.ends, row.warning) == (25.0, None, None, "")
+
+
+def test_the_runs_own_result_wins_over_slurms_word() -> None:
+    finished = {"status": "finished", "started": NOW - 100, "ended": NOW - 40, "error": None}
+    assert only([job(state="COMPLETED")], [task(file_state="finished", result=finished)]).state == "finished"
+    forgotten = only([], [task(file_state="finished", result=finished)])
+    assert (forgotten.state, forgotten.elapsed_s) == ("finished", 60)
+    failed = {"status": "failed", "error": "Traceback:\n  deep\nValueError: loss is nan"}
+    row = only([job(state="FAILED", reason="NonZeroExitCode")], [task(file_state="failed", result=failed)])
+    assert (row.state, row.reason) == ("failed", "ValueError: loss is nan")
+
+
+def test_a_result_of_an_earlier_submission_does_not_hide_that_it_waits_again() -> None:
+    failed = {"status": "failed", "error": "out of disk"}
+    row = only([job(state="PENDING", reason="Priority")], [task(file_state="failed", result=failed)])
+    assert (row.state, row.reason) == ("waiting", "jobs of higher priority come first")
+
+
+def test_a_job_that_ended_well_without_a_result_failed() -> None:
+    row = only([job(state="COMPLETED")], [task()])
+    assert (row.state, row.reason) == ("failed", "ended without a result; its log may say why")
+
+
+def test_a_job_that_slurm_forgot_and_that_left_no_result_is_lost() -> None:
+    row = only([], [task(file_state="running")])
+    assert row.state == "lost"
+    assert "crosscoder submit --resume train/demo/20261123-091530-k3f9" in row.reason
+
+
+def test_accounting_tells_how_a_forgotten_job_ended() -> None:
+    lost = [task("1042", "queued"), task("1043", "finished", result={"status": "finished"}), task("7", "running", executor="local")]
+    assert jobs.forgotten([job("1050")], lost) == ["1042"]
+    assert jobs.forgotten([job("1042")], lost) == []
+    row = only([], [task()], remembered=[job(state="OUT_OF_MEMORY")])
+    assert (row.state, row.reason) == ("failed", "used more memory than it asked for")
+
+
+def test_what_was_cancelled_stays_cancelled_when_slurm_has_forgotten_it() -> None:
+    assert only([], [task(was_cancelled=True)]).state == "cancelled"
+    row = only([], [task(failed_parents=("cache/demo/20261123-091529-x2aa",))])
+    assert (row.state, row.reason) == ("cancelled", "cancelled: it needed cache/demo/20261123-091529-x2aa, which failed or was cancelled")
+
+
+def test_a_run_of_this_machine_is_running_only_while_its_process_lives() -> None:
+    assert only([], [task(None, "running", executor="run", is_held=True, progress=beat())]).state == "running"
+    gone = only([], [task(None, "running", executor="run", progress=beat())])
+    assert (gone.state, gone.rate, gone.ends) == ("lost", None, None)
+
+
+def test_a_job_that_is_no_run_is_listed_by_its_name() -> None:
+    row = only([job("9", "PENDING", name="jupyter", reason="JobHeldUser", priority=0)], [])
+    assert (row.job, row.run, row.name, row.state) == ("9", "", "jupyter", "held")
+    assert row.reason == "held by you; `crosscoder release 9` frees it"
+
+
+def test_running_jobs_come_first_and_finished_ones_last() -> None:
+    tasks = [task("1", "finished", result={"status": "finished"}), task("2"), task("3"), task("4", "running")]
+    rows = jobs.join([job("2", "PENDING"), job("3")], tasks, now=NOW)
+    assert [(row.job, row.state) for row in rows] == [("3", "running"), ("2", "waiting"), ("4", "lost"), ("1", "finished")]
+
+
+# -- reasons ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "expected"),
+    [
+        ("PENDING", "Resources", "waits for nodes to become free"),
+        ("PENDING", "JobArrayTaskLimit", "waits for other tasks of its array (the throttle)"),
+        ("PENDING", "BadConstraints", "no node has what it asks for: it will never start; change it or cancel it"),
+        ("PENDING", "ReqNodeNotAvail, UnavailableNodes:n3", "the node that it asks for is not available now"),
+        ("PENDING", "launch failed requeued held", "could not be launched, and is held; `crosscoder release 1042` tries again"),
+        ("PENDING", "QOSMaxGRESPerUser", "a limit of your account or qos is reached (QOSMaxGRESPerUser)"),
+        ("PENDING", "AssocGrpCpuLimit", "a limit of your account or qos is reached (AssocGrpCpuLimit)"),
+        ("PENDING", "SomethingNew", "SomethingNew"),
+        ("TIMEOUT", "TimeLimit", "reached its time limit"),
+        ("CANCELLED", "JobHeldUser", "was cancelled"),
+        ("COMPLETING", "NonZeroExitCode", "is ending"),
+        ("REQUEUE_HOLD", "", "requeued and held; `crosscoder release 1042` frees it"),
+        ("RUNNING", "", ""),
+        ("SUSPENDED", "None", "is suspended"),
+    ],
+)
+def test_a_reason_is_put_into_words(state: str, reason: str, expected: str) -> None:
+    assert job_reasons.in_words(job(state=state, reason=reason)) == expected
+
+
+def test_a_dependency_names_the_runs_that_it_waits_for() -> None:
+    waiting = job(state="PENDING", reason="Dependency", dependency="afterok:1040(unfulfilled),afterok:1041_*(unfulfilled)")
+    assert job_reasons.in_words(waiting, ["cache/demo/x"]) == "waits for cache/demo/x"
+    assert job_reasons.in_words(waiting) == "waits for 1040, 1041_*"
+    never = waiting._replace(reason="DependencyNeverSatisfied")
+    assert job_reasons.in_words(never).startswith("needs 1040, 1041_*, which failed or was cancelled: it will never start")
+    assert job_reasons.in_words(never._replace(state="CANCELLED")).startswith("cancelled: it needed 1040")
+
+
+def test_a_requeued_job_says_until_when_it_waits() -> None:
+    text = job_reasons.in_words(job(state="PENDING", reason="BeginTime", started=NOW))
+    assert text == "waits until " + time.strftime("%H:%M:%S", time.localtime(NOW))
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_tasks_that_read_alike_are_one_line_and_running_ones_stay_apart() -> None:
+    tasks = [task(f"1042_{i}", task=i, num_tasks=9) for i in range(9)]
+    states = ["RUNNING", "RUNNING", "PENDING", "PENDING", "PENDING", "FAILED", "PENDING", "PENDING", "PENDING"]
+    queue = [job(f"1042_{i}", state, reason="JobHeldUser" if i == 8 else "") for i, state in enumerate(states)]
+    lines = jobs.fold(jobs.join(queue, tasks, now=NOW))
+    assert [(line.job, line.rows[0].state) for line in lines] == [
+        ("1042_0", "running"),
+        ("1042_1", "running"),
+        ("1042_[2-4,6-7]", "waiting"),
+        ("1042_8", "held"),
+        ("1042_5", "failed"),
+    ]
+    assert sum(len(line.rows) for line in lines) == 9
+
+
+def test_ranges_are_written_as_slurm_writes_them() -> None:
+    assert jobs.ranges([3, 1, 2, 7]) == "1-3,7"
+    assert jobs.ranges([5]) == "5"
+    assert jobs.ranges([]) == ""
+
+
+def text_of(renderable: object, width: int = 200) -> str:
+    from rich.console import Console
+
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(renderable)
+    text = console.export_text()
+    console.file.close()
+    return text
+
+
+def test_the_table_shows_a_line_as_a_person_reads_it() -> None:
+    rows = jobs.join([job(), job("1050", "PENDING", reason="Priority", limit_s=90_000)], [task(progress=beat()), task("1050")], now=NOW)
+    text = text_of(job_listing.table(rows, now=NOW))
+    first, second = [line.split() for line in text.splitlines()[2:4]]
+    assert text.splitlines()[0].strip() == "1 running, 1 waiting"
+    ends = time.strftime("%H:%M", time.localtime(NOW + 1498))
+    assert " ".join(first) == (
+        f"1042 train/demo/20261123-091530-k3f9 running n1 0:10:00 / 1:00:00 25 % train 250/1000 steps 0.5/s {ends} (24 min 58 s)"
+    )
+    assert " ".join(second) == ("1050 train/demo/20261123-091530-k3f9 waiting 0:00:00 / 1-1:00:00 jobs of higher priority come first")
+
+
+def test_a_cut_table_says_how_much_it_leaves_out() -> None:
+    rows = jobs.join([job(str(i)) for i in range(30)], [], now=NOW)
+    text = text_of(job_listing.table(rows, now=NOW, max_lines=10))
+    assert "30 running; 20 lines more" in text
+    assert len(text.splitlines()) == 12
+
+
+def test_a_comment_of_another_kind_names_no_run() -> None:
+    assert job_listing.directory_in("see ticket 5") is None
+    assert job_listing.directory_in("[1]") is None
+    assert str(job_listing.directory_in('{"run": "a/b/c", "directory": "/runs/a/b/c"}')) == "/runs/a/b/c"
+
+
+def test_the_end_of_a_long_log_is_read_in_its_last_form(tmp_path: Any) -> None:
+    path = tmp_path / "log"
+    path.write_text("".join(f"line {i}\n" for i in range(20_000)) + "step 1\rstep 2\rstep 3\n\nlast")
+    assert watch.last_lines(path, 3) == ["line 19999", "step 3", "last"]
+    path.write_text("one\n")
+    assert watch.last_lines(path, 3) == ["one"]
