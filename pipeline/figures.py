@@ -82,8 +82,9 @@ def explained_variance(path: Path, bars: Sequence[LayerBars]) -> None:
                           va="top" if below else "bottom", fontsize=8)  # fmt: skip
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlim(-0.6, len(bars) - 0.4)
-    axes.set_ylim(LOWEST_EXPLAINED_VARIANCE - 0.1, 1.1)
-    axes.set_yticks(np.arange(-0.25, 1.01, 0.25))
+    any_below = any(value is not None and value < 0 for bar in bars for value in bar[1:])
+    axes.set_ylim(LOWEST_EXPLAINED_VARIANCE - 0.1 if any_below else 0, 1.1)
+    axes.set_yticks(np.arange(-0.25 if any_below else 0, 1.01, 0.25))
     axes.set_xticks(range(len(bars)), [bar.layer for bar in bars])
     axes.tick_params(axis="x", length=0)
     axes.set_xlabel("layer")
