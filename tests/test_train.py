@@ -126,6 +126,42 @@ def test_the_trainer_moves_features_that_only_the_auxiliary_loss_reaches(tmp_pat
     assert moved == {"auxk": [True, True], "none": [False, False]}
 
 
+def test_the_trainer_agrees_with_a_plain_loop_over_the_published_formulas(tmp_path: Path) -> None:
+    """Forward pass by einsum, Adam and clipping written out; 10 steps, the last batch short."""
+    acts_NLD = random_activations(300)
+    optimizer = {"learning_rate": 0.01, "warmup_fraction": 0.4, "decay_fraction": 0.0, "gradient_clip_norm": 0.7, "beta2": 0.99}
+    course = trainer(tmp_path, MemorySource(acts_NLD), num_tokens=300, optimizer=optimizer, log_every_steps=1)
+    state = course.state
+    weights = [w.detach().clone().requires_grad_() for w in (state.crosscoder.W_enc_LDF, state.crosscoder.b_enc_F)]
+    weights += [w.detach().clone().requires_grad_() for w in (state.crosscoder.W_dec_FLD, state.crosscoder.b_dec_LD)]
+    first, second = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
+    losses, norms = [], []
+    for t, batch in enumerate(MemorySource(acts_NLD).batches(batch_positions=32, epoch=0, cursor=0), start=1):
+        W_enc, b_enc, W_dec, b_dec = weights
+        x = (batch.acts_BLD - state.normalizer.mean_LD) * state.normalizer.scale_L[:, None]
+        f = (torch.einsum("bld,ldf->bf", x, W_enc) + b_enc).clamp(min=0)
+        error = x - torch.einsum("bf,fld->bld", f, W_dec) - b_dec
+        penalty = (f * W_dec.square().sum(-1).sqrt().sum(-1)).sum(1).mean()
+        loss = error.square().sum((1, 2)).mean() + 0.5 * penalty  # the penalty's warm-up, 5 % of 10 steps, rounds to none
+        gradients = torch.autograd.grad(loss, weights)
+        norm = torch.sqrt(sum(g.square().sum() for g in gradients))
+        losses.append(loss.item())
+        norms.append(norm.item())
+        learning_rate = 0.01 * min(1.0, t / 4)
+        with torch.no_grad():
+            for w, g, m, v in zip(weights, gradients, first, second, strict=True):
+                clipped = g * min(1.0, 0.7 / (norm.item() + 1e-6))
+                m.mul_(0.9).add_(0.1 * clipped)
+                v.mul_(0.99).add_(0.01 * clipped**2)
+                w -= learning_rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.99**t)).sqrt() + 1e-8)
+    course.train()
+    assert min(norms) > 0.7, "clipping must have something to do"
+    assert [row["loss"] for row in rows(tmp_path)] == pytest.approx(losses, rel=1e-4)
+    assert [row["gradient_norm"] for row in rows(tmp_path)] == pytest.approx(norms, rel=1e-4)
+    torch.testing.assert_close(state.crosscoder.W_enc_LDF.detach(), weights[0].detach(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(state.crosscoder.W_dec_FLD.detach(), weights[2].detach(), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("variant", ["relu", "batch_topk"])
 def test_a_compiled_step_gives_the_same_losses(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Traced and differentiated as for the default backend, without its minute of C++ compilation.
