@@ -65,7 +65,7 @@ def _launch_local(run: RunDirectory, tasks: list[int], job: Json) -> Iterator[Js
         raise UserError(f"resources.nodes is {resources.nodes}, but the local executor has this machine alone; use 1, or --executor slurm")
     parents = [str(parent) for parent in job["after"]]
     work = LocalQueue(str(run.path), tasks, resources.max_parallel or 1, parents, 60.0 * resources.timeout_min)
-    with _submission_environment(frozen_variables(run)):
+    with _submission_environment(frozen_variables(run)), _detached(run.path / SUBMITIT_FOLDER / "controller_log.out"):
         executor = submitit.LocalExecutor(folder=run.path / SUBMITIT_FOLDER)
         executor.update_parameters(
             timeout_min=LOCAL_TIMEOUT_MIN,
@@ -95,6 +95,22 @@ def _submission_environment(frozen: dict[str, str]) -> Iterator[None]:
         os.environ.clear()
         os.environ.update(former)
         signal.signal(signal.SIGHUP, hang_up)
+
+
+@contextlib.contextmanager
+def _detached(log: Path) -> Iterator[None]:
+    """A process started in the block reads nothing and prints to `log`: one that outlives this must not hold its pipes open."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    kept = [os.dup(descriptor) for descriptor in range(3)]
+    with open(os.devnull, "rb") as nothing, open(log, "ab") as file:
+        for source, descriptor in ((nothing, 0), (file, 1), (file, 2)):
+            os.dup2(source.fileno(), descriptor)
+    try:
+        yield
+    finally:
+        for descriptor, original in enumerate(kept):
+            os.dup2(original, descriptor)
+            os.close(original)
 
 
 def frozen_variables(run: RunDirectory) -> dict[str, str]:

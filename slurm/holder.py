@@ -27,6 +27,8 @@ from pipeline.config.errors import UserError
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 30.0
 LOST_EXIT_CODE = 75
+HALF_MADE_SECONDS = 5.0
+"""How long an empty lock may be one that is just being made."""
 
 Lock = dict[str, Any]
 
@@ -115,7 +117,7 @@ class Holder:
 
 def read_lock(path: Path) -> Lock | None:
     """The lock at `path`; None where there is none. An empty one, just being made, is waited for."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + HALF_MADE_SECONDS
     while True:
         try:
             return dict(records.read_json(path))

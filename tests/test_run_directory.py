@@ -9,7 +9,9 @@ from slurm import run_directory
 from slurm.run_directory import RunDirectory
 
 
-def make(runs: Path, stage: str = "train", name: str = "demo", *, num_tasks: int = 1, jobs: list[dict[str, object]] | None = None) -> RunDirectory:
+def make(
+    runs: Path, stage: str = "train", name: str = "demo", *, num_tasks: int = 1, jobs: list[dict[str, object]] | None = None
+) -> RunDirectory:
     run = run_directory.create(runs, stage, name)
     run.write_job({"id": run.id, "stage": stage, "name": name, "executor": "slurm", "num_tasks": num_tasks, "jobs": jobs or []})
     return run
@@ -80,7 +82,7 @@ def test_states_come_from_the_files(tmp_path: Path) -> None:
 
 
 def test_the_last_submission_of_a_task_tells_its_job_id(tmp_path: Path) -> None:
-    jobs: list[dict[str, object]] = [{"id": "7", "tasks": [0, 1, 2], "array": True}, {"id": "9", "tasks": [1], "array": False}]
+    jobs: Jobs = [{"id": "7", "tasks": [0, 1, 2], "array": True}, {"id": "9", "tasks": [1], "array": False}]
     run = make(tmp_path, num_tasks=4, jobs=jobs)
     assert [run.job_of_task(task) for task in range(4)] == ["7_0", "9", "7_2", None]
 
