@@ -63,16 +63,17 @@ def feature_density(
 def explained_variance(path: Path, bars: Sequence[LayerBars]) -> None:
     """Explained variance of each layer: the crosscoder beside the best other layer; predicting the mean is the zero line."""
     figure, axes = _new_figure(max(6.5, 1.5 + 1.2 * len(bars)), 4.0)
-    kinds = [
-        ("crosscoder", ALIVE, "crosscoder", -1),
-        ("other_layer_matched", BASELINE, "best other layer, mean and scale matched", 0),
-        ("other_layer", FAINT_BASELINE, "best other layer, as it is", 1),
-    ]
-    for field, color, name, offset in kinds:
+    kinds = {
+        "crosscoder": (ALIVE, "crosscoder"),
+        "other_layer_matched": (BASELINE, "best other layer, mean and scale matched"),
+        "other_layer": (FAINT_BASELINE, "best other layer, as it is"),
+    }
+    shown = [field for field in kinds if any(getattr(bar, field) is not None for bar in bars)]
+    for index, field in enumerate(shown):
+        color, name = kinds[field]
+        offset = 0.27 * (index - (len(shown) - 1) / 2)
         values = [getattr(bar, field) for bar in bars]
-        drawn = [(place + 0.27 * offset, value) for place, value in enumerate(values) if value is not None]
-        if not drawn:
-            continue
+        drawn = [(place + offset, value) for place, value in enumerate(values) if value is not None]
         heights = [max(value, LOWEST_EXPLAINED_VARIANCE) for _, value in drawn]
         axes.bar([place for place, _ in drawn], heights, 0.25, color=color, label=name)
         for (place, value), height in zip(drawn, heights, strict=True):
