@@ -10,7 +10,7 @@ import torch
 from tiny_models import tiny_gpt2, tiny_token_set
 
 from pipeline import records
-from pipeline.activations import statistics
+from pipeline.activations import layer_sums
 from pipeline.activations.opening import open_source
 from pipeline.activations.order import Order, batch_pieces, generation_order
 from pipeline.activations.shards import ActivationSet
@@ -366,11 +366,11 @@ def test_later_epochs_take_the_generations_in_other_orders():
 
 def test_sums_of_parts_are_the_sums_of_the_whole():
     acts_BLD = torch.randn(10_000, 2, 3)
-    whole, parts = statistics.LayerSums(2, 3), [statistics.LayerSums(2, 3) for _ in range(2)]
+    whole, parts = layer_sums.LayerSums(2, 3), [layer_sums.LayerSums(2, 3) for _ in range(2)]
     whole.add(acts_BLD)
     for part, acts in zip(parts, acts_BLD.split(7_000), strict=True):
         part.add(acts)
-    joint = statistics.statistics_of(part.to_json() for part in parts)
+    joint = layer_sums.statistics_of(part.to_json() for part in parts)
     torch.testing.assert_close(joint.mean_LD, acts_BLD.double().mean(0), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(joint.mean_squared_norm_L, whole.statistics().mean_squared_norm_L, rtol=1e-12, atol=0)
     kept = LayerStatistics.from_json(joint.to_json())

@@ -9,9 +9,9 @@ import torch
 
 from pipeline.activations.buffer import RollingBuffer
 from pipeline.activations.harvest import Harvester
+from pipeline.activations.layer_sums import LayerSums
 from pipeline.activations.order import batch_pieces
 from pipeline.activations.source import ActivationBatch, LayerStatistics
-from pipeline.activations.statistics import LayerSums
 from pipeline.config.activation_source import Harvest, StreamedActivations
 from pipeline.language_model import LanguageModel
 from pipeline.run import Run

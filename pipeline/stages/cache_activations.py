@@ -15,10 +15,10 @@ from pipeline import records
 from pipeline.activations import shards
 from pipeline.activations.buffer import RollingBuffer
 from pipeline.activations.harvest import Harvester
+from pipeline.activations.layer_sums import LayerSums, statistics_of
 from pipeline.activations.prefetch import prefetched
 from pipeline.activations.shard_file import ShardFileWriter
 from pipeline.activations.source import ActivationBatch
-from pipeline.activations.statistics import LayerSums, statistics_of
 from pipeline.config.cache_activations import CacheConfig
 from pipeline.config.errors import UserError
 from pipeline.language_model import LanguageModel
@@ -72,9 +72,9 @@ class _Cache:
         buffer = RollingBuffer(self._harvester, mine)
         for generation in mine:
             for num_filled in buffer.fill():
-                self._run.report("cache", done, total, unit="positions", note=f"{num_filled:,} in the buffer")
+                self._run.report("activations", done, total, unit="positions", note=f"{num_filled:,} in the buffer")
             done = self._write_shard(generation, buffer, done, total)
-        self._run.report("cache", done, total, unit="positions", done=True)
+        self._run.report("activations", done, total, unit="positions", done=True)
 
     def _is_committed(self, generation: int) -> bool:
         """Whether the shard exists; `UserError` if its record does, but its file is damaged."""
@@ -94,7 +94,7 @@ class _Cache:
             for rows in prefetched(_taken(buffer, sums), READ_AHEAD):
                 writer.append(rows)
                 done += len(rows.tokens_B)
-                self._run.report("cache", done, total, unit="positions")
+                self._run.report("activations", done, total, unit="positions")
                 self._run.check_stop()
             content_hash = writer.finish()
         facts |= {"sums": sums.to_json()}
@@ -146,11 +146,13 @@ class _Cache:
         """Writes the manifest if every shard is committed, whoever made it; gives the stage's result."""
         stems = [_stem(generation) for generation in range(self._order.num_generations)]
         if not all(self._is_committed(generation) for generation in range(self._order.num_generations)):
+            self._run.say(f"this task's shards are done; the set is sealed when those of all {self._run.num_tasks} tasks are")
             return {"complete": False, "output": str(self._directory)}
         made = {stem: records.read_shard(self._directory, stem, shards.SHARD_FORMAT) for stem in stems}
         statistics = statistics_of(record["sums"] for record in made.values())
         manifest = shards.seal(self._directory, made, statistics)
         size = sum(described["bytes"] for record in made.values() for described in record["files"].values())
+        self._run.say(f"{statistics.num_positions:,} positions  {_gigabytes(size)}  data id {manifest['data_id'][:12]}  {self._directory}")
         result = {"complete": True, "output": str(self._directory), "data_id": manifest["data_id"], "shards": len(made)}
         return result | {"positions": statistics.num_positions, "bytes": size, "scale": manifest["scale"]}
 
