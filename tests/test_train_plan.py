@@ -44,6 +44,11 @@ def test_num_tokens_and_epochs_exclude_each_other() -> None:
             train_config(**length)
 
 
+def test_as_many_features_a_position_as_there_are_is_refused() -> None:
+    with pytest.raises(UserError, match=r"activation_function\.k is 16, expected less than num_features, 16"):
+        train_config(crosscoder={"num_features": 16, "activation_function": {"kind": "batch_topk", "k": 16}})
+
+
 def test_the_learning_rate_rises_stays_and_falls_by_hand() -> None:
     settings = Optimizer(learning_rate=1.0, warmup_fraction=0.4, decay="linear", decay_fraction=0.3)
     found = [learning_rate(settings, step, 10) for step in range(1, 11)]

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config.schema import Config, PositiveCount
 
@@ -63,3 +63,9 @@ class CrosscoderConfig(Config):
     activation_function: ActivationFunctionConfig
     initialization: Initialization = Initialization()
     normalization: Normalization = Normalization()
+
+    @model_validator(mode="after")
+    def _fewer_fire_than_there_are(self) -> "CrosscoderConfig":
+        if isinstance(self.activation_function, BatchTopk) and self.activation_function.k >= self.num_features:
+            raise ValueError(f"activation_function.k is {self.activation_function.k}, expected less than num_features, {self.num_features}")
+        return self

@@ -47,8 +47,9 @@ def auxk(crosscoder: Crosscoder, pre_BF: Tensor, residual_BLD: Tensor, dead_J: T
     the features `dead_J` (indices) at each position, by activation times decoder norms, model the residual
     e = x - x_hat, which carries no gradient. Scalar, float32; 0 where there is no residual.
     """
-    W_dead_JLD = crosscoder.W_dec_FLD[dead_J]
-    features_BJ = torch.relu(pre_BF[:, dead_J])
+    # index_select rather than indexing: the backward of indexing sorts the indices first.
+    W_dead_JLD = torch.index_select(crosscoder.W_dec_FLD, 0, dead_J)
+    features_BJ = torch.relu(torch.index_select(pre_BF, 1, dead_J))
     if k < dead_J.numel():
         with torch.no_grad():
             norms_J = decoder_norms(W_dead_JLD)
