@@ -1,0 +1,1 @@
+"""One program a stage; a stage never imports another."""
