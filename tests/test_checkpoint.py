@@ -152,6 +152,19 @@ def test_a_full_disk_stops_with_a_sentence_and_loses_no_checkpoint(kind: str, tm
     assert trainer(tmp_path).train()["steps"] == 34
 
 
+def test_a_disk_that_fills_up_with_metrics_stops_with_a_sentence_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log_metrics = Run.log_metrics
+
+    def log_until_full(run: Run, row: dict[str, Any]) -> None:
+        if row["step"] == 8:
+            raise full_disk("system")
+        log_metrics(run, row)
+
+    monkeypatch.setattr(Run, "log_metrics", log_until_full)
+    with pytest.raises(UserError, match=r"the disk is full; free some space .* goes on from .*00000005"):
+        trainer(tmp_path).train()
+
+
 def test_other_errors_while_saving_are_not_taken_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")

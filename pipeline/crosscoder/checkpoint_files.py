@@ -62,7 +62,7 @@ def write(checkpoints: Path, step: int, parts: dict[str, Part]) -> Path:
         _fsync(checkpoints)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if _disk_is_full(error):
+        if disk_is_full(error):
             raise UserError(
                 f"{final} could not be written: the disk is full; free some space and start the same command again, it goes on "
                 "from the checkpoint before this one"
@@ -86,9 +86,10 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _disk_is_full(error: BaseException) -> bool:
-    """safetensors wraps the system's error in one of its own, whose text ends with its number."""
+def disk_is_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space, or of quota."""
     full = (errno.ENOSPC, errno.EDQUOT)
+    # safetensors wraps the system's error in one of its own, whose text ends with its number.
     if isinstance(error, safetensors.SafetensorError):
         return any(f"os error {number})" in str(error) for number in full)
     return isinstance(error, OSError) and error.errno in full

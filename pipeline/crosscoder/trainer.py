@@ -54,15 +54,22 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Trains to the end and gives the values of `result.json`.
 
-        Raises `Stopped`, after saving, when the run is asked to stop; `UserError` when the loss is no longer finite.
+        Raises `Stopped`, after saving, when the run is asked to stop; `UserError` when the loss is no longer finite or the
+        disk is full, the last checkpoint being kept.
         """
         started, first_tokens = time.monotonic(), self.state.tokens
         try:
-            while self.state.step < self.state.plan.num_steps:
-                self._train_epoch()
-            checkpoint = self._save()
-        finally:
-            self.log.close()
+            with contextlib.closing(self.log):
+                while self.state.step < self.state.plan.num_steps:
+                    self._train_epoch()
+                checkpoint = self._save()
+        except OSError as error:
+            if not checkpoint_files.disk_is_full(error):
+                raise
+            raise UserError(
+                f"{self.run.directory} could not be written: the disk is full; free some space and start the same command again, it "
+                f"goes on from {self.saved or 'the beginning'}"
+            ) from error
         seconds = time.monotonic() - started
         return self._result(checkpoint, seconds, (self.state.tokens - first_tokens) / seconds)
 
