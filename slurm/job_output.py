@@ -195,11 +195,12 @@ def parse_sacct(text: str) -> list[Job]:
         if len(words) != len(SACCT_FIELDS):
             continue
         job_id, state, exit_code, nodes, elapsed, start, _, limit, partition, name, comment = words
-        reason = f"exit code {exit_code.partition(':')[0]}" if job_state(state) == "FAILED" else ""
+        code, _, killed_by = exit_code.partition(":")
+        reason = f"ended by signal {killed_by}" if killed_by not in ("", "0") else f"exit code {code}"
         job = Job(
             id=job_id,
             state=job_state(state),
-            reason=reason,
+            reason=reason if job_state(state) == "FAILED" else "",
             nodes="" if nodes == "None assigned" else nodes,
             partition=partition,
             limit_s=seconds(limit),

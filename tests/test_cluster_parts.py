@@ -98,6 +98,16 @@ def test_free_ports_are_different_and_outside_the_kernels_own_range() -> None:
     assert max(PORTS) < 32_768
 
 
+def test_a_process_just_started_is_known_as_the_clusters_at_once(tmp_path: Path) -> None:
+    configuration_file = tmp_path / "slurm.conf"
+    for _ in range(30):  # right after exec the kernel shows an empty environment
+        pid = processes.start(["sleep", "60"], log=tmp_path / "log", variables={"PATH": "/bin", "SLURM_CONF": str(configuration_file)})
+        assert processes.belongs_to(pid, configuration_file)
+        assert not processes.belongs_to(pid, tmp_path / "other.conf")
+        processes.end([pid], configuration_file, patience_s=5)
+        assert not processes.belongs_to(pid, configuration_file)
+
+
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 

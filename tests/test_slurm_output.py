@@ -227,6 +227,8 @@ def test_of_a_requeued_job_accounting_gives_the_newest_run() -> None:
     text = "\n".join([line("FAILED", "2026-11-23T10:00:00", "n2"), line("REQUEUED", "2026-11-23T09:00:00", "n1")])
     (job,) = job_output.parse_sacct(text)
     assert (job.state, job.nodes, job.reason) == ("FAILED", "n2", "exit code 3")
+    (killed,) = job_output.parse_sacct(line("FAILED", "2026-11-23T10:00:00", "n2").replace("3:0", "0:9"))
+    assert killed.reason == "ended by signal 9"
 
 
 def test_scontrols_records_keep_spaces_and_name_the_arrays_tasks() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from slurm import slurm_commands
 from slurm.cluster import configuration, hardware, packages
+from slurm.cluster.configuration import CLUSTER_NAME
 from slurm.cluster.layout import Layout
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ def start(cluster: "PrivateCluster", layout: Layout) -> None:
     path.write_text(configuration.slurmdbd_conf(layout, cluster.place))
     cluster.spawn("slurmdbd", packages.path("slurmdbd"), "-D")
     cluster.wait_until("slurmdbd", lambda: _answers(port), PATIENCE_S)
-    cluster.command("sacctmgr", "-i", "add", "cluster", "private")
+    known = cluster.command("sacctmgr", "-n", "-P", "list", "cluster", "format=cluster").split()
+    if CLUSTER_NAME not in known:
+        cluster.command("sacctmgr", "-i", "add", "cluster", CLUSTER_NAME)
 
 
 def _start_database(cluster: "PrivateCluster") -> None:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from slurm.cluster.layout import Layout, Node, Partition
 
+CLUSTER_NAME = "private"
 DATABASE, DATABASE_USER, DATABASE_PASSWORD = "slurm_acct_db", "slurm", "private"
 
 
@@ -33,7 +34,7 @@ def slurm_conf(layout: Layout, place: Place, first_job_id: int) -> str:
     """slurm.conf. Every line is there for a reason that a real Slurm 22.05 gave; the less plain ones are noted."""
     d, policy = place.directory, layout.policy
     lines = [
-        "ClusterName=private",
+        f"ClusterName={CLUSTER_NAME}",
         f"SlurmctldHost={place.host}(127.0.0.1)",
         f"SlurmctldPort={place.ports[0]}",
         f"SlurmUser={place.user}",

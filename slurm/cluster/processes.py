@@ -54,7 +54,7 @@ def start(command: list[str], *, log: Path, variables: Mapping[str, str]) -> int
 def variables_of(pid: int) -> list[bytes]:
     """The environment of a process; empty for one that is gone, a zombie, or another user's."""
     try:
-        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return [variable for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if variable]
     except OSError:
         return []
 
