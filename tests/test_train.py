@@ -313,6 +313,18 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(changes: dict[str, Any], 
         trainer(tmp_path, MemorySource(random_activations(300)), **changes)
 
 
+def test_the_random_state_follows_from_the_seed_and_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
+    draws = {}
+    for name, disturbance in (("one", 1), ("two", 2)):
+        torch.manual_seed(disturbance)
+        trainer(tmp_path / name, MemorySource(random_activations(300))).train()
+        draws[f"{name}, at the end"] = torch.rand(3).tolist()
+        torch.manual_seed(disturbance)
+        trainer(tmp_path / name, MemorySource(random_activations(300)))
+        draws[f"{name}, resumed"] = torch.rand(3).tolist()
+    assert len({tuple(drawn) for drawn in draws.values()}) == 1, draws
+
+
 def test_other_activations_do_not_go_on_from_a_checkpoint(tmp_path: Path) -> None:
     trainer(tmp_path, MemorySource(random_activations(300))).train()
     with pytest.raises(UserError, match="trained on activations ffffffffffff, now they are eeeeeeeeeeee"):

@@ -34,6 +34,9 @@ class Trainer:
         self.run = run
         self.checkpoints = run.directory / "checkpoints"
         self.state = TrainingState(config, source, device)
+        # Whatever an activation function or a penalty may draw in training follows from the seed, and from there on from the
+        # state in the checkpoint.
+        torch.manual_seed(config.seed)
         self._resume()
         objective = Objective(config, source.d_model, device.type)
         self.objective = torch.compile(objective.__call__) if config.compile else objective
