@@ -14,7 +14,13 @@ import typer
 
 from pipeline.config.errors import UserError
 
-COMMAND_MODULES = ("slurm.run_commands", "slurm.record_commands", "slurm.watching_commands", "slurm.changing_commands")
+COMMAND_MODULES = (
+    "slurm.run_commands",
+    "slurm.record_commands",
+    "slurm.sweep_commands",
+    "slurm.watching_commands",
+    "slurm.changing_commands",
+)
 
 
 def build_app() -> typer.Typer:

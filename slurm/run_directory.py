@@ -13,7 +13,8 @@
       progress.json      heartbeat, metrics.jsonl, tensorboard/, checkpoints/: written by the stage
       result.json        how the task ended (below)
 
-A run of one task has no `tasks/`: its task directory is the run directory itself.
+A run of one task has no `tasks/`: its task directory is the run directory itself. A sweep's tasks have a config.yaml,
+inputs.json and job.json of their own (see `slurm.sweep`).
 
 job.json, written when the run is frozen and when something about its submission changes:
 
@@ -115,6 +116,14 @@ class RunDirectory:
         return _read_or_none(self.path / "inputs.json") or {}
 
     @property
+    def stage(self) -> str:
+        return str(self.job()["stage"])
+
+    def record_of_task(self, task: int) -> "RunDirectory":
+        """The directory with the task's config.yaml, inputs.json and job.json: of a sweep its own, else the run's."""
+        return RunDirectory(self.task_directory(task)) if self.stage == "sweep" else self
+
+    @property
     def num_tasks(self) -> int:
         return int(self.job()["num_tasks"])
 
@@ -122,7 +131,8 @@ class RunDirectory:
 
     def task_directory(self, task: int, num_tasks: int | None = None) -> Path:
         """Where task `task` keeps its progress, log, checkpoints and result."""
-        return self.path / "tasks" / str(task) if (num_tasks or self.num_tasks) > 1 else self.path
+        alone = (num_tasks or self.num_tasks) == 1 and not (self.path / "tasks").exists()
+        return self.path if alone else self.path / "tasks" / str(task)
 
     def progress(self, task: int = 0) -> Json | None:
         """The last heartbeat (see `pipeline.run.Run.report`), or None before the first."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from pipeline import records
 from pipeline.config import yaml_file
 from pipeline.config.errors import UserError
+from pipeline.config.resources import Resources
 from pipeline.config.schema import Config
 from pipeline.config.site_file import Site
 from pipeline.config.stage import StageConfig
@@ -79,39 +80,43 @@ class Freezer:
         code_of: RunDirectory | None,
         cluster: str | None,
     ) -> None:
-        with records.atomic_file(run.path / "config.yaml") as file:
-            file.write(yaml_file.write(config.resolved()).encode())
+        code = self.write_surroundings(run, code_of)
+        config_hash = write_config(run.path, config.resolved(), inputs)
+        job = self.job_record(run, config.stage, config.name, config.resources, after, cluster)
+        run.write_job(job | {"config_hash": config_hash, "code_hash": code["hash"]})
+
+    def write_surroundings(self, run: RunDirectory, code_of: RunDirectory | None = None) -> dict[str, Any]:
+        """Freezes code and environment into `run` and gives code.json."""
         store = self.site.runs.absolute() / CODE_STORE
-        if code_of is None:
-            code = snapshot.freeze(snapshot.source_root(), run.path, store)
-        else:
-            code = snapshot.freeze_again(code_of.path, run.path, store)
         if self._environment is None:
             self._environment = environment.describe()
         records.write_json(run.path / "environment.json", self._environment)
-        records.write_json(run.path / "inputs.json", inputs)
-        run.write_job(
-            {
-                "format": "job/1",
-                "id": run.id,
-                "stage": config.stage,
-                "name": config.name,
-                "executor": self.executor,
-                "cluster": cluster or socket.gethostname(),
-                "submitted": time.time(),
-                "submitted_by": f"{environment.user_name()}@{socket.gethostname()}",
-                "submitted_from": os.getcwd(),
-                "command": self.command,
-                "config_hash": records.hash_file(run.path / "config.yaml"),
-                "code_hash": code["hash"],
-                "setup": self.site.setup,
-                "resources": config.resources.resolved(),
-                "num_tasks": config.resources.array_tasks,
-                "after": [str(parent.path) for parent in after],
-                "jobs": [],
-                "changes": [],
-            }
-        )
+        if code_of is not None:
+            return snapshot.freeze_again(code_of.path, run.path, store)
+        return snapshot.freeze(snapshot.source_root(), run.path, store)
+
+    def job_record(
+        self, run: RunDirectory, stage: str, name: str, resources: Resources, after: Sequence[RunDirectory], cluster: str | None
+    ) -> dict[str, Any]:
+        """job.json of a run that is not queued yet, but for the hashes."""
+        return {
+            "format": "job/1",
+            "id": run.id,
+            "stage": stage,
+            "name": name,
+            "executor": self.executor,
+            "cluster": cluster or socket.gethostname(),
+            "submitted": time.time(),
+            "submitted_by": f"{environment.user_name()}@{socket.gethostname()}",
+            "submitted_from": os.getcwd(),
+            "command": self.command,
+            "setup": self.site.setup,
+            "resources": resources.resolved(),
+            "num_tasks": resources.array_tasks,
+            "after": [str(parent.path) for parent in after],
+            "jobs": [],
+            "changes": [],
+        }
 
     # -- chains -----------------------------------------------------------------------------------------------------
 
@@ -159,9 +164,17 @@ class Freezer:
         return Planned(config, run, None, parents)
 
 
+def write_config(directory: Path, values: dict[str, Any], inputs: dict[str, Any]) -> str:
+    """Writes config.yaml and inputs.json and gives the hash of the former."""
+    with records.atomic_file(directory / "config.yaml") as file:
+        file.write(yaml_file.write(values).encode())
+    records.write_json(directory / "inputs.json", inputs)
+    return records.hash_file(directory / "config.yaml")
+
+
 def outputs_of(run: RunDirectory) -> list[Path]:
     """The data sets that a frozen run writes."""
-    return [path.absolute() for path in run.config().outputs().values()]
+    return [path.absolute() for path in run.config().outputs().values()] if run.stage != "sweep" else []
 
 
 def _maker(path: Path, makers: list[tuple[RunDirectory, list[Path]]], runs: Path) -> RunDirectory | None:

@@ -72,9 +72,9 @@ def _attempt(run: RunDirectory, task: int, process: job_process.Process, *, froz
     begin = {"event": "start", "time": started, **identity, "host": socket.gethostname(), "pid": os.getpid(), **environment.gpus()}
     append_line(here / "attempts.jsonl", {**begin, "place": place(run.progress(task))})
     (here / "result.json").unlink(missing_ok=True)
-    view = Run(here, stage=run.config_values()["stage"], task=task, num_tasks=run.num_tasks)
+    view = _view(run, task, here)
     with _stop_on_signals(view, interactive=interactive):
-        ending = _guarded(lambda: _run_stage(run, view, frozen=frozen))
+        ending = _guarded(lambda: _run_stage(run, task, view, frozen=frozen))
         if ending.status == "stopped":
             ending = _failure_beside(here, identity) or ending
         if ending.status == "stopped":
@@ -105,9 +105,17 @@ def _guarded(stage: Callable[[], dict[str, Any]]) -> Ending:
         return Ending("failed", CRASH_CODE, error=f"{type(error).__name__}: {error}")
 
 
-def _run_stage(run: RunDirectory, view: Run, *, frozen: bool) -> dict[str, Any]:
-    config = check_frozen(run, frozen=frozen)
-    inputs = run_inputs.check_all(run.inputs())
+def _view(run: RunDirectory, task: int, directory: Path) -> Run:
+    """What the stage gets. A sweep's tasks are whole stages; another run's divide one."""
+    record = run.record_of_task(task)
+    place = (0, 1) if run.stage == "sweep" else (task, run.num_tasks)
+    return Run(directory, stage=record.config_values()["stage"], task=place[0], num_tasks=place[1])
+
+
+def _run_stage(run: RunDirectory, task: int, view: Run, *, frozen: bool) -> dict[str, Any]:
+    record = run.record_of_task(task)
+    config = check_frozen(run, record, frozen=frozen)
+    inputs = run_inputs.check_all(record.inputs())
     seeded = view.directory / "inputs.json"
     before = records.read_json(seeded) if seeded.exists() else {}
     records.write_json(seeded, {**inputs, **{field: entry for field, entry in before.items() if field not in inputs}})
@@ -117,8 +125,8 @@ def _run_stage(run: RunDirectory, view: Run, *, frozen: bool) -> dict[str, Any]:
     return result
 
 
-def check_frozen(run: RunDirectory, *, frozen: bool = True) -> StageConfig:
-    """The run's configuration, once code, configuration and environment are found as they were recorded.
+def check_frozen(run: RunDirectory, record: RunDirectory, *, frozen: bool = True) -> StageConfig:
+    """The configuration in `record`, once it, code and environment are found as they were recorded.
 
     Raises `UserError` naming exactly what differs.
     """
@@ -130,14 +138,14 @@ def check_frozen(run: RunDirectory, *, frozen: bool = True) -> StageConfig:
             )
         snapshot.check(run.path)
         environment.check(records.read_json(run.path / "environment.json"))
-    text_hash = records.hash_file(run.path / "config.yaml")
-    recorded = run.job()["config_hash"]
-    if text_hash != recorded:
+    path = record.path / "config.yaml"
+    found, recorded = records.hash_file(path), record.job()["config_hash"]
+    if found != recorded:
         raise UserError(
-            f"{run.path / 'config.yaml'} was changed after it was frozen (hash {text_hash[:12]}, recorded {recorded[:12]}); change a "
-            "queued run with `crosscoder change`, or submit a new one"
+            f"{path} was changed after it was frozen (hash {found[:12]}, recorded {recorded[:12]}); change a queued run with "
+            "`crosscoder change`, or submit a new one"
         )
-    return run.config()
+    return record.config()
 
 
 @contextmanager
@@ -215,9 +223,9 @@ def work_beside(directory: Path, task: int, process: job_process.Process) -> int
     """Runs the stage as one of the further processes of a multi-process task; the process of rank 0 keeps the records."""
     run = RunDirectory(directory)
     here = run.task_directory(task) / "ranks" / str(process.rank)
-    view = Run(here, stage=run.config_values()["stage"], task=task, num_tasks=run.num_tasks)
+    view = _view(run, task, here)
     with _stop_on_signals(view, interactive=False):
-        ending = _guarded(lambda: _run_stage(run, view, frozen=True))
+        ending = _guarded(lambda: _run_stage(run, task, view, frozen=True))
     if ending.status == "failed":
         records.write_json(here / "failure.json", {"job": process.job, "restart": process.restart, "error": ending.error})
     return 0 if ending.status == "stopped" else ending.exit_code  # a failing exit would take rank 0 down before it has saved

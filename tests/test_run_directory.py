@@ -8,10 +8,10 @@ from pipeline.config.errors import UserError
 from slurm import run_directory
 from slurm.run_directory import RunDirectory
 
+Jobs = list[dict[str, object]]
 
-def make(
-    runs: Path, stage: str = "train", name: str = "demo", *, num_tasks: int = 1, jobs: list[dict[str, object]] | None = None
-) -> RunDirectory:
+
+def make(runs: Path, stage: str = "train", name: str = "demo", *, num_tasks: int = 1, jobs: Jobs | None = None) -> RunDirectory:
     run = run_directory.create(runs, stage, name)
     run.write_job({"id": run.id, "stage": stage, "name": name, "executor": "slurm", "num_tasks": num_tasks, "jobs": jobs or []})
     return run

@@ -332,3 +332,19 @@ def test_an_array_is_split_where_the_cluster_takes_only_small_ones(tmp_path: Pat
     assert [(entry["tasks"], entry["array"]) for entry in run.job()["jobs"]] == [([0, 1, 2], True), ([3, 4, 5], True), ([6], False)]
     wait_until(lambda: finished(run), "all tasks")
     assert [(run.result(task) or {})["result"]["task"] for task in range(7)] == list(range(7))
+
+
+def test_a_sweep_is_one_array_and_survives_a_preemption_in_the_middle(queue: Queue) -> None:
+    queue.project.config("base", step_seconds=0.2, resources="{cpus: 8, partition: low}")
+    (queue.project.root / "sweep.yaml").write_text("name: s\nbase: base.yaml\ngrid: {steps: [10, 12], seed: [0, 1, 2, 3]}\nmetric: score\n")
+    done = queue.project.crosscoder("sweep", "sweep.yaml", SLURM_CONF=str(queue.cluster.configuration))
+    assert done.returncode == 0, done.stderr
+    run = RunDirectory(queue.project.only_run("s", stage="sweep"))
+    (entry,) = run.job()["jobs"]
+    wait_until(lambda: any((run.progress(task) or {"step": 0})["step"] >= 3 for task in range(8)), "the first steps")
+    (high,) = queue.submit(queue.project.config("high"), "resources.nodes=3", "resources.cpus=8")
+    wait_until(lambda: finished(run) and finished(high), "the sweep")
+    attempts = [line for task in range(8) for line in run.attempts(task)]
+    assert any(line.get("status") == "stopped" for line in attempts)
+    assert {line["job"].partition("_")[0] for line in attempts} == {entry["id"]}
+    assert all((run.result(task) or {})["result"]["steps"] == (10 if task < 4 else 12) for task in range(8))

@@ -77,7 +77,7 @@ def run(config, run):
         (config.output / "numbers.bin").write_bytes(bytes(range(config.steps)))
         shard = records.commit_shard(config.output, "numbers", "toy/1", ["numbers.bin"], {"steps": config.steps}, {})
         records.write_manifest(config.output, "toy-set/1", {"numbers": shard}, {})
-    return {"steps": config.steps, "task": run.task, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
+    return {"steps": config.steps, "score": 10.0 * config.steps, "task": run.task, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
 '''
 
 
@@ -125,6 +125,6 @@ class ToyProject:
             command, cwd=self.root, env=self.environment(**variables), capture_output=True, text=True, timeout=120, check=False
         )
 
-    def only_run(self, name: str = "toy") -> Path:
-        (path,) = (self.runs / "toy" / name).iterdir()
+    def only_run(self, name: str = "toy", stage: str = "toy") -> Path:
+        (path,) = (self.runs / stage / name).iterdir()
         return path

@@ -1,0 +1,101 @@
+import csv
+import re
+import time
+from pathlib import Path
+
+import pytest
+from toy_project import ToyProject
+
+from pipeline.config.errors import UserError
+from slurm import sweep, sweep_results
+from slurm.run_directory import RunDirectory
+from slurm.sweep import SweepConfig
+
+
+def config(**values: object) -> SweepConfig:
+    return SweepConfig.model_validate({"name": "s", "base": "base.yaml", **values})
+
+
+def test_a_grid_is_every_combination_in_order() -> None:
+    members = sweep.combinations(config(grid={"a": [1, 2], "b.c": ["x", "y", "z"]}), "s.yaml")
+    assert members == [{"a": a, "b.c": c} for a in (1, 2) for c in ("x", "y", "z")]
+
+
+def test_zipped_lists_go_together_and_combine_with_grid_and_list() -> None:
+    members = sweep.combinations(config(zip={"a": [1, 2], "b": [3, 4]}, grid={"seed": [0, 1]}, list=[{"k": 5}, {"k": 6}]), "s.yaml")
+    assert members == [{"k": k, "a": a, "b": b, "seed": seed} for k in (5, 6) for a, b in ((1, 3), (2, 4)) for seed in (0, 1)]
+
+
+def test_zipped_lists_of_different_lengths_are_refused() -> None:
+    with pytest.raises(UserError, match=r"s.yaml: the lists under zip differ in length: a 2, b 1"):
+        sweep.combinations(config(zip={"a": [1, 2], "b": [3]}), "s.yaml")
+
+
+@pytest.mark.parametrize("values", [{}, {"grid": {"a": []}}])
+def test_a_sweep_over_nothing_is_refused(values: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="nothing is varied"):
+        sweep.combinations(config(**values), "s.yaml")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> ToyProject:
+    project = ToyProject(tmp_path)
+    project.config("base", steps=1)
+    return project
+
+
+def write_sweep(project: ToyProject, text: str) -> str:
+    (project.root / "sweep.yaml").write_text(text)
+    return "sweep.yaml"
+
+
+def test_a_sweep_runs_each_configuration_in_a_directory_of_its_own_and_lists_the_best_first(project: ToyProject) -> None:
+    file = write_sweep(project, "name: s\nbase: base.yaml\ngrid: {steps: [2, 9, 4], fail_at: [null, 1]}\nmetric: score\nmax_parallel: 3\n")
+    done = project.crosscoder("sweep", file, "--executor", "local")
+    assert done.returncode == 0, done.stderr
+    (path,) = re.findall(r"^run (.*)$", done.stdout, re.M)
+    run = RunDirectory(Path(path))
+    deadline = time.monotonic() + 60
+    while sum(run.states().get(state, 0) for state in ("finished", "failed")) < 6:
+        assert time.monotonic() < deadline, run.states()
+        time.sleep(0.1)
+    assert [run.record_of_task(task).config_values()["steps"] for task in range(6)] == [2, 2, 9, 9, 4, 4]
+    assert (run.result(0) or {})["result"]["task"] == 0
+    rows = sweep_results.gather(run)
+    assert [row["task"] for row in rows[:3]] == [2, 4, 0]
+    assert [row["state"] for row in rows] == ["finished"] * 3 + ["failed"] * 3
+    shown = project.crosscoder("results", "sweep/s")
+    assert shown.returncode == 0, shown.stderr
+    with open(run.path / "results.csv") as file_object:
+        assert [row["score"] for row in csv.DictReader(file_object)] == ["90.0", "40.0", "20.0", "", "", ""]
+    assert (run.path / "results.png").read_bytes().startswith(b"\x89PNG")
+    changed = run.path / "tasks/1/config.yaml"
+    changed.write_text(changed.read_text().replace("fail_at: 1", "fail_at: null"))
+    project.crosscoder("submit", "--resume", run.reference)
+    while "was changed after it was frozen" not in str((run.result(1) or {}).get("error")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_fault_in_one_task_is_named_with_its_changes_and_nothing_is_frozen(project: ToyProject) -> None:
+    for text, sentence in (
+        ("grid: {stepz: [1]}", "task 0 (stepz=1): stepz is not a setting; did you mean `steps`?"),
+        ("grid: {resources.cpus: [1, 2]}", "stage and resources can't be varied in a sweep"),
+        ("grid: {seed: [1, 2]}\nchanges: {output: data/x}", "several tasks would write"),
+        ("grad: {seed: [1, 2]}", "grad is not a setting; did you mean `grid`?"),
+    ):
+        done = project.crosscoder("sweep", write_sweep(project, f"name: s\nbase: base.yaml\n{text}\n"), "--executor", "local")
+        assert done.returncode == 1
+        assert sentence in done.stderr
+    assert not (project.runs / "sweep").exists()
+
+
+def test_tasks_that_have_not_ended_show_their_last_metrics(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "sweep/s/20261123-000000-aaaa")
+    for task in range(2):
+        (run.path / "tasks" / str(task)).mkdir(parents=True)
+    run.write_job({"stage": "sweep", "num_tasks": 2, "jobs": []})
+    (run.path / "config.yaml").write_text("metric: loss\nmaximize: false\nmembers: [{a: 1}, {a: 2}]\n")
+    (run.path / "tasks/1/metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n{"st')
+    rows = sweep_results.gather(run)
+    assert rows == [{"task": 1, "state": "new", "a": 2, "step": 2, "loss": 2.5}, {"task": 0, "state": "new", "a": 1}]
