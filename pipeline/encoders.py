@@ -19,7 +19,8 @@ from pipeline.tokenizer import PROBES, TokenizerDefinition, backend_tokenizer, l
 
 EncoderName = Literal["gigatoken", "tokenizers", "transformers"]
 
-# The library's own results take some 150 bytes a token until they are dropped, so it gets a little text at a time.
+# The library's own results take some 450 bytes a token until they are dropped (1.9 GB for one text of 14 MB), so it gets a
+# little text at a time.
 REFERENCE_BATCH_CHARACTERS = 1 << 18
 # gigatoken 0.10 remembers every word it ever met: up to 8 MB a megabyte of random letters. Building it anew takes 0.1 s.
 MAX_CACHE_GROWTH_BYTES = 512 << 20

@@ -46,8 +46,9 @@ class TokenizeConfig(StageConfig):
     """What makes the ids, the same ids each way: `auto` takes gigatoken where it agrees with the tokenizer, else tokenizers."""
     processes: Annotated[PositiveCount | None, Field(json_schema_extra=OPERATIONAL)] = None
     """Processes that encode, beside the one that reads and writes (1: all in one); None takes a process a CPU allowed to the job."""
-    chunk_bytes: Annotated[PositiveCount, Field(json_schema_extra=OPERATIONAL)] = 4 * MIB
-    """Text sent to a process at a time, in bytes; memory is about 20 times this a process, and more for longer lines."""
+    chunk_bytes: Annotated[PositiveCount, Field(json_schema_extra=OPERATIONAL)] = MIB
+    """Text sent to a process at a time, in bytes. A process holds some 150 MB, and 10 times this or the longest line more
+    (140 times the longest line with `encoder: tokenizers`)."""
 
     def outputs(self) -> dict[str, Path]:
         splits = ["train", "validation"] if self.validation_fraction > 0 else ["train"]

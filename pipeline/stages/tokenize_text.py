@@ -148,9 +148,9 @@ class _WatchedChunks:
 
 
 def sample_texts(source: Source, config: TokenizeConfig) -> list[str]:
-    """Texts from the beginning of a source, about 256 KiB."""
+    """Texts from the beginning of a source, about 256 KiB; a long one is cut off."""
     chunk = next(iter(_read(TextFile(source.path), config, chunk_bytes=SAMPLE_BYTES)))
-    return LineParser(config.text_field, config.max_line_bytes).parse(chunk).texts
+    return [text[:SAMPLE_BYTES] for text in LineParser(config.text_field, config.max_line_bytes).parse(chunk).texts]
 
 
 def _read(text: TextFile, config: TokenizeConfig, chunk_bytes: int | None = None) -> Iterator[Chunk]:
