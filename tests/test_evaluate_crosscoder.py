@@ -22,11 +22,12 @@ from evaluation_pieces import (
 )
 from tiny_models import tiny_gpt2
 
-from pipeline import evaluation_tables, records
+from pipeline import records
 from pipeline.config.crosscoder import CrosscoderConfig, Relu
 from pipeline.config.errors import UserError
 from pipeline.crosscoder.checkpoint import load_crosscoder
 from pipeline.crosscoder.metrics import DEFINITIONS
+from pipeline.evaluation import tables
 from pipeline.run import Run, Stopped
 from pipeline.stages import evaluate_crosscoder
 
@@ -104,9 +105,9 @@ def test_a_crosscoder_worse_than_another_layer_is_called_so(pieces: Pieces, tmp_
 
 
 def test_numbers_are_short_and_never_minus_zero() -> None:
-    assert evaluation_tables.number(None) == "-"
-    assert evaluation_tables.number(-1e-9) == "0.0000"
-    assert evaluation_tables.number(-12345.678) == "-1.23e+04"
+    assert tables.number(None) == "-"
+    assert tables.number(-1e-9) == "0.0000"
+    assert tables.number(-12345.678) == "-1.23e+04"
 
 
 def test_an_evaluation_on_its_own_training_text_says_so(pieces: Pieces, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from pipeline import figures
-from pipeline.figures import LayerBars
+from pipeline.evaluation import figures
+from pipeline.evaluation.figures import LayerBars
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

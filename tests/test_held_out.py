@@ -9,7 +9,7 @@ from evaluation_pieces import CONTEXT_TOKENS, held_out_tokens
 
 from pipeline.config.errors import UserError
 from pipeline.contexts import Contexts
-from pipeline.held_out import HeldOut
+from pipeline.evaluation.held_out import HeldOut
 from pipeline.tokens import TokenSet, write_token_set
 
 

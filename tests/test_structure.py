@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["config", "records", "run", "tokens", "contexts", "language_model", "activations", "crosscoder", "interventions", "stages"]
+ORDER = [
+    "config", "records", "run", "tokens", "contexts", "language_model", "activations", "crosscoder", "interventions", "evaluation", "stages"
+]  # fmt: skip
 TORCH_FREE = {"pipeline.config", "pipeline.records", "pipeline.run"}
 PYTHON_FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("slurm/**/*.py")])
 EMPTY_NAMES = {"utils", "util", "common", "helpers", "misc", "manager", "base"}

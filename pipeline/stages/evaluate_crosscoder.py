@@ -14,15 +14,16 @@ from typing import Any
 
 import safetensors.torch
 
-from pipeline import evaluation_tables, figures, records
+from pipeline import records
 from pipeline.activations.harvest import check_tokens
 from pipeline.config.errors import UserError
 from pipeline.config.evaluate_crosscoder import EvaluateConfig
 from pipeline.contexts import Contexts
 from pipeline.crosscoder import metrics
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder, load_crosscoder
-from pipeline.evaluation import Measurement, Measurements, Stand, layer_moments
-from pipeline.held_out import HeldOut
+from pipeline.evaluation import figures, tables
+from pipeline.evaluation.held_out import HeldOut
+from pipeline.evaluation.measurements import Measurement, Measurements, Stand, layer_moments
 from pipeline.language_model import LanguageModel
 from pipeline.run import Run
 from pipeline.tokens import TokenSet
@@ -51,7 +52,7 @@ def run(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     found = measure(trained, language_model, held_out, config, run)
     document = {"format": METRICS_FORMAT, "inputs": identities, **as_json(found, trained)}
     check_finite(document, "metrics")
-    for line in [*summary(document, trained), "", *evaluation_tables.tables(found, trained.layers).splitlines()]:
+    for line in [*summary(document, trained), "", *tables.tables(found, trained.layers).splitlines()]:
         run.say(line)
     paths = write_files(run.directory, document, found, trained)
     return {**headline(document, trained.layers), "files": [str(path) for path in paths]}

@@ -2,7 +2,7 @@
 
 Two passes over the same contexts. The first gives each layer's mean; the second compares every position's activations with
 their reconstructions and with the baselines, and runs the language model with each of them in place of the activations.
-`pipeline.held_out` says which positions and predictions count.
+`pipeline.evaluation.held_out` says which positions and predictions count.
 
 B contexts in a batch, S positions in a context, N positions that count in a batch, L layers, D model width, F features.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder
 from pipeline.crosscoder.metrics import FiringCounts, LayerMoments, Predictions, Reconstruction, ReconstructionMetrics, recovered
-from pipeline.held_out import HeldOut, HeldOutBatch
+from pipeline.evaluation.held_out import HeldOut, HeldOutBatch
 from pipeline.interventions import Intervention, clean_run, put, zero
 from pipeline.language_model import LanguageModel
 from pipeline.run import Run

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.crosscoder.metrics import ReconstructionMetrics
-from pipeline.evaluation import Loss, Measurements, Stand
+from pipeline.evaluation.measurements import Loss, Measurements, Stand
 
 WIDTH = 100
 
