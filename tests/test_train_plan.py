@@ -1,12 +1,15 @@
 """What follows from the step alone: positions, learning rate, sparsity coefficient; and counters of dead features."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 from toy_activations import L1, train_config
 
 from pipeline.config.errors import UserError
 from pipeline.config.train_crosscoder import Optimizer
-from pipeline.crosscoder.dead_features import count_tokens, dead_features, firings
+from pipeline.crosscoder.dead_features import count_tokens, dead_features, firings, firings_by_norm
 from pipeline.crosscoder.plan import Place, Plan
 from pipeline.crosscoder.schedules import learning_rate, sparsity_coefficient
 
@@ -93,5 +96,12 @@ def test_dead_counters_by_hand() -> None:
     assert dead_features(counters_F, 8).tolist() == []
 
 
-def test_firings_count_every_position_in_low_precision_too() -> None:
-    assert firings(torch.full((5000, 2), 0.01, dtype=torch.bfloat16)).tolist() == [5000.0, 5000.0]
+@pytest.mark.parametrize("count", [firings, firings_by_norm])
+def test_firings_count_every_position_in_low_precision_too(count: Callable[[Tensor], Tensor]) -> None:
+    assert count(torch.full((5000, 2), 0.01, dtype=torch.bfloat16)).tolist() == [5000.0, 5000.0]
+
+
+def test_both_ways_of_counting_firings_agree() -> None:
+    features_BF = torch.relu(torch.randn(40, 9, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(firings(features_BF), firings_by_norm(features_BF))
+    assert torch.equal(firings(features_BF), (features_BF > 0).sum(0).float())
