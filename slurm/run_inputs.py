@@ -47,6 +47,8 @@ def describe(path: Path) -> Entry:
         return {"path": str(path), "kind": "run", "run": "/".join(path.parts[-3:]), "content": _run_content(path)}
     if (path / records.RECIPE).exists():
         raise UserError(f"{path} has no {records.MANIFEST}: it is not a finished data set; run the stage that makes it again, it resumes")
+    if not path.exists() and any(letter in str(path) for letter in "*?["):
+        return {"path": str(path), "kind": "files", "content": _names_sizes_times(Path(path.anchor), str(path.relative_to(path.anchor)))}
     if not path.exists():
         raise UserError(f"{path} does not exist; run the stage that makes it first, or submit both in one chain")
     return {"path": str(path), "kind": "files", "content": _names_sizes_times(path)}
@@ -65,8 +67,10 @@ def _run_content(path: Path) -> str:
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
-def _names_sizes_times(path: Path) -> str:
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+def _names_sizes_times(path: Path, pattern: str = "**/*") -> str:
+    files = [path] if path.is_file() else sorted(p for p in path.glob(pattern) if p.is_file())
+    if not files:
+        raise UserError(f"{path / pattern} names no file")
     listing = "\n".join(f"{file.relative_to(path)}\0{file.stat().st_size}\0{file.stat().st_mtime_ns}" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()
 

@@ -63,6 +63,7 @@ class Freezer:
         code_of : take the code of this run instead of the code that is running.
         """
         inputs = run_inputs.describe_all(config, pending or {}, where)
+        check_outputs(config, where)
         run = run_directory.create(self.site.runs.absolute(), config.stage, config.name)
         try:
             self._write(run, config, inputs, after, code_of, cluster)
@@ -164,6 +165,14 @@ class Freezer:
         return Planned(config, run, None, parents)
 
 
+def check_outputs(config: StageConfig, where: str) -> None:
+    """Raises `UserError` for an output that can't be written: a directory that may not be, or a file in its place."""
+    for field, path in config.outputs().items():
+        there = next(parent for parent in (path, *path.parents) if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise UserError(f"{where}: {field} is {path}, but {there} is not a directory that you may write to; choose another output")
+
+
 def write_config(directory: Path, values: dict[str, Any], inputs: dict[str, Any]) -> str:
     """Writes config.yaml and inputs.json and gives the hash of the former."""
     with records.atomic_file(directory / "config.yaml") as file:
@@ -226,9 +235,9 @@ def already_made(config: StageConfig, runs: Path) -> str | None:
     """
     outputs = list(config.outputs().values())
     recipes = [_recipes(directory) for directory in outputs]
-    if not outputs or not all(recipes) or not all(path.exists() for path in config.inputs().values()):
+    if not outputs or not all(recipes):
         return None
-    now = {field: run_inputs.describe(path) for field, path in config.inputs().items()}
+    now = run_inputs.describe_all(config, {}, config.name)
     if not all(_matches(path, config, now) for found in recipes for path in found):
         return None
     if any("data_id" not in entry for entry in now.values()) and not _was_run(config, now, runs):

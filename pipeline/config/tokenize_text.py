@@ -50,6 +50,9 @@ class TokenizeConfig(StageConfig):
     """Text sent to a process at a time, in bytes. A process holds some 150 MB, and 10 times this or the longest line more
     (140 times the longest line with `encoder: tokenizers`)."""
 
+    def inputs(self) -> dict[str, Path]:
+        return {f"sources[{number}]": path for number, path in enumerate(self.sources)}
+
     def outputs(self) -> dict[str, Path]:
         splits = ["train", "validation"] if self.validation_fraction > 0 else ["train"]
         return {split: self.output / split for split in splits}
