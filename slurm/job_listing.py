@@ -4,8 +4,9 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline import records
 from pipeline.config.site_file import Site
 from pipeline.run import duration, quantity
 from slurm import holder, jobs, run_directory, slurm_commands, slurm_queries
@@ -56,38 +57,58 @@ def directory_in(comment: str) -> Path | None:
 
 
 def read_tasks(run: RunDirectory) -> list[Task]:
-    """Every task of a run as its directory tells now."""
+    """Every task of a run as its directory tells now. Reads job.json once, however many tasks there are."""
     job = run.job()
     num_tasks = int(job["num_tasks"])
     parents = [RunDirectory(Path(path)) for path in job["after"]]
-    cancelled = {job_id for change in job["changes"] for job_id in change["what"].get("cancelled", [])}
-    failed_parents = tuple(p.reference for p in parents if p.path.exists() and {"failed", "stopped"} & set(p.states()))
     minutes = job["resources"].get("timeout_min")
+    cancelled = {job_id for change in job["changes"] for job_id in change["what"].get("cancelled", [])}
+    shared = {
+        "run": run.reference,
+        "stage": job["stage"],
+        "name": job["name"],
+        "num_tasks": num_tasks,
+        "executor": job["executor"],
+        "waits_for": tuple(parent.reference for parent in parents),
+        "failed_parents": tuple(p.reference for p in parents if p.path.exists() and {"failed", "stopped"} & set(p.states())),
+        "limit_s": minutes * 60 if minutes else None,
+    }
+    job_ids = _job_ids(job)
     return [
-        Task(
-            run=run.reference,
-            stage=job["stage"],
-            name=job["name"],
-            task=task,
-            num_tasks=num_tasks,
-            executor=job["executor"],
-            job_id=run.job_of_task(task),
-            file_state=run.task_state(task),
-            is_held=_is_held(run, task, num_tasks),
-            progress=run.progress(task),
-            result=run.result(task),
-            waits_for=tuple(parent.reference for parent in parents),
-            failed_parents=failed_parents,
-            was_cancelled=run.job_of_task(task) in cancelled,
-            limit_s=minutes * 60 if minutes else None,
+        _read_task(
+            run.task_directory(task, num_tasks), task, job_ids.get(task), was_cancelled=job_ids.get(task) in cancelled, shared=shared
         )
         for task in range(num_tasks)
     ]
 
 
-def _is_held(run: RunDirectory, task: int, num_tasks: int) -> bool:
-    path = run.task_directory(task, num_tasks) / "lock.json"
-    return path.exists() and holder.looks_held(path)
+def _job_ids(job: dict[str, Any]) -> dict[int, str]:
+    """The id under which each task was last submitted."""
+    return {
+        task: f"{entry['id']}_{position}" if entry["array"] else str(entry["id"])
+        for entry in job["jobs"]
+        for position, task in enumerate(entry["tasks"])
+    }
+
+
+def _read_task(directory: Path, task: int, job_id: str | None, *, was_cancelled: bool, shared: dict[str, Any]) -> Task:
+    lock, result = directory / "lock.json", _read(directory / "result.json")
+    is_locked = lock.exists()
+    otherwise = "new" if job_id is None else "queued"
+    return Task(
+        task=task,
+        job_id=job_id,
+        file_state="running" if is_locked else str(result["status"]) if result else otherwise,
+        is_held=is_locked and holder.looks_held(lock),
+        progress=_read(directory / "progress.json"),
+        result=result,
+        was_cancelled=was_cancelled,
+        **shared,
+    )
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return dict(records.read_json(path)) if path.exists() else None
 
 
 def summary(rows: Sequence[Row]) -> str:

@@ -1,11 +1,14 @@
 """My jobs, joined from Slurm's queue, the run directories and their heartbeats."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from slurm import job_listing, job_reasons, jobs, watch
+from pipeline import records
+from slurm import job_listing, job_reasons, jobs, run_directory, watch
+from slurm.holder import Holder
 from slurm.job_output import Job
 from slurm.jobs import Row, Task
 
@@ -222,3 +225,31 @@ def test_the_end_of_a_long_log_is_read_in_its_last_form(tmp_path: Any) -> None:
     assert watch.last_lines(path, 3) == ["line 19999", "step 3", "last"]
     path.write_text("one\n")
     assert watch.last_lines(path, 3) == ["one"]
+
+
+# -- from the run directories -----------------------------------------------------------------------------------------
+
+
+def test_a_runs_tasks_are_read_as_the_run_directory_tells_them(tmp_path: Path) -> None:
+    parent, run = run_directory.create(tmp_path, "cache", "demo"), run_directory.create(tmp_path, "train", "demo")
+    entries = [
+        {"id": "70", "tasks": [0, 1, 2, 3, 4], "array": True},
+        {"id": "80", "tasks": [1, 3], "array": True},
+        {"id": "90", "tasks": [4], "array": False},
+    ]
+    plain = {"stage": "train", "name": "demo", "executor": "slurm", "resources": {"timeout_min": 5}, "changes": [], "after": []}
+    parent.write_job({**plain, "num_tasks": 1, "jobs": entries[2:]})
+    records.write_json(parent.path / "result.json", {"status": "failed"})
+    changes = [{"what": {"cancelled": ["80_1"]}, "how": "scancel"}, {"what": {"nice": 5}, "how": "scontrol"}]
+    run.write_job({**plain, "num_tasks": 6, "jobs": entries, "changes": changes, "after": [str(parent.path)]})
+    for task_number, status in ((0, "finished"), (2, "failed"), (4, "stopped")):
+        records.write_json(run.task_directory(task_number) / "result.json", {"status": status})
+    with Holder(run.task_directory(4), job="90", restart=0):
+        tasks = job_listing.read_tasks(run)
+        assert [t.file_state for t in tasks] == [run.task_state(i) for i in range(6)]
+        assert [t.file_state for t in tasks] == ["finished", "queued", "failed", "queued", "running", "new"]
+    assert [t.job_id for t in tasks] == [run.job_of_task(i) for i in range(6)] == ["70_0", "80_0", "70_2", "80_1", "90", None]
+    assert [t.is_held for t in tasks] == [False] * 4 + [True, False]
+    assert [t.was_cancelled for t in tasks] == [False, False, False, True, False, False]
+    assert tasks[0].failed_parents == tasks[0].waits_for == (parent.reference,)
+    assert (tasks[0].limit_s, tasks[0].num_tasks) == (300, 6)

@@ -219,6 +219,12 @@ def test_sinfos_text_gives_each_node_once_with_all_its_partitions() -> None:
     assert (n2.name, n2.takes_jobs) == ("n2", False)
 
 
+def test_use_told_without_the_type_counts_for_the_one_type_there_is() -> None:
+    words = ["n1", "main", "mixed", "2/6/0/8", "gpu:h200:4(S:0-1)", "gpu:3(IDX:0-2)", "16000", "2000", "(null)", "none"]
+    (node,) = node_output.parse_sinfo("".join(word + SEPARATOR for word in words))
+    assert node.gpus == {"h200": GpuCount(4, 3)}
+
+
 def test_of_a_requeued_job_accounting_gives_the_newest_run() -> None:
     def line(state: str, start: str, node: str) -> str:
         words = ["1042", state, "3:0", node, "00:00:05", start, "Unknown", "01:00:00", "main", "train", ""]
