@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from pipeline.config import load
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
-from slurm import executor, holder, slurm_commands, submission
+from slurm import executor, submission
+from slurm.activity import is_busy
 from slurm.run_directory import RunDirectory
-
-WAITING_STATES = ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "STOPPED")
-"""Of jobs that Slurm has not done with."""
 
 
 def resume(run: RunDirectory) -> None:
@@ -35,30 +33,6 @@ def resume(run: RunDirectory) -> None:
         (run.task_directory(task) / "result.json").unlink(missing_ok=True)
     entries = executor.launch(run, left)
     print(f"run {run.path}\njob {' '.join(str(entry['id']) for entry in entries)}: {len(left)} of {job['num_tasks']} task(s)", flush=True)
-
-
-def is_busy(run: RunDirectory, task: int) -> bool:
-    """Whether a process holds the task, or its last job still waits or runs."""
-    if holder.looks_held(run.task_directory(task) / "lock.json"):
-        return True
-    identity = run.job_of_task(task)
-    if identity is None:
-        return False
-    executor_name = run.job()["executor"]
-    if executor_name == "local":
-        result = run.result(task)
-        return result is None and holder.process_started(int(identity.partition("_")[0])) is not None
-    return executor_name == "slurm" and _slurm_has(identity)
-
-
-def _slurm_has(job: str) -> bool:
-    try:
-        states = slurm_commands.run("squeue", "-h", "-a", "-r", "-t", "all", "-j", job, "-o", "%T").split()
-    except slurm_commands.CommandFailed as error:
-        if "Invalid job id" in error.stderr:
-            return False
-        raise
-    return any(state in WAITING_STATES for state in states)
 
 
 def rerun(origin: RunDirectory, changes: Sequence[str], executor_name: str | None, site: Site) -> None:

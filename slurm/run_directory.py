@@ -57,11 +57,13 @@ from pipeline.config import load, yaml_file
 from pipeline.config.errors import UserError
 from pipeline.config.schema import build
 from pipeline.config.stage import StageConfig
+from slurm import holder
 
 Json = dict[str, Any]
 
 STATES = ("new", "queued", "running", "stopped", "failed", "finished")
-"""new: frozen, never submitted. queued: submitted, no process has it now. running: a process holds it."""
+"""new: frozen, never submitted. queued: submitted, no process has it now. running: a process holds it. stopped: it was asked
+to, or its process was killed."""
 
 _ID = re.compile(r"\d{8}-\d{6}-[0-9a-z]{4}")
 _ID_LETTERS = "0123456789abcdefghijkmnpqrstvwxyz"
@@ -157,11 +159,13 @@ class RunDirectory:
         """One of `STATES`, from the files alone: a job that Slurm dropped before it began still reads as queued."""
         directory = self.task_directory(task)
         if (directory / "lock.json").exists():
-            return "running"
+            return "running" if holder.looks_held(directory / "lock.json") else "stopped"
         result = self.result(task)
         if result is not None:
             return str(result["status"])
-        return "new" if self.job_of_task(task) is None else "queued"
+        if self.job_of_task(task) is not None:
+            return "queued"
+        return "stopped" if (directory / "attempts.jsonl").exists() else "new"
 
     def states(self) -> dict[str, int]:
         """How many tasks are in each state; states without any are left out."""

@@ -21,6 +21,7 @@ from pipeline.config.schema import Config
 from pipeline.config.site_file import Site
 from pipeline.config.stage import StageConfig
 from slurm import environment, run_directory, run_inputs, snapshot
+from slurm.activity import writer_of
 from slurm.run_directory import RunDirectory
 
 C = TypeVar("C", bound=Config)
@@ -64,6 +65,7 @@ class Freezer:
         """
         inputs = run_inputs.describe_all(config, pending or {}, where)
         check_outputs(config, where)
+        self._check_alone(config, where)
         run = run_directory.create(self.site.runs.absolute(), config.stage, config.name)
         try:
             self._write(run, config, inputs, after, code_of, cluster)
@@ -71,6 +73,15 @@ class Freezer:
             snapshot.remove(run.path)
             raise
         return run
+
+    def _check_alone(self, config: StageConfig, where: str) -> None:
+        """Two runs that write one data set at once would only be in each other's way."""
+        other = writer_of(config.outputs().values(), self.site.runs.absolute(), config.stage)
+        if other is not None:
+            raise UserError(
+                f"{where}: {other.reference} is queued or being worked on (job {other.job_of_task(0)}) and writes the same output; wait "
+                "for it, cancel it first, or choose another output"
+            )
 
     def _write(
         self,

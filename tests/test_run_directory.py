@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.config.errors import UserError
 from slurm import run_directory
+from slurm.holder import Holder
 from slurm.run_directory import RunDirectory
 
 Jobs = list[dict[str, object]]
@@ -73,11 +74,13 @@ def test_states_come_from_the_files(tmp_path: Path) -> None:
     end(run, "finished", 0)
     end(run, "stopped", 1)
     run.task_directory(2).mkdir(parents=True)
-    (run.task_directory(2) / "lock.json").write_text("{}")
+    lock = Holder(run.task_directory(2), job="7_2", restart=0).lock
+    (run.task_directory(2) / "lock.json").write_text(json.dumps(lock))
     assert [run.task_state(task) for task in range(5)] == ["finished", "stopped", "running", "queued", "new"]
     assert run.states() == {"new": 1, "queued": 1, "running": 1, "stopped": 1, "finished": 1}
     assert run.state() == "running"
-    (run.task_directory(2) / "lock.json").unlink()
+    (run.task_directory(2) / "lock.json").write_text(json.dumps(lock | {"process_started": 1}))
+    assert run.task_state(2) == "stopped"
     assert run.state() == "stopped"
 
 

@@ -260,6 +260,17 @@ def test_a_run_that_waits_for_one_that_failed_gives_up_with_the_reason(project: 
     assert (runs[1].result() or {})["error"] == f"not started: {runs[0].reference}, which it waited for, did not finish (failed)"
 
 
+def test_a_second_run_does_not_write_what_another_is_writing(project: ToyProject) -> None:
+    config = project.config(output="data/made", steps=250, step_seconds=0.1)
+    (run,) = runs_of(project.crosscoder("submit", config, "--executor", "local").stdout)
+    second = project.crosscoder("submit", config, "--executor", "local")
+    assert second.returncode == 1
+    assert f"toy.yaml: {run.reference} is queued or being worked on" in second.stderr
+    wait_until(lambda: run.progress(), "the first step")
+    os.kill(int(run.job()["jobs"][0]["id"]), signal.SIGTERM)
+    wait_until(lambda: run.state() == "stopped", "the stop")
+
+
 def test_two_processes_on_one_run_one_wins_and_the_other_says_so(project: ToyProject) -> None:
     done = project.crosscoder("submit", project.config(steps=30, step_seconds=0.1), "--executor", "local")
     (run,) = runs_of(done.stdout)
