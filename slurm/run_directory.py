@@ -70,10 +70,11 @@ _ID_LETTERS = "0123456789abcdefghijkmnpqrstvwxyz"
 
 
 class RunDirectory:
-    """The files of one run; reads what is there now, caches nothing."""
+    """The files of one run, as they are whenever one is asked for."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
+        self._known_job: tuple[tuple[int, int], Json] | None = None
 
     @property
     def id(self) -> str:
@@ -111,6 +112,15 @@ class RunDirectory:
     def job(self) -> Json:
         return dict(records.read_json(self.path / "job.json"))
 
+    def _job(self) -> Json:
+        """job.json to read from only; parsed again when it was replaced: the thousand tasks of an array ask for it often."""
+        path = self.path / "job.json"
+        stat = path.stat() if path.exists() else None
+        version = (stat.st_ino, stat.st_mtime_ns) if stat else (0, 0)
+        if self._known_job is None or self._known_job[0] != version:
+            self._known_job = (version, self.job())
+        return self._known_job[1]
+
     def write_job(self, job: Json) -> None:
         records.write_json(self.path / "job.json", job)
 
@@ -119,7 +129,7 @@ class RunDirectory:
 
     @property
     def stage(self) -> str:
-        return str(self.job()["stage"])
+        return str(self._job()["stage"])
 
     def record_of_task(self, task: int) -> "RunDirectory":
         """The directory with the task's config.yaml, inputs.json and job.json: of a sweep its own, else the run's."""
@@ -127,7 +137,7 @@ class RunDirectory:
 
     @property
     def num_tasks(self) -> int:
-        return int(self.job()["num_tasks"])
+        return int(self._job()["num_tasks"])
 
     # -- tasks ------------------------------------------------------------------------------------------------------
 
@@ -150,7 +160,7 @@ class RunDirectory:
 
     def job_of_task(self, task: int) -> str | None:
         """The id under which the task was last submitted (`1042` or `1042_3`), or None if it never was."""
-        for entry in reversed(self.job()["jobs"]):
+        for entry in reversed(self._job()["jobs"]):
             if task in entry["tasks"]:
                 return f"{entry['id']}_{entry['tasks'].index(task)}" if entry["array"] else str(entry["id"])
         return None

@@ -1,6 +1,7 @@
-"""What a run at the terminal prints goes to its log as well, without the progress lines that overwrite each other."""
+"""Where a run prints: to the terminal and its log at once, or to a log whose disk may fill up."""
 
 import contextlib
+import errno
 import io
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,40 @@ class TerminalAndLog(io.TextIOBase):
     def encoding(self) -> str:  # type: ignore[override]
         """The terminal's."""
         return self._terminal.encoding or "utf-8"
+
+
+class OutputThatMayBeLost(io.TextIOBase):
+    """Writes to `output` as long as its disk takes it: a full disk costs log lines, not the run that prints them.
+
+    Once there is room again, a line says how many writes were lost.
+    """
+
+    def __init__(self, output: TextIO) -> None:
+        self._output = output
+        self._num_lost = 0
+
+    def write(self, text: str) -> int:
+        """Writes `text`, or counts it as lost."""
+        try:
+            if self._num_lost:
+                self._output.write(f"\n[the log's disk was full: {self._num_lost} writes lost]\n")
+                self._num_lost = 0
+            self._output.write(text)
+            self._output.flush()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self._num_lost += 1
+        return len(text)
+
+    def fileno(self) -> int:
+        """The output's."""
+        return self._output.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The output's."""
+        return self._output.encoding or "utf-8"
 
 
 def _last_form(line: str) -> str:

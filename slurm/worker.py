@@ -5,6 +5,7 @@ executors start the same through submitit. Whatever happens, the run directory t
 task is taken up and when it is left, and result.json when it ends by itself.
 """
 
+import contextlib
 import importlib
 import os
 import signal
@@ -29,6 +30,7 @@ from slurm import environment, job_process, run_inputs, snapshot
 from slurm.holder import Holder
 from slurm.requeue import go_on_later, place
 from slurm.run_directory import RunDirectory, append_line
+from slurm.terminal import OutputThatMayBeLost
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 USER_ERROR_CODE, CRASH_CODE, STOPPED_CODE = 1, 70, 75
@@ -205,7 +207,8 @@ def _printing_to(path: Path) -> Iterator[None]:
     with open(path, "ab", buffering=0) as file:
         _point_output_to(file.fileno(), file.fileno())
     try:
-        yield
+        with contextlib.redirect_stdout(OutputThatMayBeLost(sys.stdout)), contextlib.redirect_stderr(OutputThatMayBeLost(sys.stderr)):
+            yield
     finally:
         _point_output_to(*kept)
         for descriptor in kept:

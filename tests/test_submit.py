@@ -1,5 +1,6 @@
 """The command line's `run` and `submit`, with the executors that need no queue, on a stage that only counts."""
 
+import itertools
 import json
 import os
 import re
@@ -226,11 +227,13 @@ def test_a_changed_config_code_data_or_package_stops_a_job_with_a_sentence_that_
 
 
 def test_an_array_works_locally_a_few_at_a_time_and_resumes_what_is_missing(project: ToyProject) -> None:
-    config = project.config(steps=2)
+    config = project.config(steps=2, step_seconds=0.3)
     done = project.crosscoder("submit", config, "resources.array_tasks=3", "resources.max_parallel=2", "--executor", "local")
     (run,) = runs_of(done.stdout)
     wait_until(lambda: finished(run), "the array")
     assert [(run.result(task) or {})["result"]["task"] for task in range(3)] == [0, 1, 2]
+    moments = sorted((line["time"], 1 if line["event"] == "start" else -1) for task in range(3) for line in run.attempts(task))
+    assert max(itertools.accumulate(change for _, change in moments)) <= 2
     wait_until(lambda: not Path(f"/proc/{run.job()['jobs'][0]['id']}").exists(), "the controller's end")
     (run.task_directory(1) / "result.json").unlink()
     again = project.crosscoder("submit", "--resume", run.reference)
@@ -258,6 +261,29 @@ def test_a_run_that_waits_for_one_that_failed_gives_up_with_the_reason(project: 
     runs = runs_of(done.stdout)
     wait_until(lambda: runs[1].state() == "failed", "the second run's end")
     assert (runs[1].result() or {})["error"] == f"not started: {runs[0].reference}, which it waited for, did not finish (failed)"
+
+
+def test_a_full_log_disk_costs_log_lines_and_not_the_run(project: ToyProject) -> None:
+    (run,) = runs_of(project.crosscoder("run", project.config(), "fail_at=1").stdout)
+    (run.path / "log/77.log").symlink_to("/dev/full")
+    job = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "77", "SUBMITIT_LOCAL_NTASKS": "1"}
+    job |= {"SUBMITIT_LOCAL_GLOBALID": "0", "PYTHONPATH": str(run.code), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-u", "-m", "slurm.local_queue", str(run.path), "0"]
+    done = subprocess.run(command, env=project.environment() | job, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
+    assert done.returncode == 1, done.stderr
+    assert (run.result() or {})["error"] == "the toy fails at step 1, as it was told"
+
+
+def test_a_run_may_wait_for_one_that_was_submitted_before(project: ToyProject) -> None:
+    first = project.config("first", output="data/first", steps=10, step_seconds=0.2)
+    (maker,) = runs_of(project.crosscoder("submit", first, "--executor", "local").stdout)
+    second = project.config("second", data="data/first")
+    refused = project.crosscoder("submit", second, "--executor", "local")
+    assert "data/first does not exist; run the stage that makes it first, or submit both in one chain" in refused.stderr
+    done = project.crosscoder("submit", second, "--executor", "local", "--after", maker.reference)
+    (reader,) = runs_of(done.stdout)
+    wait_until(lambda: finished(reader), "the run that waits")
+    assert reader.inputs()["data"]["made_by"] == str(maker.path)
 
 
 def test_a_second_run_does_not_write_what_another_is_writing(project: ToyProject) -> None:
