@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pipeline import records
 from pipeline.config.errors import UserError
 from pipeline.config.language_model import LanguageModelConfig
-from pipeline.tokenizer import load_tokenizer
+from pipeline.text.tokenizer import load_tokenizer
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
-    "config", "records", "run", "tokens", "contexts", "language_model", "activations", "crosscoder", "interventions", "evaluation", "stages"
+    "config", "records", "run", "tokens", "text", "contexts", "language_model", "activations", "crosscoder", "interventions", "evaluation", "stages"
 ]  # fmt: skip
 TORCH_FREE = {"pipeline.config", "pipeline.records", "pipeline.run"}
 PYTHON_FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("slurm/**/*.py")])

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pipeline.text_lines import LineParser
-from pipeline.text_source import Chunk, LongLine
+from pipeline.text.text_lines import LineParser
+from pipeline.text.text_source import Chunk, LongLine
 
 
 def parse(*lines: bytes, field: str = "text", limit: int = 1000):

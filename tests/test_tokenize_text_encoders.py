@@ -8,12 +8,12 @@ import pytest
 import tokenizers
 from token_fixtures import END_OF_TEXT, make_texts, make_tokenizer
 
-from pipeline import encoders
-from pipeline.chunk_encoder import ChunkSettings, EncoderPool
 from pipeline.config.errors import UserError
-from pipeline.encoders import GigatokenEncoder, ReferenceEncoder, choose_encoder, make_encoder
-from pipeline.text_source import Chunk
-from pipeline.tokenizer import PROBES, load_tokenizer
+from pipeline.text import encoders
+from pipeline.text.chunk_encoder import ChunkSettings, EncoderPool
+from pipeline.text.encoders import GigatokenEncoder, ReferenceEncoder, choose_encoder, make_encoder
+from pipeline.text.text_source import Chunk
+from pipeline.text.tokenizer import PROBES, load_tokenizer
 
 TEXTS = [*PROBES, *make_texts(30), f"a{END_OF_TEXT}b {END_OF_TEXT}", ""]
 

@@ -1,12 +1,12 @@
 """The stage `tokenize`: JSON-lines files to two token sets, train and validation.
 
-Each part of a source (see `pipeline.text_source`) becomes one shard in each set. The two records of a part say the same of its
+Each part of a source (see `pipeline.text.text_source`) becomes one shard in each set. The two records of a part say the same of its
 lines, and each says how many of its documents are here and how many elsewhere, in the other set:
 
     lines = documents + documents_elsewhere + empty + rejected
 
 A special token written out in a text, such as `<|endoftext|>`, becomes the special token, as the tokenizer does by default, or
-ordinary text with `special_text: text` (see `pipeline.tokenizer`). Between documents stands the separator, never a token.
+ordinary text with `special_text: text` (see `pipeline.text.tokenizer`). Between documents stands the separator, never a token.
 
 Task i of n takes the sources i, i + n, ... in the order of their names; whoever finds every part done writes the manifests.
 """
@@ -19,16 +19,16 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pipeline import records
-from pipeline.chunk_encoder import ChunkSettings, EncoderPool
 from pipeline.config.errors import UserError
 from pipeline.config.tokenize_text import TokenizeConfig
-from pipeline.encoders import choose_encoder
 from pipeline.records import Record
 from pipeline.run import Run
-from pipeline.source_parts import PartWriter, SourceParts
-from pipeline.text_lines import LineParser
-from pipeline.text_source import Chunk, PartEnd, Source, TextFile, find_sources, read_chunks
-from pipeline.tokenizer import TokenizerDefinition, load_tokenizer
+from pipeline.text.chunk_encoder import ChunkSettings, EncoderPool
+from pipeline.text.encoders import choose_encoder
+from pipeline.text.source_parts import PartWriter, SourceParts
+from pipeline.text.text_lines import LineParser
+from pipeline.text.text_source import Chunk, PartEnd, Source, TextFile, find_sources, read_chunks
+from pipeline.text.tokenizer import TokenizerDefinition, load_tokenizer
 from pipeline.tokens import SHARD_FORMAT, seal
 
 SAMPLE_BYTES = 1 << 18

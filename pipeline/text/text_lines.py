@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
-from pipeline.text_source import BYTE_ORDER_MARK, START_BYTES, Chunk
+from pipeline.text.text_source import BYTE_ORDER_MARK, START_BYTES, Chunk
 
 EMPTY = "empty"
 REASONS = ("not_json", "no_text_field", "not_a_string", "invalid_utf8", "too_long")

@@ -15,10 +15,10 @@ import numpy as np
 import xxhash
 
 from pipeline.config.errors import UserError
-from pipeline.encoders import EncodedTexts, EncoderName, make_encoder
-from pipeline.text_lines import EMPTY, LineParser, Reject, drop_empty
-from pipeline.text_source import Chunk
-from pipeline.tokenizer import TokenizerDefinition
+from pipeline.text.encoders import EncodedTexts, EncoderName, make_encoder
+from pipeline.text.text_lines import EMPTY, LineParser, Reject, drop_empty
+from pipeline.text.text_source import Chunk
+from pipeline.text.tokenizer import TokenizerDefinition
 from pipeline.tokens import Documents, Vocabulary
 
 
@@ -135,6 +135,9 @@ class EncoderPool:
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
+            # The executor ends the others with SIGTERM, which they ignore, and would wait for them for ever.
+            for worker in multiprocessing.active_children():
+                worker.kill()
             raise UserError(
                 "a tokenizing process was killed, most often for want of memory; give the job more mem_gb or set fewer processes, "
                 "and start it again: finished parts are kept"

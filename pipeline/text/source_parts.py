@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import records
-from pipeline.chunk_encoder import EncodedChunk
 from pipeline.config.errors import UserError
 from pipeline.config.tokenize_text import TokenizeConfig
 from pipeline.records import Record
-from pipeline.rejects import RejectFiles
-from pipeline.text_lines import REASONS
-from pipeline.text_source import PartEnd, Source
+from pipeline.text.chunk_encoder import EncodedChunk
+from pipeline.text.rejects import RejectFiles
+from pipeline.text.text_lines import REASONS
+from pipeline.text.text_source import PartEnd, Source
 from pipeline.tokens import SHARD_FORMAT, TokenShardWriter, Vocabulary
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from pipeline.config.errors import UserError
 from pipeline.tokens import Vocabulary
 
-DEMO_DIRECTORY = Path(__file__).parent / "demo" / "model"
+DEMO_DIRECTORY = Path(__file__).parent.parent / "demo" / "model"
 
 SpecialText = Literal["token", "text"]
 
