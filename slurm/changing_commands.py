@@ -57,11 +57,11 @@ def cancel(
 ) -> None:
     """End running jobs, after they had their time to save, and take waiting ones out of the queue. Asks first."""
     from pipeline.config.site_file import load_site
-    from slurm import job_control, slurm_commands, slurm_queries
+    from slurm import job_control, slurm_queries
 
     if bool(references) == all_mine:
         raise typer.BadParameter("name jobs or runs, or give --all")
-    queue = slurm_queries.my_jobs() if slurm_commands.is_installed() else []
+    queue = slurm_queries.my_jobs_if_any() or []
     site = load_site()
     targets = job_control.all_targets(site, queue) if all_mine else job_control.find_targets(references or [], site, queue)
     if not targets:

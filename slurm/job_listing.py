@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipeline import records
 from pipeline.config.site_file import Site
 from pipeline.run import duration, quantity
-from slurm import holder, jobs, run_directory, slurm_commands, slurm_queries
+from slurm import holder, jobs, run_directory, slurm_queries
 from slurm.job_output import Job
 from slurm.jobs import Line, Row, Task
 from slurm.run_directory import RunDirectory
@@ -22,19 +22,22 @@ REMEMBERED_DAYS = 3.0
 
 
 class Gathered(NamedTuple):
-    jobs: list[Job]
+    """`jobs` is None where no Slurm answers."""
+
+    jobs: list[Job] | None
     tasks: list[Task]
     remembered: list[Job]
 
     def rows(self, now: float | None = None) -> list[Row]:
+        """A row a task and a job, as they stand `now`."""
         return jobs.join(self.jobs, self.tasks, now=time.time() if now is None else now, remembered=self.remembered)
 
 
 def gather(site: Site, *, everything: bool = False, ask_accounting: bool = True) -> Gathered:
     """One squeue, the run directories, and, for jobs that ended without a trace, sacct where the cluster has it."""
-    queue = slurm_queries.my_jobs() if slurm_commands.is_installed() else []
-    tasks = [task for run in _runs(site.runs.absolute(), queue, everything) for task in read_tasks(run)]
-    lost = jobs.forgotten(queue, tasks) if ask_accounting else []
+    queue = slurm_queries.my_jobs_if_any()
+    tasks = [task for run in _runs(site.runs.absolute(), queue or [], everything) for task in read_tasks(run)]
+    lost = jobs.forgotten(queue, tasks) if ask_accounting and queue is not None else []
     remembered = slurm_queries.finished_jobs(lost) if lost and slurm_queries.has_accounting(slurm_queries.configuration()) else []
     return Gathered(queue, tasks, remembered)
 

@@ -15,6 +15,8 @@ from slurm.job_output import Job
 STALE_HEARTBEAT_S = 120.0
 """A stage reports every few seconds; silence this long is worth a word."""
 
+NO_SLURM = "no Slurm answers on this machine, so what became of its job is not known here"
+
 STATES = ("running", "waiting", "held", "stopped", "failed", "cancelled", "lost", "finished", "new")
 """In the order of the listing's interest. lost: neither queue nor run directory says how it ended."""
 
@@ -70,15 +72,20 @@ class Row(NamedTuple):
     warning: str = ""
 
 
-def join(jobs: Sequence[Job], tasks: Sequence[Task], *, now: float, remembered: Sequence[Job] = ()) -> list[Row]:
-    """A row for each task, and for each job of mine that belongs to no run; jobs in the queue first, by state.
+def join(jobs: Sequence[Job] | None, tasks: Sequence[Task], *, now: float, remembered: Sequence[Job] = ()) -> list[Row]:
+    """A row for each task, and for each job of mine that belongs to no run; sorted by state.
 
-    `remembered`: what accounting knows of jobs that the queue has forgotten.
+    jobs : the queue; None where no Slurm answers.
+    remembered : what accounting knows of jobs that the queue has forgotten.
     """
-    by_id = {job.id: job for job in remembered} | {job.id: job for job in jobs}
+    queue = jobs or []
+    by_id = {job.id: job for job in remembered} | {job.id: job for job in queue}
     rows = [_row_of_task(task, by_id.get(task.job_id or ""), now) for task in tasks]
+    if jobs is None:
+        pairs = zip(rows, tasks, strict=True)
+        rows = [row._replace(reason=NO_SLURM) if row.state == "lost" and task.executor == "slurm" else row for row, task in pairs]
     known = {task.job_id for task in tasks}
-    rows += [_row_of_foreign_job(job) for job in jobs if job.id not in known]
+    rows += [_row_of_foreign_job(job) for job in queue if job.id not in known]
     return sorted(rows, key=lambda row: STATES.index(row.state))
 
 

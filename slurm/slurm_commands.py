@@ -22,6 +22,7 @@ PRIVATE_CLUSTER = Path(".cluster")
 TIMEOUT_S = 60.0
 """squeue gives up on a dead controller after 9 s and on a slow one after 20 s; this is for what hangs beyond that."""
 
+SLURM_PROGRAMS = ("squeue", "sinfo", "scontrol", "scancel", "sbatch", "srun", "sacct", "sacctmgr")
 PACKAGES = "slurmctld slurmd slurm-client munge"
 
 
@@ -32,6 +33,11 @@ class CommandFailed(UserError):
         super().__init__(message)
         self.exit_code = exit_code
         self.stderr = stderr
+
+    @property
+    def is_without_cluster(self) -> bool:
+        """Whether a command of Slurm found no configuration: it is installed on a machine that belongs to no cluster."""
+        return any(words in self.stderr for words in ("configuration source", "DNS SRV"))
 
 
 class CommandMissing(UserError):
@@ -82,7 +88,7 @@ def run(*command: str, timeout_s: float = TIMEOUT_S, variables: Mapping[str, str
     except subprocess.TimeoutExpired as error:
         raise CommandFailed(f"`{text}` gave no answer within {timeout_s:g} s; is its machine or controller up?", None, "") from error
     except FileNotFoundError:
-        hint = f"install it (Debian, Ubuntu: {PACKAGES}), or use --executor local"
+        hint = f"install Slurm (Debian, Ubuntu: {PACKAGES}), or use --executor local" if command[0] in SLURM_PROGRAMS else "install it"
         raise CommandMissing(f"{command[0]} is not installed on this machine; {hint}") from None
     if done.returncode != 0:
         said = done.stderr.strip() or done.stdout.strip() or "it printed nothing"

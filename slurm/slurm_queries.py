@@ -18,6 +18,18 @@ def my_jobs() -> list[Job]:
     return job_output.parse_squeue(text)
 
 
+def my_jobs_if_any() -> list[Job] | None:
+    """The same; None on a machine without Slurm, or that belongs to no cluster: runs of other executors are listed there."""
+    if not slurm_commands.is_installed():
+        return None
+    try:
+        return my_jobs()
+    except slurm_commands.CommandFailed as error:
+        if error.is_without_cluster:
+            return None
+        raise
+
+
 def all_nodes() -> list[Node]:
     """Every node of every partition, hidden ones too."""
     try:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.errors import UserError
-from slurm import slurm_commands
+from pipeline.config.site_file import Site
+from slurm import job_listing, slurm_commands, slurm_queries
 from slurm.cluster import configuration, hardware, layout, packages, processes
 from slurm.cluster.configuration import Place
 from slurm.cluster.daemons import PORTS, PrivateCluster, free_ports
@@ -145,3 +146,15 @@ def test_a_stopped_private_cluster_is_not_taken_for_a_running_one(tmp_path: Path
     (tmp_path / "run").mkdir()
     processes.write_pids(tmp_path, {"slurmctld": 1})
     assert slurm_commands.environment({"PATH": "/bin"}, directory=tmp_path) == {"PATH": "/bin"}
+
+
+@pytest.mark.slurm
+def test_slurm_on_a_machine_that_belongs_to_no_cluster_has_no_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if Path("/etc/slurm/slurm.conf").exists():
+        pytest.skip("this machine belongs to a cluster")
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert slurm_queries.my_jobs_if_any() is None
+    assert job_listing.gather(Site(runs=tmp_path)).rows() == []
+    with pytest.raises(slurm_commands.CommandFailed, match="squeue exited 1"):
+        slurm_queries.my_jobs()

@@ -88,6 +88,14 @@ def test_a_job_that_slurm_forgot_and_that_left_no_result_is_lost() -> None:
     assert "crosscoder submit --resume train/demo/20261123-091530-k3f9" in row.reason
 
 
+def test_where_no_slurm_answers_a_job_is_not_said_to_be_gone() -> None:
+    rows = jobs.join(None, [task(), task("8", "finished", result={"status": "finished"})], now=NOW)
+    assert [(row.state, row.reason) for row in rows] == [
+        ("lost", "no Slurm answers on this machine, so what became of its job is not known here"),
+        ("finished", ""),
+    ]
+
+
 def test_accounting_tells_how_a_forgotten_job_ended() -> None:
     lost = [task("1042", "queued"), task("1043", "finished", result={"status": "finished"}), task("7", "running", executor="local")]
     assert jobs.forgotten([job("1050")], lost) == ["1042"]

@@ -6,8 +6,8 @@
       state/                                   the queue: it outlives a stop, or a reboot, unless the next start is fresh
       log/  spool/  dev/  sql/                 daemons' logs, job scripts, device links, the accounting database
 
-Order matters. The controller comes before the nodes: a slurmd that finds none backs off for a second. At the end the
-jobs' processes go first: they outlive their slurmd.
+Order matters. The controller comes before the nodes: a slurmd that finds none backs off for a second. It also goes before
+them, and the jobs' processes are ended one by one: they outlive their slurmd.
 """
 
 import random
@@ -184,13 +184,19 @@ class PrivateCluster:
         """
         began = time.monotonic()
         pids = self.pids()
+        nodes = [pid for name, pid in pids.items() if name.startswith("slurmd-")]
+        # The controller first: it would hear of jobs that fail as they are killed, and fail them.
+        self._end(pids, "slurmctld")
         processes.signal_all(processes.of_jobs(self.configuration))
-        processes.end([pid for name, pid in pids.items() if name.startswith("slurmd-")], self.configuration, patience_s=10)
-        for name in ("slurmctld", "slurmdbd", "mariadbd", "munged"):
-            processes.end([pids[name]] if name in pids else [], self.configuration, patience_s=20)
-        processes.signal_all(processes.of_jobs(self.configuration))
+        processes.end(nodes, self.configuration, patience_s=5)
+        processes.signal_all(processes.of_jobs(self.configuration))  # what a slurmd was just launching
+        for name in ("slurmdbd", "mariadbd", "munged"):
+            self._end(pids, name)
         processes.pids_file(self.directory).unlink(missing_ok=True)
         return time.monotonic() - began
+
+    def _end(self, pids: dict[str, int], name: str) -> None:
+        processes.end([pids[name]] if name in pids else [], self.configuration, patience_s=20)
 
     def remove(self) -> None:
         """Stops the cluster and deletes its directory: deleted while up, its daemons would run on without anyone knowing."""
