@@ -15,7 +15,7 @@ from slurm.node_output import Node
 if TYPE_CHECKING:
     from rich.table import Table
 
-# GB, as NVIDIA sells them; only types that come in one size (an a100 or h100 comes in several). The site file's figures win.
+# GB as NVIDIA counts them, 2**30 bytes (an H200 of 141 GB shows 143,771 MiB); only types that come in one size (an a100 or h100 comes in several). The site file's figures win.
 KNOWN_MEMORY_GB = {
     "h200": 141.0,
     "l40s": 48.0,
@@ -79,7 +79,7 @@ def rows_of_machine(machine: Machine) -> list[Row]:
 
 
 def _memory_gb(gpu: NvidiaGpu) -> float | None:
-    return round(gpu.memory_mib * 1.048576 / 1000, 1) if gpu.memory_mib is not None else None
+    return round(gpu.memory_mib / 1024, 1) if gpu.memory_mib is not None else None
 
 
 def gather(site: Site) -> list[Row]:

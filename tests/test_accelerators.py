@@ -53,8 +53,8 @@ def test_gpus_are_told_by_type_and_node_and_what_is_drained_is_not_free() -> Non
 def test_a_machine_outside_slurm_counts_gpus_with_work_as_used() -> None:
     gpus = [NvidiaGpu(i, "NVIDIA H200", 143_771, used, busy) for i, (used, busy) in enumerate([(4, 0), (90_000, 0), (4, 35), (None, None)])]
     (row,) = accelerators.rows_of_machine(Machine("box", gpus))
-    # 143,771 MiB = 150.8 GB
-    assert row == Row("box", "h200", 150.8, 4, 2, 2, "up", [], "", in_slurm=False)
+    # 143,771 / 1024
+    assert row == Row("box", "h200", 140.4, 4, 2, 2, "up", [], "", in_slurm=False)
 
 
 def test_a_machine_that_does_not_answer_is_a_row_and_no_failure(programs: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_machine_without_slurm_and_gpus_says_so(programs: Path) -> None:
 def test_a_workstation_outside_slurm_tells_its_own_gpus(programs: Path) -> None:
     write_program(programs / "nvidia-smi", 'echo "0, NVIDIA GeForce RTX 4090, 24564, 18000, 99"')
     (row,) = accelerators.gather(Site())
-    assert (row.node.endswith("(this machine)"), row.type, row.memory_gb, row.total, row.used) == (True, "rtx4090", 25.8, 1, 1)
+    assert (row.node.endswith("(this machine)"), row.type, row.memory_gb, row.total, row.used) == (True, "rtx4090", 24.0, 1, 1)
 
 
 def test_nvidia_smi_without_a_driver_is_no_gpu_and_its_other_failures_are_told(programs: Path) -> None:
