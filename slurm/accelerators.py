@@ -15,7 +15,8 @@ from slurm.node_output import Node
 if TYPE_CHECKING:
     from rich.table import Table
 
-# GB as NVIDIA counts them, 2**30 bytes (an H200 of 141 GB shows 143,771 MiB); only types that come in one size (an a100 or h100 comes in several). The site file's figures win.
+# GB as NVIDIA counts them, 2**30 bytes (an H200 of 141 GB shows 143,771 MiB). Only types that come in one size: an a100 or
+# h100 comes in several. The site file's figures win.
 KNOWN_MEMORY_GB = {
     "h200": 141.0,
     "l40s": 48.0,

@@ -12,7 +12,7 @@ from slurm.cluster.configuration import Place
 from slurm.cluster.daemons import PORTS, PrivateCluster, free_ports
 from slurm.cluster.hardware import NvidiaGpu
 
-# The form that nvidia-smi (driver 580) gave on a machine with an H100, with other GPUs put in; the third line is a GPU whose driver tells less.
+# The form that nvidia-smi (driver 580) gave on a machine with an H100, with other GPUs put in; the driver of the third tells less.
 NVIDIA_SMI = """0, NVIDIA H200, 143771, 4, 0
 1, NVIDIA H200, 143771, 120000, 97
 2, NVIDIA GeForce RTX 4090, 24564, [N/A], [Not Supported]
