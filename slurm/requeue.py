@@ -12,7 +12,9 @@ from slurm.job_process import Process
 from slurm.run_directory import Json, RunDirectory
 
 MAX_ATTEMPTS = 100
-MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
+MAX_ATTEMPTS_WITHOUT_PROGRESS = 10
+"""Several preemptions in a row before the first shard is written are bad luck; ten look like a time limit shorter than one
+unit of work."""
 SLURM_TIMEOUT_S = 20.0
 """Short: Slurm kills a preempted job when its grace time is over."""
 

@@ -43,10 +43,10 @@ def test_what_slurm_does_to_a_stopped_job_is_read_from_its_record(state: str, re
 
 
 def test_attempts_that_get_no_further_end_and_those_that_do_go_on() -> None:
-    starts = [{"event": "start", "place": "train 10"}] * 3
-    assert requeue.leads_nowhere(starts, {"phase": "train", "step": 10}) == "its last 3 attempts got no further than train 10"
+    starts = [{"event": "start", "place": "train 10"}] * requeue.MAX_ATTEMPTS_WITHOUT_PROGRESS
+    assert requeue.leads_nowhere(starts, {"phase": "train", "step": 10}) == "its last 10 attempts got no further than train 10"
     assert requeue.leads_nowhere(starts, {"phase": "train", "step": 11}) is None
-    assert requeue.leads_nowhere(starts[:2], {"phase": "train", "step": 10}) is None
+    assert requeue.leads_nowhere(starts[1:], {"phase": "train", "step": 10}) is None
     many = [{"event": "start", "place": f"train {i}"} for i in range(requeue.MAX_ATTEMPTS)]
     assert requeue.leads_nowhere(many, {"phase": "train", "step": 999}) == f"it was attempted {requeue.MAX_ATTEMPTS} times"
 
