@@ -46,7 +46,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def _sentences(left_out: dict[str, int]) -> list[str]:
     return [
-        f"{count} {'test' if count == 1 else 'tests'} on a real Slurm, for want of {names}; get them with: {packages.install_command(names.split(', '))}"
+        f"{count} {'test' if count == 1 else 'tests'} on a real Slurm, for want of {names}; "
+        f"get them with: {packages.install_command(names.split(', '))}"
         for names, count in left_out.items()
     ]
 
