@@ -99,7 +99,7 @@ def check_all(entries: dict[str, Entry]) -> dict[str, Entry]:
 def _difference(before: Entry, now: Entry) -> str | None:
     if before["kind"] != now["kind"]:
         return f"was a {before['kind']}, is a {now['kind']}"
-    key = "data_id" if "data_id" in before else "content"
+    key = "data_id" if before["kind"] == "data set" else "content"  # a stage may have bound its own identity of a run as data_id
     if before[key] == now[key]:
         return None
     return f"had {key.replace('_', ' ')} {before[key][:12]}, has {now[key][:12]}: the data changed; restore it, or submit a new run"

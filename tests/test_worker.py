@@ -81,6 +81,18 @@ def test_a_pending_input_is_completed_when_it_is_there_and_named_when_it_is_not(
     assert completed["made_by"] == "/runs/cache/a/1"
 
 
+def test_a_run_that_is_read_may_carry_the_identity_that_the_stage_gave_it(tmp_path: Path) -> None:
+    run = tmp_path / "train/demo/20261123-000000-aaaa"
+    run.mkdir(parents=True)
+    (run / "job.json").write_text("{}")
+    (run / "result.json").write_text(json.dumps({"status": "finished", "ended": 1.0, "result": {"loss": 1.0}}))
+    entry = run_inputs.describe(run) | {"data_id": "of the crosscoder"}
+    assert run_inputs.check_all({"crosscoder": entry}) == {"crosscoder": entry}
+    (run / "result.json").write_text(json.dumps({"status": "finished", "ended": 2.0, "result": {"loss": 2.0}}))
+    with pytest.raises(UserError, match=r"crosscoder \(.*\) had content [0-9a-f]{12}, has"):
+        run_inputs.check_all({"crosscoder": entry})
+
+
 def test_an_unfinished_data_set_is_not_an_input(tmp_path: Path) -> None:
     records.claim(tmp_path / "x", {"stage": "toy"})
     with pytest.raises(UserError, match=r"has no manifest.json: it is not a finished data set"):
