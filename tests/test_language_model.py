@@ -13,7 +13,7 @@ from pipeline.activations.harvest import check_tokens
 from pipeline.config.errors import UserError
 from pipeline.config.language_model import LanguageModelConfig
 from pipeline.language_model import LanguageModel
-from pipeline.tokenizer import load_tokenizer
+from pipeline.text.tokenizer import load_tokenizer
 
 TOKENS = torch.tensor([[5, 9, 200, 7, 31, 8], [1, 2, 3, 4, 5, 6]])
 FAMILIES = ["gpt2", "llama"]

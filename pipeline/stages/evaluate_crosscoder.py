@@ -55,6 +55,8 @@ def run(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     for line in [*summary(document, trained), "", *tables.tables(found, trained.layers).splitlines()]:
         run.say(line)
     paths = write_files(run.directory, document, found, trained)
+    for path in paths:
+        run.say(str(path))
     return {**headline(document, trained.layers), "files": [str(path) for path in paths]}
 
 
