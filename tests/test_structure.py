@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = [
-    "config", "records", "run", "tokens", "text", "contexts", "language_model", "activations", "crosscoder", "interventions", "evaluation", "stages"
-]  # fmt: skip
+ORDER = ["config", "records", "run", "tokens", "text", "contexts", "language_model", "activations", "crosscoder", "interventions"]
+ORDER += ["evaluation", "stages"]
 TORCH_FREE = {"pipeline.config", "pipeline.records", "pipeline.run"}
 PYTHON_FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("slurm/**/*.py")])
 EMPTY_NAMES = {"utils", "util", "common", "helpers", "misc", "manager", "base"}

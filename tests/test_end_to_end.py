@@ -1,0 +1,133 @@
+"""The whole pipeline as a user runs it: the demo's configurations at a twentieth of their size, through the command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import records
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parent.parent
+STAGES = ("tokenize", "count", "cache", "train", "evaluate")
+CONFIGS = [str(ROOT / f"configs/demo/{stage}.yaml") for stage in STAGES]
+SMALLER = [
+    "cache.max_tokens=40000",
+    "cache.contexts_per_generation=64",
+    "train.crosscoder.num_features=512",
+    "train.batch_positions=512",
+    "evaluate.max_tokens=4000",
+]
+
+
+class Place:
+    """A directory with a site file of its own, and the command line run in it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        (directory / "site.yaml").write_text(f"data: {directory}/data\nssd: {directory}/ssd\nruns: {directory}/runs\n")
+        self.environment = {**os.environ, "CROSSCODER_SITE": str(directory / "site.yaml"), "OMP_NUM_THREADS": "2", "COLUMNS": "100"}
+
+    def python(self, *arguments: str, code: int = 0) -> str:
+        done = subprocess.run([sys.executable, *arguments], env=self.environment, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def crosscoder(self, *arguments: str, code: int = 0) -> str:
+        return self.python("-m", "slurm", *arguments, code=code)
+
+    def runs(self, stage: str) -> list[Path]:
+        return sorted((self.directory / "runs" / stage / "demo").iterdir())
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """All five stages have run here."""
+    place = Place(tmp_path_factory.mktemp("demo"))
+    place.python("-m", "pipeline.demo.standard_library_text", str(place.directory / "data/text/demo"))
+    output = place.crosscoder("submit", "--executor", "debug", *CONFIGS, *SMALLER)
+    (place.directory / "output").write_text(output)
+    return place
+
+
+def test_the_demo_ends_with_a_table_and_paths_and_no_warning(place: Place) -> None:
+    output = (place.directory / "output").read_text()
+    assert "Warning" not in output
+    assert "\r" not in output
+    assert "explained" in output
+    figures = [Path(line) for line in output.splitlines() if line.endswith(".png")]
+    assert len(figures) == 2
+    assert all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
+
+
+def test_the_crosscoder_explains_text_that_it_has_not_seen(place: Place) -> None:
+    result = records.read_json(place.runs("evaluate")[0] / "result.json")["result"]
+    assert result["explained_variance"] > 0.6
+    assert result["recovered_against_zero"] > 0.8
+    assert 8 < result["l0"] < 64
+
+
+def test_every_run_directory_is_complete(place: Place) -> None:
+    for stage in STAGES:
+        run = place.runs(stage)[0]
+        for name in ("config.yaml", "code/pipeline/run.py", "environment.json", "inputs.json", "job.json", "progress.json", "result.json"):
+            assert (run / name).exists(), (stage, name)
+        assert records.read_json(run / "result.json")["status"] == "finished"
+    train = place.runs("train")[0]
+    rows = [json.loads(line) for line in (train / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == records.read_json(train / "result.json")["result"]["steps"]
+    assert list((train / "tensorboard").iterdir())
+
+
+def test_submitted_again_what_exists_is_skipped_and_said_so(place: Place) -> None:
+    output = place.crosscoder("submit", "--executor", "debug", *CONFIGS[:3], *SMALLER[:2])
+    assert "tokenize demo: skipped" in output
+    assert "cache demo: skipped" in output
+
+
+def test_a_rerun_gives_the_same_bytes(place: Place) -> None:
+    place.crosscoder("rerun", str(place.runs("train")[0]), "--executor", "debug")
+    first, second = (run / records.read_json(run / "result.json")["result"]["checkpoint"] for run in place.runs("train")[:2])
+    weights = [path.name for path in first.glob("*.safetensors")]
+    assert weights
+    for name in weights:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_a_flipped_bit_is_named_by_verify(place: Place) -> None:
+    directory = place.directory / "ssd/activations/demo"
+    assert "damaged" not in place.crosscoder("verify", str(directory))
+    shard = sorted(directory.glob("*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert shard.name in place.crosscoder("verify", str(directory), code=1)
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+
+def test_a_local_job_trains_from_the_stream(place: Place) -> None:
+    values = (ROOT / "configs/demo/train.yaml").read_text()
+    cache = (ROOT / "configs/demo/cache.yaml").read_text()
+    harvest = "".join(
+        f"  {line}\n"
+        for line in cache.splitlines()
+        if line.split(":")[0] in ("tokens", "language_model", "layers", "context_tokens", "seed")
+    )
+    stream = values.replace(
+        'activations: {kind: disk, path: "{ssd}/activations/demo"}', f"activations:\n  kind: stream\n{harvest}".rstrip()
+    )
+    config = place.directory / "train-stream.yaml"
+    config.write_text(stream.replace("name: demo", "name: stream").replace("epochs: 1", "num_tokens: 20_000"))
+    changes = ["activations.contexts_per_generation=64", "crosscoder.num_features=512", "batch_positions=512"]
+    place.crosscoder("submit", "--executor", "local", str(config), *changes)
+    place.crosscoder("logs", "--follow", "train/stream")
+    run = next((place.directory / "runs/train/stream").iterdir())
+    result = records.read_json(run / "result.json")
+    assert result["status"] == "finished", result["error"]
+    assert result["result"]["tokens"] == 20_000
+    assert result["result"]["explained_variance"] > 0.4
