@@ -7,12 +7,15 @@ TORCH    ?= torch==2.13.0
 CONFIG   ?=
 EXECUTOR ?= slurm
 SET      ?=
+# Options of `crosscoder cluster start`: `make cluster CLUSTER=--pretend` offers three nodes with five fake GPUs.
+CLUSTER  ?=
 # More words for pytest; CI says --require-slurm, which makes a Slurm test that is left out an error.
 PYTEST   ?=
 CROSSCODER := $(BIN)/crosscoder
+DEMO := $(foreach stage,tokenize count cache train evaluate,configs/demo/$(stage).yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test end-to-end check format lint types tokenize count cache train evaluate jobs accelerators tensorboard cluster cluster-stop sweep clean
+.PHONY: help install demo test end-to-end check format lint types tokenize count cache train evaluate chain jobs accelerators tensorboard cluster cluster-stop sweep clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -33,7 +36,7 @@ $(VENV)/installed: requirements.txt pyproject.toml
 
 demo: install  ## the whole pipeline on real text, on this machine, in under five minutes
 	@$(BIN)/python -m pipeline.demo.standard_library_text data/text/demo
-	@$(CROSSCODER) submit --executor debug $(foreach stage,tokenize count cache train evaluate,configs/demo/$(stage).yaml)
+	@$(CROSSCODER) submit --executor debug $(DEMO)
 	@echo; echo "Look next at the figures and numbers named above, at the training curves (make tensorboard), at configs/demo/train.yaml,"
 	@echo "and at what a run records: $(CROSSCODER) show train/demo"
 
@@ -59,6 +62,10 @@ format: install  ## rewrite the code in the project's format
 tokenize count cache train evaluate: install  ## submit that stage: CONFIG=... EXECUTOR=slurm|local|debug SET="..."
 	@$(CROSSCODER) submit $(or $(CONFIG),configs/demo/$@.yaml) --executor $(EXECUTOR) $(SET)
 
+chain: install  ## submit several stages, each waiting for what it reads: CONFIG="a.yaml b.yaml", by default the five of the demo
+	@$(if $(CONFIG),,test -e data/text/demo || $(BIN)/python -m pipeline.demo.standard_library_text data/text/demo)
+	@$(CROSSCODER) submit $(or $(CONFIG),$(DEMO)) --executor $(EXECUTOR) $(SET)
+
 jobs: install  ## my queued and running jobs
 	@$(CROSSCODER) jobs
 
@@ -66,7 +73,7 @@ accelerators: install  ## GPUs of every machine configured
 	@$(CROSSCODER) accelerators
 
 cluster: install  ## start a private Slurm over this machine's cores and GPUs
-	@$(CROSSCODER) cluster start
+	@$(CROSSCODER) cluster start $(CLUSTER)
 
 cluster-stop: install  ## stop it; what was queued waits for the next start
 	@$(CROSSCODER) cluster stop
