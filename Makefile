@@ -18,7 +18,7 @@ DEMO := $(foreach stage,tokenize count cache train evaluate,configs/demo/$(stage
 .PHONY: help install demo test end-to-end check format lint types tokenize count cache train evaluate chain jobs accelerators tensorboard cluster cluster-stop sweep clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 	@echo '  stages take CONFIG=file.yaml EXECUTOR=slurm|local|debug SET="key=value ..."'
 
 HAS_TORCH := import importlib.metadata as m; v = m.version("torch").split("."); raise SystemExit((int(v[0]), int(v[1])) < (2, 6))
