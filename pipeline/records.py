@@ -11,7 +11,8 @@ mark: a shard exists if and only if its record does and the sizes match.
 
 A record holds `format`, `files` (name to size in bytes and xxh3-128), facts about the content, and `provenance`: where
 and when it was made. The record hash leaves out `provenance` and the files' names; the data id is the sha256 of the
-sorted record hashes. So the same content has the same id wherever it lies and whatever it is called.
+sorted record hashes. So the same content has the same id wherever it lies and whatever it is called. Records and manifests
+end with a `checksum` over all but `provenance`, so that no reader takes a damaged one for whole.
 """
 
 import contextlib
@@ -123,18 +124,40 @@ def commit_shard(
     known = hashes or {}
     paths = {name: directory / name for name in files}
     described = {name: {"bytes": path.stat().st_size, "xxh3_128": known.get(name) or hash_file(path)} for name, path in paths.items()}
-    record = {"format": shard_format, "files": described, **facts, "provenance": provenance}
+    record = with_checksum({"format": shard_format, "files": described, **facts, "provenance": provenance})
     write_json(directory / f"{stem}.json", record)
     return record
 
 
-def read_shard(directory: Path, stem: str, shard_format: str) -> Record:
-    """The record of a shard, its format and its files' sizes checked. Raises `UserError` naming the file that is wrong."""
+def _checksum(value: Record) -> str:
+    covered = {key: entry for key, entry in value.items() if key not in ("provenance", "checksum")}
+    canonical = json.dumps(covered, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_128_hexdigest(canonical.encode())
+
+
+def with_checksum(value: Record) -> Record:
+    """A record or manifest as it is written: its checksum, new or renewed, comes last."""
+    return {**{key: entry for key, entry in value.items() if key != "checksum"}, "checksum": _checksum(value)}
+
+
+def _read_checked(path: Path, wanted_format: str | None) -> Record:
+    """The record or manifest at `path`, if it is of that format (None: of any) and its checksum is right."""
+    value = read_json(path)
+    found = value.get("format") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or (wanted_format is not None and found != wanted_format):
+        raise UserError(f"{path} is of format {found!r}, expected {wanted_format!r}")
+    if value.get("checksum") != _checksum(value):
+        raise UserError(
+            f"{path} does not say what was written (its checksum differs): the file is damaged; delete it and run the stage again, it "
+            "redoes only what this file stands for"
+        )
+    return value
+
+
+def read_shard(directory: Path, stem: str, shard_format: str | None) -> Record:
+    """The record of a shard, its format, checksum and files' sizes checked. Raises `UserError` naming the file that is wrong."""
     path = directory / f"{stem}.json"
-    record = read_json(path)
-    found = record.get("format") if isinstance(record, dict) else None
-    if found != shard_format:
-        raise UserError(f"{path} is of format {found!r}, expected {shard_format!r}")
+    record = _read_checked(path, shard_format)
     for name, described in record["files"].items():
         file = directory / name
         size = file.stat().st_size if file.exists() else None
@@ -144,7 +167,7 @@ def read_shard(directory: Path, stem: str, shard_format: str) -> Record:
                 f"{file} {state}, its record says {described['bytes']:,} bytes: the shard is damaged; delete {path} and "
                 "run the stage again, it redoes only that shard"
             )
-    return dict(record)
+    return record
 
 
 def committed_shards(directory: Path, shard_format: str) -> dict[str, Record]:
@@ -154,8 +177,8 @@ def committed_shards(directory: Path, shard_format: str) -> dict[str, Record]:
 
 
 def record_hash(record: Record) -> str:
-    """xxh3-128 of what a shard is: its record without provenance, its files by ending and hash instead of name."""
-    content = {key: value for key, value in record.items() if key not in ("provenance", "files")}
+    """xxh3-128 of what a shard is: its record without provenance and checksum, its files by ending and hash instead of name."""
+    content = {key: value for key, value in record.items() if key not in ("provenance", "files", "checksum")}
     files = sorted([Path(name).suffix, described["bytes"], described["xxh3_128"]] for name, described in record["files"].items())
     canonical = json.dumps([content, files], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return xxhash.xxh3_128_hexdigest(canonical.encode())
@@ -168,22 +191,18 @@ def data_id(records: Iterable[Record]) -> str:
 
 def write_manifest(directory: Path, set_format: str, shards: dict[str, Record], facts: Record) -> Record:
     """Seals a data set whose shards are all committed, and gives its manifest; the same shards give the same bytes."""
-    manifest = {"format": set_format, "data_id": data_id(shards.values()), "shards": list(shards), **facts}
+    manifest = with_checksum({"format": set_format, "data_id": data_id(shards.values()), "shards": list(shards), **facts})
     write_json(directory / MANIFEST, manifest)
     return manifest
 
 
 def read_manifest(directory: Path, set_format: str | None = None) -> Record:
-    """The manifest of the data set in `directory`; `UserError` where there is none or it is of another format."""
+    """The manifest of the data set in `directory`; `UserError` where there is none, or it is of another format or damaged."""
     if not (directory / MANIFEST).exists():
         if not directory.exists():
             raise UserError(f"{directory} does not exist; run the stage that makes it first")
         raise UserError(f"{directory} has no {MANIFEST}: it is not a finished data set; run the stage that makes it again, it resumes")
-    manifest = read_json(directory / MANIFEST)
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if set_format is not None and found != set_format:
-        raise UserError(f"{directory / MANIFEST} is of format {found!r}, expected {set_format!r}")
-    return dict(manifest)
+    return _read_checked(directory / MANIFEST, set_format)
 
 
 def read_data_set(directory: Path, set_format: str, shard_format: str) -> tuple[Record, dict[str, Record]]:
@@ -235,8 +254,7 @@ def verify(directory: Path) -> list[str]:
     records: list[Record] = []
     for stem in manifest["shards"]:
         try:
-            record = read_json(directory / f"{stem}.json")
-            record = read_shard(directory, stem, record["format"])
+            record = read_shard(directory, stem, None)
         except UserError as error:
             damages.append(str(error))
             continue

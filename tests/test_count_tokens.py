@@ -89,7 +89,7 @@ def test_offsets_that_point_beside_the_separators_are_named(directory, ends):
 
 def test_a_manifest_that_disagrees_fails(directory):
     path = directory / "tokens/train/manifest.json"
-    records.write_json(path, {**records.read_json(path), "tokens": 8})
+    records.write_json(path, records.with_checksum({**records.read_json(path), "tokens": 8}))
     with pytest.raises(UserError, match=r"manifest\.json says 8 tokens, its shards' records 7"):
         count(directory)
 

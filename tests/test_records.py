@@ -113,10 +113,26 @@ def test_verify_names_each_damaged_file_and_nothing_else(tmp_path: Path) -> None
 def test_a_changed_record_is_noticed(tmp_path: Path) -> None:
     make_set(tmp_path, {"a": b"first"})
     record = records.read_json(tmp_path / "a.json")
-    records.write_json(tmp_path / "a.json", {**record, "length": 6})
+    records.write_json(tmp_path / "a.json", records.with_checksum({**record, "length": 6}))
     with pytest.raises(UserError, match="a record was changed or replaced"):
         records.read_data_set(tmp_path, "toy-set/1", "toy-shard/1")
     assert "another data id" in records.verify(tmp_path)[0]
+
+
+@pytest.mark.parametrize("name", ["a.json", "manifest.json"])
+def test_no_damaged_byte_of_a_record_or_manifest_goes_unnoticed(tmp_path: Path, name: str) -> None:
+    made = make_set(tmp_path, {"a": b"first"})
+    path = tmp_path / name
+    whole = path.read_bytes()
+    provenance = whole.find(b'"provenance"'), whole.find(b'"checksum"')
+    for place in range(len(whole)):
+        if 0 <= provenance[0] <= place < provenance[1] or whole[place : place + 1].isspace():
+            continue
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=rf"{name} (does not say what was written|is not valid JSON|is of format)"):
+            records.read_data_set(tmp_path, "toy-set/1", "toy-shard/1")
+    path.write_bytes(whole)
+    assert records.read_data_set(tmp_path, "toy-set/1", "toy-shard/1")[0] == made
 
 
 def test_an_unfinished_or_foreign_set_is_refused_with_what_to_do(tmp_path: Path) -> None:

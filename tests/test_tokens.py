@@ -1,7 +1,5 @@
 """Token sets: layout, random access, the width of ids, and what damage is found."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -102,7 +100,7 @@ def test_a_manifest_whose_totals_are_wrong_is_refused(directory):
 
 
 def _edit(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    records.write_json(path, records.with_checksum({**records.read_json(path), **changes}))
 
 
 def _reseal(directory, **changes):
