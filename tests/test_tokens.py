@@ -104,5 +104,5 @@ def _edit(path, **changes):
 
 
 def _reseal(directory, **changes):
-    shards = [json.loads((directory / f"{stem}.json").read_text()) for stem in DOCUMENTS]
+    shards = [records.read_json(directory / f"{stem}.json") for stem in DOCUMENTS]
     _edit(directory / "manifest.json", data_id=records.data_id(shards), **changes)
