@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,13 @@ from slurm.run_directory import Json, RunDirectory, list_runs
 
 SUBMITIT_FOLDER = "submitit"
 """Without %a: submitit fails on it after sbatch has succeeded. Without %j: it would make a folder for each array element."""
+
+REQUEUE_AFTER_EARLY_SIGNAL = (
+    """trap 'case $? in 138|140|143) scontrol -o show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING && """
+    """scontrol requeue "$SLURM_JOB_ID";; esac' EXIT"""
+)
+"""For a job whose program a signal to stop (USR1, USR2, TERM) ended before it could block them: a preempted job that ends by
+itself in its grace time is failed for Slurm 22.05, and not requeued."""
 
 LOCAL_TIMEOUT_MIN = 60.0 * 24 * 365
 """submitit's local controller counts from the submission, waiting included; `LocalQueue` keeps the time limit itself."""
@@ -158,9 +166,15 @@ def slurm_executor(run: RunDirectory, job: Json) -> Any:
     resources = build(Resources, job["resources"], f"{run.path / 'job.json'}: resources")
     if not slurm_commands.is_installed("srun"):
         raise UserError("Slurm is not installed on this machine (no srun on PATH); use --executor local, or submit from a login node")
-    executor = submitit.SlurmExecutor(folder=run.path / SUBMITIT_FOLDER)
+    executor = submitit.SlurmExecutor(folder=run.path / SUBMITIT_FOLDER, python=_python(run))
     executor.update_parameters(**slurm_parameters(run, job, resources))
     return executor
+
+
+def _python(run: RunDirectory) -> str:
+    """The shell words that start Python in a job: the interpreter that submits, with early signals kept for the worker."""
+    starter = run.code / "slurm" / "start_with_signals_kept.py"
+    return shlex.join([sys.executable, "-I", "-S", str(starter), sys.executable])
 
 
 def slurm_parameters(run: RunDirectory, job: Json, resources: Resources) -> dict[str, Any]:
@@ -186,7 +200,7 @@ def slurm_parameters(run: RunDirectory, job: Json, resources: Resources) -> dict
         "dependency": dependency([RunDirectory(Path(path)) for path in job["after"]]),
         "array_parallelism": resources.max_parallel or resources.array_tasks,
         "stderr_to_stdout": True,
-        "setup": ["set -e", *job["setup"], *frozen],
+        "setup": ["set -e", *job["setup"], *frozen, REQUEUE_AFTER_EARLY_SIGNAL],
         # srun of Slurm 22.05 and 23.02 does not read SLURM_CPUS_PER_TASK; a process that dies must end the others, which wait for it
         "srun_args": [f"--cpus-per-task={resources.cpus}", "--kill-on-bad-exit=1"],
         "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", "chdir": str(run.path)},

@@ -72,10 +72,10 @@ def _attempt(run: RunDirectory, task: int, process: job_process.Process, *, froz
     started = time.time()
     identity = {"job": process.job, "restart": process.restart}
     begin = {"event": "start", "time": started, **identity, "host": socket.gethostname(), "pid": os.getpid(), **environment.gpus()}
-    append_line(here / "attempts.jsonl", {**begin, "place": place(run.progress(task))})
-    (here / "result.json").unlink(missing_ok=True)
     view = _view(run, task, here)
     with _stop_on_signals(view, interactive=interactive):
+        append_line(here / "attempts.jsonl", {**begin, "place": place(run.progress(task))})
+        (here / "result.json").unlink(missing_ok=True)
         ending = _guarded(lambda: _run_stage(run, task, view, frozen=frozen))
         if ending.status == "stopped":
             ending = _failure_beside(here, identity) or ending
@@ -168,6 +168,7 @@ def _stop_on_signals(view: Run, *, interactive: bool) -> Iterator[None]:
 
     numbers = (*STOP_SIGNALS, signal.SIGINT) if interactive else STOP_SIGNALS
     former = {number: signal.signal(number, ask) for number in numbers}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # blocked until here by `slurm.start_with_signals_kept`
     try:
         yield
     finally:
