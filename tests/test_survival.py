@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,12 +62,12 @@ class Project:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, start_cluster: Callable[..., PrivateCluster]) -> Iterator[Project]:
+def project(tmp_path_factory: pytest.TempPathFactory, start_cluster: Callable[..., PrivateCluster]) -> Project:
     nodes = tuple(layout.Node(f"n{number}", CPUS, 4_000) for number in range(5))
     chosen = layout.Layout(nodes, layout.PARTITIONS, layout.TEST_POLICY, is_real_hardware=False)
     root = tmp_path_factory.mktemp("survival")
     write_inputs(root)
-    yield Project(root, start_cluster(chosen))
+    return Project(root, start_cluster(chosen))
 
 
 def test_each_stage_survives_six_interruptions_at_random_moments_and_gives_the_same_bytes(project: Project) -> None:
@@ -82,13 +82,13 @@ def test_each_stage_survives_six_interruptions_at_random_moments_and_gives_the_s
     for number, stage in enumerate(stages):
         resources = {"cpus": CPUS, "partition": "low", "node": f"n{number}"}
         runs += project.submit(root / "disturbed", [write_config(root, stage, "disturbed", resources)], "slurm")
+    print(f"SURVIVAL_SEED={SEED}")
     with ThreadPoolExecutor(len(stages)) as pool:
         hits = list(pool.map(lambda *of_stage: interrupt(project.cluster, *of_stage), stages, runs))
 
     for hit in (hit for of_stage in hits for hit in of_stage):
-        print(
-            f"{hit.stage:9s} {hit.interruption.way:16s} {hit.interruption.wait_seconds:.2f} s after {hit.interruption.moment}: in {hit.phase}"
-        )
+        way, moment, seconds = hit.interruption
+        print(f"{hit.stage:9s} {way:16s} {seconds:.2f} s after {moment}: in {hit.phase}")
     assert [len(of_stage) for of_stage in hits] == [len(WAYS)] * len(stages)
     for stage, run, undisturbed_run in zip(stages, runs, expected, strict=True):
         assert stage.outcome(run) == stage.outcome(undisturbed_run), stage.name
@@ -139,7 +139,8 @@ class Job:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not holds():
             told = f"{self.run.reference}, {what}: {self.state()}, {self.restarts()} restarts, {self.run.attempts()[-2:]}"
-            assert self.state() != "COMPLETED" and time.monotonic() < deadline, told
+            assert self.state() != "COMPLETED", told
+            assert time.monotonic() < deadline, told
             time.sleep(0.1)
 
     def wait_for(self, interruption: Interruption, restarts: int) -> str:
