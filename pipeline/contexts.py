@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.config.errors import UserError
 from pipeline.tokens import TokenSet
 
 
@@ -53,7 +54,14 @@ class Contexts:
             start = int(index - self._first_of_shard[number]) * self.context_tokens
             tokens_BS[row, :length] = shard.ids[start : start + int(length)]
             first_documents_B[row] = shard.first_document + np.searchsorted(shard.ends, np.uint64(start), side="right") - 1
-        return ContextBatch(*_replace_separators(tokens_BS, lengths_B, first_documents_B, self.tokens))
+        batch = ContextBatch(*_replace_separators(tokens_BS, lengths_B, first_documents_B, self.tokens))
+        if batch.tokens_BS.size and batch.tokens_BS.max() >= self.tokens.vocab_size:
+            # A model would read beyond its embeddings: an obscure error on a CPU, the end of the process on a GPU.
+            raise UserError(
+                f"{self.tokens.directory} holds id {batch.tokens_BS.max():,}, its vocabulary has {self.tokens.vocab_size:,}: a file is "
+                f"damaged; `crosscoder verify {self.tokens.directory}` says which"
+            )
+        return batch
 
 
 def _replace_separators(

@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -99,12 +99,13 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}): the file is damaged") from error
 
 
-def hash_file(path: Path) -> str:
-    """xxh3-128 of the file's bytes, as hex."""
+def hash_file(path: Path, check_stop: Callable[[], None] = lambda: None) -> str:
+    """xxh3-128 of the file's bytes, as hex. Calls `check_stop` every few milliseconds."""
     hasher = xxhash.xxh3_128()
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(CHUNK_BYTES):
             hasher.update(chunk)
+            check_stop()
     return hasher.hexdigest()
 
 
@@ -168,6 +169,16 @@ def read_shard(directory: Path, stem: str, shard_format: str | None) -> Record:
                 "run the stage again, it redoes only that shard"
             )
     return record
+
+
+def check_hashes(directory: Path, stem: str, record: Record, check_stop: Callable[[], None] = lambda: None) -> None:
+    """Rehashes a shard's files. Raises `UserError` naming the first that does not have the bytes that were written."""
+    for name, described in record["files"].items():
+        if hash_file(directory / name, check_stop) != described["xxh3_128"]:
+            raise UserError(
+                f"{directory / name} does not have the bytes that were written (its hash differs): the shard is damaged; "
+                f"delete {directory / stem}.json and run the stage that makes it again, it redoes only that shard"
+            )
 
 
 def committed_shards(directory: Path, shard_format: str) -> dict[str, Record]:
@@ -248,23 +259,16 @@ def _short(value: Any) -> str:
 
 
 def verify(directory: Path) -> list[str]:
-    """Rehashes every file of the data set in `directory`; one sentence for each damage found, none when it is whole."""
+    """Rehashes every file of the data set in `directory`; one sentence for each damaged shard, none when it is whole."""
     manifest = read_manifest(directory)
     damages: list[str] = []
     records: list[Record] = []
     for stem in manifest["shards"]:
         try:
-            record = read_shard(directory, stem, None)
+            records.append(read_shard(directory, stem, None))
+            check_hashes(directory, stem, records[-1])
         except UserError as error:
             damages.append(str(error))
-            continue
-        records.append(record)
-        for name, described in record["files"].items():
-            if hash_file(directory / name) != described["xxh3_128"]:
-                damages.append(
-                    f"{directory / name} does not have the bytes that were written (its hash differs): the shard is damaged; "
-                    f"delete {directory / stem}.json and run the stage again, it redoes only that shard"
-                )
     if not damages and data_id(records) != manifest["data_id"]:
         damages.append(f"{directory / MANIFEST} has another data id than its records give: a record was changed; run the stage again")
     return damages

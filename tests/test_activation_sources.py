@@ -283,35 +283,61 @@ def test_a_model_batch_that_does_not_fit_is_refused(inputs, tmp_path, monkeypatc
         list(source.batches(batch_positions=10, epoch=0, cursor=0))
 
 
-def test_a_bit_flipped_in_a_shard_is_found_when_hashes_are_checked(pair, tmp_path):
-    path = tmp_path / "set" / "000002.safetensors"
+def flip_a_bit(path, place):
     content = bytearray(path.read_bytes())
-    content[5000] ^= 4
+    content[place] ^= 4
     path.write_bytes(content)
-    ActivationSet.open(tmp_path / "set", CPU)  # sizes are right
+
+
+def test_no_row_of_a_shard_with_a_flipped_bit_is_given(pair, tmp_path):
+    flip_a_bit(tmp_path / "set" / "000002.safetensors", 5000)
+    source = open_source(DiskActivations(path=tmp_path / "set"), Run(tmp_path / "again"), CPU)
+    given = []
     with pytest.raises(UserError, match=r"000002\.safetensors does not have the bytes that were written .* delete .*000002\.json"):
-        open_source(DiskActivations(path=tmp_path / "set", check_hashes=True), Run(tmp_path / "again"), CPU)
+        given.extend(source.batches(batch_positions=1, epoch=0, cursor=0))
+    rows = [record["num_positions"] for record in records.committed_shards(tmp_path / "set", "activation-shard/1").values()]
+    assert len(given) == sum(rows[:2])
     assert [("000002.safetensors does not have the bytes" in damage) for damage in records.verify(tmp_path / "set")] == [True]
+
+
+def test_a_shard_is_rehashed_once_a_start_and_not_at_all_when_told_so(pair, tmp_path, monkeypatch):
+    rehashed = []
+    monkeypatch.setattr(records, "check_hashes", lambda directory, stem, record: rehashed.append(stem))
+    source = ActivationSet.open(tmp_path / "set", CPU)
+    for epoch in (0, 1):
+        list(source.batches(batch_positions=50, epoch=epoch, cursor=100))
+    assert sorted(rehashed) == sorted(path.stem for path in (tmp_path / "set").glob("*.safetensors"))
+    list(ActivationSet.open(tmp_path / "set", CPU, check_hashes=False).batches(batch_positions=50, epoch=0, cursor=0))
+    assert len(rehashed) == len(set(rehashed))
+
+
+def test_a_stream_from_a_token_set_with_a_flipped_bit_is_refused(inputs, tmp_path):
+    shutil.copytree(inputs / "tokens", tmp_path / "tokens")
+    flip_a_bit(next((tmp_path / "tokens").glob("*.bin")), 0)
+    config = StreamedActivations(kind="stream", **harvest_settings(inputs, tokens=tmp_path / "tokens"))
+    with pytest.raises(UserError, match=r"\.bin does not have the bytes that were written"):
+        open_source(config, Run(tmp_path / "run"), CPU)
 
 
 def test_a_shard_cut_short_is_found_on_opening_and_while_it_is_read(pair, tmp_path):
     path = tmp_path / "set" / "000001.safetensors"
     size = path.stat().st_size
+    whole = shutil.copytree(tmp_path / "set", tmp_path / "whole")
     with open(path, "r+b") as file:
         file.truncate(size - 1)
     with pytest.raises(UserError, match=f"000001.safetensors holds {size - 1:,} bytes, its record says {size:,}"):
         ActivationSet.open(tmp_path / "set", CPU)
+    opened_before = ActivationSet.open(whole, CPU, check_hashes=False)
+    with open(whole / path.name, "r+b") as file:
+        file.truncate(size - 1)
     with pytest.raises(UserError, match=f"000001.safetensors ends at byte {size - 1:,}, expected {size:,}"):
-        read(pair[0])
+        read(opened_before)
 
 
 def test_a_damaged_header_is_found_when_the_shard_is_read(pair, tmp_path):
-    path = tmp_path / "set" / "000000.safetensors"
-    content = bytearray(path.read_bytes())
-    content[20] ^= 1
-    path.write_bytes(content)
+    flip_a_bit(tmp_path / "set" / "000000.safetensors", 20)
     with pytest.raises(UserError, match=r"000000\.safetensors does not have the header that its record asks for"):
-        read(pair[0])
+        read(ActivationSet.open(tmp_path / "set", CPU, check_hashes=False))
 
 
 def test_a_set_that_is_not_finished_is_refused(pair, tmp_path):

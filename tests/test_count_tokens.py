@@ -80,6 +80,15 @@ def test_a_flipped_id_is_found_and_named(directory, position, value, message):
         count(directory)
 
 
+def test_an_id_changed_into_another_of_the_vocabulary_is_named(directory):
+    path = next((directory / "tokens/train").glob("*.bin"))
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"\.bin does not have the bytes that were written \(its hash differs\)"):
+        count(directory)
+
+
 @pytest.mark.parametrize("ends", [[0, 3, 6], [0, 7, 6], [0, 0, 6]])
 def test_offsets_that_point_beside_the_separators_are_named(directory, ends):
     (directory / "tokens/train/a-000.ends").write_bytes(np.array(ends, "<u8").tobytes())

@@ -17,22 +17,13 @@ def open_source(config: DiskActivations | StreamedActivations, run: Run, device:
     Raises `UserError` for an input that is missing, damaged or not the one that the run began with.
     """
     if isinstance(config, DiskActivations):
-        activations = ActivationSet.open(
-            config.path,
-            device,
-            prefetch_batches=config.prefetch_batches,
-            check_hashes=config.check_hashes,
-            on_shard_checked=lambda done, total: _report_check(run, done, total),
-        )
+        activations = ActivationSet.open(config.path, device, prefetch_batches=config.prefetch_batches, check_hashes=config.check_hashes)
         run.bind_input("activations", activations.data_id)
         return activations
     tokens = TokenSet.open(config.tokens)
     run.bind_input("tokens", tokens.data_id)
+    if config.check_hashes:
+        tokens.check_hashes(run)
     model = LanguageModel.load(config.language_model.model_copy(update={"device": device.type}))
     run.bind_input("language_model", model.hash)
     return ActivationStream(tokens, model, config, run)
-
-
-def _report_check(run: Run, done: int, total: int) -> None:
-    run.report("check hashes", done, total, unit="shards", done=done == total)
-    run.check_stop()

@@ -9,15 +9,17 @@ Shapes: B positions in a batch, L layers read, D model width.
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from pipeline import records
-from pipeline.activations.order import Numbers, Piece, batch_pieces
+from pipeline.activations.order import Numbers, Piece, batch_pieces, generation_order
 from pipeline.activations.prefetch import prefetched
 from pipeline.activations.shard_file import ShardFile, ShardLayout
 from pipeline.activations.source import ActivationBatch, LayerStatistics
@@ -52,7 +54,14 @@ class ActivationSet:
     """An `ActivationSource` on disk; made by `open`."""
 
     def __init__(
-        self, directory: Path, manifest: Record, shards: Mapping[str, Record], device: torch.device, prefetch_batches: int
+        self,
+        directory: Path,
+        manifest: Record,
+        shards: Mapping[str, Record],
+        device: torch.device,
+        *,
+        prefetch_batches: int,
+        check_hashes: bool,
     ) -> None:
         self.directory = directory
         self.data_id: str = manifest["data_id"]
@@ -67,51 +76,43 @@ class ActivationSet:
         self.statistics = LayerStatistics.from_json(manifest["statistics"])
         self._device = device
         self._prefetch_batches = prefetch_batches
+        self._records = list(shards.values())
         self._stems = list(shards)
+        self._checked = set() if check_hashes else set(range(len(shards)))
+        """Shards that need no check of their hashes, any more or at all."""
         self._layouts = [layout_of(record) for record in shards.values()]
         self._rows: Numbers = np.array([layout.num_rows for layout in self._layouts], np.int64)
 
     @classmethod
-    def open(
-        cls,
-        directory: Path,
-        device: torch.device,
-        *,
-        prefetch_batches: int = 4,
-        check_hashes: bool = False,
-        on_shard_checked: Callable[[int, int], None] = lambda done, total: None,
-    ) -> "ActivationSet":
+    def open(cls, directory: Path, device: torch.device, *, prefetch_batches: int = 4, check_hashes: bool = True) -> "ActivationSet":
         """The set in `directory`, its batches to be on `device`, with formats, sizes and data id checked.
 
-        `check_hashes` reads every file whole, calling `on_shard_checked(done, total)` after each. `UserError` names what is wrong.
+        With `check_hashes` a shard's rows come only after its hash was found right. `UserError` names what is wrong.
         """
         manifest, shards = records.read_data_set(directory, SET_FORMAT, SHARD_FORMAT)
-        for number, (stem, record) in enumerate(shards.items()):
+        for stem, record in shards.items():
             _check_record(directory, stem, record, manifest)
-            if check_hashes:
-                _check_hash(directory / f"{stem}.safetensors", record)
-                on_shard_checked(number + 1, len(shards))
         found = sum(record["num_positions"] for record in shards.values())
         if found != manifest["num_positions"]:
             raise UserError(
                 f"{directory / records.MANIFEST} says {manifest['num_positions']:,} positions, its shards hold {found:,}: the manifest is "
                 "damaged; delete it and run the cache stage again, it writes the manifest anew"
             )
-        return cls(directory, manifest, shards, device, prefetch_batches)
+        return cls(directory, manifest, shards, device, prefetch_batches=prefetch_batches, check_hashes=check_hashes)
 
     def batches(self, *, batch_positions: int, epoch: int, cursor: int) -> Iterator[ActivationBatch]:
         """See `ActivationSource`. Batches are read ahead by a thread and, for a GPU, copied to it beside the computation."""
         pieces = batch_pieces(self._rows, seed=self.seed, epoch=epoch, cursor=cursor, batch_positions=batch_positions)
-        read = self._read(pieces)
+        read = self._read(pieces, generation_order(len(self._rows), seed=self.seed, epoch=epoch))
         if self._device.type != "cuda":
             return prefetched(read, self._prefetch_batches)
         return _received(prefetched(_sent(read, self._device), self._prefetch_batches))
 
-    def _read(self, batches: Iterator[list[Piece]]) -> Iterator[ActivationBatch]:
-        """Each batch in memory of its own, page-locked if it goes to a GPU."""
+    def _read(self, batches: Iterator[list[Piece]], order: list[int]) -> Iterator[ActivationBatch]:
+        """Each batch in memory of its own, page-locked if it goes to a GPU. `order` is that of the epoch's shards."""
         opened: ShardFile | None = None
         generation = None
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack, contextlib.closing(_ChecksAhead(order, self._check)) as checks:
             for pieces in batches:
                 batch = self._empty(sum(piece.stop - piece.start for piece in pieces))
                 filled = 0
@@ -119,6 +120,7 @@ class ActivationSet:
                     if opened is None or piece.generation != generation:
                         stack.close()
                         generation = piece.generation
+                        checks.wait_for(generation)
                         opened = ShardFile(self.directory / f"{self._stems[generation]}.safetensors", self._layouts[generation])
                         stack.callback(opened.close)
                     count = piece.stop - piece.start
@@ -126,10 +128,37 @@ class ActivationSet:
                     filled += count
                 yield batch
 
+    def _check(self, generation: int) -> None:
+        """Rehashes a shard unless that was done before."""
+        if generation not in self._checked:
+            records.check_hashes(self.directory, self._stems[generation], self._records[generation])
+            self._checked.add(generation)
+
     def _empty(self, num_rows: int) -> ActivationBatch:
         pinned = self._device.type == "cuda"
         acts_BLD = torch.empty((num_rows, len(self.layers), self.d_model), dtype=self.dtype, pin_memory=pinned)
         return ActivationBatch(acts_BLD, *(torch.empty(num_rows, dtype=torch.int64, pin_memory=pinned) for _ in range(3)))
+
+
+class _ChecksAhead:
+    """Checks shards in a thread, each while the one before it in `order` is read."""
+
+    def __init__(self, order: list[int], check: Callable[[int], None]) -> None:
+        self._check = check
+        self._next = dict(itertools.pairwise(order))
+        self._running: dict[int, Future[None]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="check-hashes")
+
+    def wait_for(self, generation: int) -> None:
+        """Returns when this shard was found right, and begins with the next; raises what its check raised."""
+        found = self._running.pop(generation, None) or self._thread.submit(self._check, generation)
+        following = self._next.get(generation)
+        if following is not None:
+            self._running[following] = self._thread.submit(self._check, following)
+        found.result()
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
 
 
 def _sent(batches: Iterator[ActivationBatch], device: torch.device) -> Iterator[tuple[ActivationBatch, torch.cuda.Event]]:
@@ -162,14 +191,6 @@ def _check_record(directory: Path, stem: str, record: Record, manifest: Record) 
         raise UserError(
             f"{directory / stem}.safetensors holds {found:,} bytes, its record's {record['num_positions']:,} positions take {expected:,}: "
             f"the shard is damaged; delete {directory / stem}.json and run the cache stage again, it redoes only that shard"
-        )
-
-
-def _check_hash(path: Path, record: Record) -> None:
-    if records.hash_file(path) != record["files"][path.name]["xxh3_128"]:
-        raise UserError(
-            f"{path} does not have the bytes that were written (its hash differs): the shard is damaged; delete "
-            f"{path.with_suffix('.json')} and run the cache stage again, it redoes only that shard"
         )
 
 

@@ -40,6 +40,8 @@ class Harvest(Config):
     """Positions taken at most, dropped ones not counted; None takes all there are."""
     seed: Count = 0
     """Of the order of contexts and positions."""
+    check_hashes: Annotated[bool, Field(json_schema_extra=OPERATIONAL)] = True
+    """Rehash the token set first, about a second for 2 GB; false checks sizes, counts and the range of ids only."""
 
 
 class DiskActivations(Config):
@@ -48,8 +50,8 @@ class DiskActivations(Config):
     kind: Literal["disk"] = "disk"
     path: Annotated[DataPath, Field(json_schema_extra=OPERATIONAL)]
     """Directory of the activation set."""
-    check_hashes: Annotated[bool, Field(json_schema_extra=OPERATIONAL)] = False
-    """Rehash every shard before the first batch (sizes are always checked); about a second per 2 GB from a fast disk."""
+    check_hashes: Annotated[bool, Field(json_schema_extra=OPERATIONAL)] = True
+    """Rehash each shard before its first row is used, once a start, a shard ahead in the background; false checks sizes only."""
     prefetch_batches: Annotated[PositiveCount, Field(json_schema_extra=OPERATIONAL)] = 4
     """Batches read ahead in the background."""
 

@@ -28,5 +28,8 @@ class EvaluateConfig(StageConfig):
     """Another layer's activation is spliced in for layers at most so many places apart in the crosscoder's list of layers. Each
     pair costs two forward passes a batch; how well it reconstructs is measured for all pairs."""
 
+    check_hashes: Annotated[bool, Field(json_schema_extra=OPERATIONAL)] = True
+    """Rehash the token set first, about a second for 2 GB; false checks sizes, counts and the range of ids only."""
+
     def inputs(self) -> dict[str, Path]:
         return {"crosscoder": self.crosscoder, "tokens": self.tokens}

@@ -38,6 +38,8 @@ def run(config: CacheConfig, run: Run) -> dict[str, Any]:
     """Makes this task's missing shards, and the manifest once every task's are there."""
     tokens = TokenSet.open(config.tokens)
     run.bind_input("tokens", tokens.data_id)
+    if config.check_hashes:
+        tokens.check_hashes(run)
     model = LanguageModel.load(config.language_model)
     run.bind_input("language_model", model.hash)
     harvester = Harvester(tokens, model, config, run.check_stop)

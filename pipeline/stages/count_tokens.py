@@ -1,7 +1,7 @@
 """The stage `count`: documents and tokens of token sets, recounted from the ids themselves.
 
 Every separator has to stand where the offsets say, there may be no other, and no id may be outside the vocabulary; the
-counts have to be those of records and manifest. Runs at the speed of memory, or of the disk.
+counts have to be those of records and manifest, and the bytes those that were written. Runs at the speed of memory, or of the disk.
 """
 
 import io
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 from rich.console import Console
 from rich.table import Table
 
@@ -63,6 +64,7 @@ def count_shard(tokens: TokenSet, shard: TokenShard, run: Run, ids_before: int, 
     in_order = bool((np.diff(separators, prepend=-1) > 0).all())
     num_ids, num_separators, num_outside, num_in_place = 0, 0, 0, 0
     flags = np.empty(BLOCK_IDS, bool)
+    hasher = xxhash.xxh3_128()
     for number, ids in enumerate(_blocks(path, shard.ids.dtype)):
         found = flags[: len(ids)]
         num_outside += int(np.count_nonzero(np.greater_equal(ids, tokens.vocab_size, out=found)))
@@ -70,6 +72,7 @@ def count_shard(tokens: TokenSet, shard: TokenShard, run: Run, ids_before: int, 
         first, last = np.searchsorted(separators, (num_ids, num_ids + len(ids))) if in_order else (0, 0)
         num_in_place += int(np.count_nonzero(found[separators[first:last] - num_ids]))
         num_ids += len(ids)
+        hasher.update(ids.data)
         if number % BLOCKS_A_REPORT == 0:
             run.check_stop()
             run.report("ids", ids_before + num_ids, total_ids, unit="ids")
@@ -80,6 +83,10 @@ def count_shard(tokens: TokenSet, shard: TokenShard, run: Run, ids_before: int, 
         raise UserError(f"{path} holds {num_outside - num_separators:,} ids outside the vocabulary of {tokens.vocab_size:,}: {mend}")
     if num_in_place != num_separators:
         raise UserError(f"{path.with_suffix('.ends')} points beside the separators of {path.name}: {mend}")
+    hashes = {path: hasher.hexdigest(), path.with_suffix(".ends"): records.hash_file(path.with_suffix(".ends"))}
+    for file, content_hash in hashes.items():
+        if content_hash != shard.record["files"][file.name]["xxh3_128"]:
+            raise UserError(f"{file} does not have the bytes that were written (its hash differs): {mend}")
     return Count(num_separators, num_ids - num_separators)
 
 

@@ -37,6 +37,8 @@ def run(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     trained = load_crosscoder(find_run(config.crosscoder), language_model.device)
     tokens = TokenSet.open(config.tokens)
     check_inputs(trained, language_model, tokens, config)
+    if config.check_hashes:
+        tokens.check_hashes(run)
     identities = {"crosscoder": trained.identity, "language_model": language_model.hash, "tokens": tokens.data_id}
     for field, identity in identities.items():
         run.bind_input(field, identity)
