@@ -246,11 +246,21 @@ def claim(directory: Path, recipe: Record) -> None:
     wanted = json.loads(json.dumps(recipe))
     if found == wanted:
         return
-    key = next(k for k in [*wanted, *found] if found.get(k) != wanted.get(k))
+    key, before, now = _first_difference(found, wanted)
     raise UserError(
-        f"{directory} was made with other settings: {key} was {_short(found.get(key))}, now it is {_short(wanted.get(key))}; "
+        f"{directory} was made with other settings: {key} was {_short(before)}, now it is {_short(now)}; "
         "choose another output, or delete the directory to make it anew"
     )
+
+
+def _first_difference(before: Record, now: Record) -> tuple[str, Any, Any]:
+    """The dotted key of the first innermost entry that differs, and its two values."""
+    key = next(k for k in [*now, *before] if before.get(k) != now.get(k))
+    one, other = before.get(key), now.get(key)
+    if isinstance(one, dict) and isinstance(other, dict):
+        inner, one, other = _first_difference(one, other)
+        key = f"{key}.{inner}"
+    return key, one, other
 
 
 def _short(value: Any) -> str:

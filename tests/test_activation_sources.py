@@ -183,6 +183,21 @@ def test_statistics_of_a_stream_over_all_contexts_are_those_on_disk(inputs, tmp_
     torch.testing.assert_close(streamed.mean_squared_norm_L, disk.mean_squared_norm_L, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("place", ["disk", "stream"])
+def test_statistics_leave_position_0_out_even_where_it_is_kept(inputs, tmp_path, place):
+    settings = harvest_settings(inputs, drop_positions=[])
+    if place == "disk":
+        cache_activations.run(CacheConfig(name="test", output=tmp_path / "set", **settings), Run(tmp_path / "run"))
+        source = ActivationSet.open(tmp_path / "set", CPU)
+    else:
+        source = open_source(StreamedActivations(kind="stream", statistics_contexts=10_000, **settings), Run(tmp_path / "run"), CPU)
+    rows = next(iter(source.batches(batch_positions=source.num_positions, epoch=0, cursor=0)))
+    assert len(rows.acts_BLD) == source.num_positions
+    counted = rows.acts_BLD[rows.positions_B > 0].double()
+    assert source.statistics.num_positions == len(counted) < source.num_positions
+    torch.testing.assert_close(source.statistics.mean_LD, counted.mean(0), rtol=1e-10, atol=1e-12)
+
+
 def test_statistics_of_a_stream_are_of_its_leading_contexts(inputs, tmp_path):
     settings = StreamedActivations(kind="stream", statistics_contexts=8, **harvest_settings(inputs))
     source = open_source(settings, Run(tmp_path / "run"), CPU)

@@ -135,6 +135,12 @@ def test_no_damaged_byte_of_a_record_or_manifest_goes_unnoticed(tmp_path: Path, 
     assert records.read_data_set(tmp_path, "toy-set/1", "toy-shard/1")[0] == made
 
 
+def test_a_claim_by_another_recipe_names_the_innermost_setting_that_differs(tmp_path: Path) -> None:
+    records.claim(tmp_path / "set", {"stage": "cache", "settings": {"model": {"dtype": "float32", "seed": 1}, "width": 3}})
+    with pytest.raises(UserError, match=r'settings\.model\.dtype was "float32", now it is "float16"; choose another output'):
+        records.claim(tmp_path / "set", {"stage": "cache", "settings": {"model": {"dtype": "float16", "seed": 1}, "width": 3}})
+
+
 def test_an_unfinished_or_foreign_set_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist; run the stage that makes it"):
         records.read_manifest(tmp_path / "none")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.activations.source import LayerStatistics
+from pipeline.activations.source import ActivationBatch, LayerStatistics
+from pipeline.config.activation_source import Harvest
 
 # Rows turned into float64 at a time: bounds the memory, and fixes the order of additions.
 _ROWS_AT_A_TIME = 4096
@@ -42,6 +43,11 @@ class LayerSums:
         """As plain JSON values; floats keep every bit."""
         sums = {"sum_squared_norm": self.sum_squared_norm_L.tolist(), "sum": self.sum_LD.tolist()}
         return {"num_positions": self.num_positions, **sums}
+
+
+def counted(rows: ActivationBatch, settings: Harvest) -> Tensor:
+    """The activations that statistics are of: never those at position 0, whose norm is many times the others', kept or not."""
+    return rows.acts_BLD if 0 in settings.drop_positions else rows.acts_BLD[rows.positions_B != 0]
 
 
 def statistics_of(sums: Iterable[dict[str, Any]]) -> LayerStatistics:

@@ -202,9 +202,10 @@ def seal(directory: Path, shards: Mapping[str, Record], statistics: LayerStatist
     for layer, scale in zip(first["layers"], scale_L.tolist(), strict=True):
         if not math.isfinite(scale):
             raise UserError(
-                f"{directory}: the activations of {layer} are the same at all of its {statistics.num_positions:,} positions, so they have "
-                "no scale; cache more positions, or another layer"
+                f"{directory}: the activations of {layer} are the same at all of its {statistics.num_positions:,} positions (0 of a "
+                "context does not count), so they have no scale; cache more positions, or another layer"
             )
-    facts = {key: first[key] for key in SHARED_FACTS} | {"num_positions": statistics.num_positions}
+    num_positions = sum(record["num_positions"] for record in shards.values())
+    facts = {key: first[key] for key in SHARED_FACTS} | {"num_positions": num_positions}
     facts |= {"scale": scale_L.tolist(), "statistics": statistics.to_json()}
     return records.write_manifest(directory, SET_FORMAT, dict(shards), facts)

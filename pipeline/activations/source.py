@@ -26,7 +26,7 @@ class ActivationBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """First and second moments of each layer's activations, in float64, on the CPU, without dropped positions."""
+    """First and second moments of each layer's activations, in float64, on the CPU, without dropped positions and position 0."""
 
     mean_LD: Tensor
     mean_squared_norm_L: Tensor

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.activations.buffer import RollingBuffer
 from pipeline.activations.harvest import Harvester
-from pipeline.activations.layer_sums import LayerSums
+from pipeline.activations.layer_sums import LayerSums, counted
 from pipeline.activations.order import batch_pieces
 from pipeline.activations.source import ActivationBatch, LayerStatistics
 from pipeline.config.activation_source import Harvest, StreamedActivations
@@ -55,7 +55,7 @@ class ActivationStream:
         for generation in range(order.num_generations):
             batches = order.model_batches(generation)
             for batch, rows in zip(batches, self._harvester.rows(generation), strict=True):
-                sums.add(rows.acts_BLD)
+                sums.add(counted(rows, self._config))
                 contexts_done += len(batch.contexts_B)
                 self._run.report("statistics", min(contexts_done, wanted), wanted, unit="contexts", done=contexts_done >= wanted)
                 if contexts_done >= wanted:

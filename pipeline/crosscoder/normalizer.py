@@ -34,7 +34,7 @@ class Normalizer(nn.Module):
         mean_LD = statistics.mean_LD
         squared_norm_L = statistics.mean_squared_centered_norm_L if settings.center else statistics.mean_squared_norm_L
         if not bool((squared_norm_L > 0).all()):
-            constant = int((squared_norm_L <= 0).nonzero()[0])
+            constant = int((~(squared_norm_L > 0)).nonzero()[0])
             raise UserError(f"layer {constant} of the activations never varies, so it has no scale; leave it out of the layers")
         scale_L = torch.sqrt(mean_LD.shape[1] / squared_norm_L) if settings.scale == "layer" else torch.ones_like(squared_norm_L)
         return cls(mean_LD, scale_L, center=settings.center)

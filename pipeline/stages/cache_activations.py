@@ -15,7 +15,7 @@ from pipeline import records
 from pipeline.activations import shards
 from pipeline.activations.buffer import RollingBuffer
 from pipeline.activations.harvest import Harvester
-from pipeline.activations.layer_sums import LayerSums, statistics_of
+from pipeline.activations.layer_sums import LayerSums, counted, statistics_of
 from pipeline.activations.prefetch import prefetched
 from pipeline.activations.shard_file import ShardFileWriter
 from pipeline.activations.source import ActivationBatch
@@ -93,7 +93,7 @@ class _Cache:
         with records.atomic_file(self._directory / name) as file:
             writer = ShardFileWriter(file, shards.layout_of(facts))
             # The model computes in the thread that reads ahead, while this one hashes and writes.
-            for rows in prefetched(_taken(buffer, sums), READ_AHEAD):
+            for rows in prefetched(self._taken(buffer, sums), READ_AHEAD):
                 writer.append(rows)
                 done += len(rows.tokens_B)
                 self._run.report("activations", done, total, unit="positions")
@@ -105,6 +105,13 @@ class _Cache:
         hashes = {name: content_hash}
         records.commit_shard(self._directory, _stem(generation), shards.SHARD_FORMAT, [name], facts, provenance, hashes)
         return done
+
+    def _taken(self, buffer: RollingBuffer, sums: LayerSums) -> Iterator[ActivationBatch]:
+        """The rows of the buffer's current generation, on the CPU, added to `sums` on the way."""
+        while buffer.num_left:
+            rows = buffer.take(min(ROWS_AT_A_TIME, buffer.num_left))
+            sums.add(counted(rows, self._config))
+            yield ActivationBatch(*(column.cpu() for column in rows))
 
     def _facts(self, generation: int) -> Record:
         """What the record says of the shard's content."""
@@ -154,17 +161,9 @@ class _Cache:
         statistics = statistics_of(record["sums"] for record in made.values())
         manifest = shards.seal(self._directory, made, statistics)
         size = sum(described["bytes"] for record in made.values() for described in record["files"].values())
-        self._run.say(f"{statistics.num_positions:,} positions  {_gigabytes(size)}  data id {manifest['data_id'][:12]}  {self._directory}")
+        self._run.say(f"{manifest['num_positions']:,} positions  {_gigabytes(size)}  data id {manifest['data_id'][:12]}  {self._directory}")
         result = {"complete": True, "output": str(self._directory), "data_id": manifest["data_id"], "shards": len(made)}
-        return result | {"positions": statistics.num_positions, "bytes": size, "scale": manifest["scale"]}
-
-
-def _taken(buffer: RollingBuffer, sums: LayerSums) -> Iterator[ActivationBatch]:
-    """The rows of the buffer's current generation, on the CPU, added to `sums` on the way."""
-    while buffer.num_left:
-        rows = buffer.take(min(ROWS_AT_A_TIME, buffer.num_left))
-        sums.add(rows.acts_BLD)
-        yield ActivationBatch(*(column.cpu() for column in rows))
+        return result | {"positions": manifest["num_positions"], "bytes": size, "scale": manifest["scale"]}
 
 
 def _stem(generation: int) -> str:
