@@ -250,7 +250,7 @@ def test_batches_do_not_change_the_metrics() -> None:
 def test_chunks_inside_a_batch_do_not_change_the_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     acts_BLD, noisy_BLD, scale_L = activations()
     whole = measured(acts_BLD, noisy_BLD, scale_L)
-    monkeypatch.setattr(metrics, "CHUNK_NUMBERS", 35)
+    monkeypatch.setitem(metrics.CHUNK_NUMBERS, "cpu", 35)
     parts = measured(acts_BLD, noisy_BLD, scale_L)
     assert parts.joint()._asdict() == pytest.approx(whole.joint()._asdict(), rel=1e-12)
     logits_BSV = torch.randn(2, 9, 11, generator=torch.Generator().manual_seed(2))
