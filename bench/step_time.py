@@ -38,6 +38,7 @@ class OneBatch:
     """An activation source that the bench never iterates: it calls the trainer's step with a batch of its own."""
 
     data_id, language_model_hash, tokens_id, tokenizer_hash = "bench", "bench", "bench", "bench"
+    context_tokens, drop_positions = 1024, [0]
     num_positions = 10**9
 
     def __init__(self, shape: Shape) -> None:

@@ -82,7 +82,8 @@ class Pieces:
         since_F[:2] = 500
         known: dict[str, Any] = {"layers": LAYERS, "step": 7, "tokens": 7000, "dead_window_tokens": 100, "activations_id": "a" * 64}
         known |= {"language_model_hash": self.language_model.hash, "tokenizer_hash": "tokenizer", "tokens_id": "t" * 64}
-        part = crosscoder_part(crosscoder, normalizer, since_F, config, known | {"batch_positions": 16} | facts)
+        known |= {"batch_positions": 16, "context_tokens": CONTEXT_TOKENS, "drop_positions": [0]}
+        part = crosscoder_part(crosscoder, normalizer, since_F, config, known | facts)
         training = Part({"counter": torch.zeros(1)}, {})
         return checkpoint_files.write(self.directory / run / "checkpoints", 7, {"crosscoder": part, "training": training}).parent.parent
 

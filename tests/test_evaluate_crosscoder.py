@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from evaluation_pieces import (
+    CONTEXT_TOKENS,
     LAYERS,
     Json,
     Pieces,
@@ -170,6 +171,20 @@ def test_tokens_of_another_tokenizer_are_refused(pieces: Pieces, trained_run: Pa
 
 def test_contexts_longer_than_the_model_reads_are_refused(pieces: Pieces, trained_run: Path, tmp_path: Path) -> None:
     assert "context_tokens is 65" in refused(pieces, trained_run, tmp_path, context_tokens=65)
+
+
+def test_other_contexts_or_positions_than_in_training_are_said(pieces: Pieces, trained_run: Path, tmp_path: Path) -> None:
+    config = batch_topk_config()
+    odd = pieces.write_crosscoder(config, random_crosscoder(config), run="odd", drop_positions=[0, 1], context_tokens=32)
+    said = {}
+    for name, run in {"odd": odd, "alike": trained_run}.items():
+        output = io.StringIO()
+        evaluate_crosscoder.run(pieces.config(run), Run(tmp_path / name, output=output))
+        said[name] = output.getvalue()
+    assert f"context_tokens is {CONTEXT_TOKENS}, in training it was 32" in said["odd"]
+    assert "training left out positions [0, 1] of each context; these figures leave out position 0 alone" in said["odd"]
+    assert "in training it was" not in said["alike"]
+    assert "training left out" not in said["alike"]
 
 
 def test_weights_that_are_not_finite_are_named_and_nothing_is_written(pieces: Pieces, tmp_path: Path) -> None:

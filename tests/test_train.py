@@ -343,3 +343,4 @@ def test_the_record_names_what_the_crosscoder_was_trained_on(tmp_path: Path) -> 
     assert (trained.layers, trained.d_model, trained.num_features, trained.tokens_trained) == (LAYERS, 6, 16, 1000)
     assert (trained.activations_id, trained.language_model_hash) == ("f" * 64, "m" * 64)
     assert (trained.tokens_id, trained.tokenizer_hash, trained.batch_positions) == ("d" * 64, "t" * 64, 32)
+    assert (trained.context_tokens, trained.drop_positions) == (16, [0])

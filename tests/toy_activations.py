@@ -21,6 +21,7 @@ class MemorySource:
         self.acts_NLD = acts_NLD
         self.data_id = data_id
         self.language_model_hash, self.tokens_id, self.tokenizer_hash = "m" * 64, "d" * 64, "t" * 64
+        self.context_tokens, self.drop_positions = 16, [0]
         self.layers = LAYERS[: acts_NLD.shape[1]]
         self.d_model = acts_NLD.shape[2]
         self.num_positions = acts_NLD.shape[0]

@@ -73,6 +73,8 @@ class ActivationSet:
         self.language_model_hash: str = manifest["language_model_hash"]
         self.tokens_id: str = manifest["tokens_data_id"]
         self.tokenizer_hash: str = manifest["tokenizer_hash"]
+        self.context_tokens: int = manifest["context_tokens"]
+        self.drop_positions: list[int] = manifest["drop_positions"]
         self.statistics = LayerStatistics.from_json(manifest["statistics"])
         self._device = device
         self._prefetch_batches = prefetch_batches

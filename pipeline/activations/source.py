@@ -83,6 +83,16 @@ class ActivationSource(Protocol):
         ...
 
     @property
+    def context_tokens(self) -> int:
+        """Length of the contexts that the model read."""
+        ...
+
+    @property
+    def drop_positions(self) -> list[int]:
+        """Positions of every context that are left out."""
+        ...
+
+    @property
     def layers(self) -> list[str]: ...
 
     @property

@@ -32,6 +32,8 @@ class ActivationStream:
         self.language_model_hash = model.hash
         self.tokens_id = tokens.data_id
         self.tokenizer_hash = tokens.tokenizer_hash
+        self.context_tokens = config.context_tokens
+        self.drop_positions = config.drop_positions
         self.layers = config.layers
         self.d_model = model.d_model
         self.num_positions = self._harvester.order.num_positions

@@ -20,7 +20,16 @@ from pipeline.crosscoder.checkpoint_files import Part
 from pipeline.crosscoder.model import Crosscoder
 from pipeline.crosscoder.normalizer import Normalizer
 
-FACTS = ("dead_window_tokens", "batch_positions", "activations_id", "language_model_hash", "tokens_id", "tokenizer_hash")
+FACTS = (
+    "dead_window_tokens",
+    "batch_positions",
+    "activations_id",
+    "language_model_hash",
+    "tokens_id",
+    "tokenizer_hash",
+    "context_tokens",
+    "drop_positions",
+)
 """What the record of a crosscoder says of its training, besides step, tokens and layers."""
 
 logger = logging.getLogger(__name__)
@@ -52,6 +61,10 @@ class TrainedCrosscoder:
     """Of the tokenizer that made that token set; empty where none did."""
     batch_positions: int
     """Positions of a training batch."""
+    context_tokens: int
+    """Length of the contexts that the language model read in training."""
+    drop_positions: list[int]
+    """Positions of every context that training left out."""
 
     @property
     def num_features(self) -> int:

@@ -38,6 +38,8 @@ class TrainingState:
             "language_model_hash": source.language_model_hash,
             "tokens_id": source.tokens_id,
             "tokenizer_hash": source.tokenizer_hash,
+            "context_tokens": source.context_tokens,
+            "drop_positions": source.drop_positions,
         }
         self.layers = list(source.layers)
         self.device = device

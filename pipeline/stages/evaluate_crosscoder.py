@@ -51,6 +51,8 @@ def run(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     )
     if trained.tokens_id == tokens.data_id:
         run.say(f"{tokens.directory} is the token set that the crosscoder was trained on: these are no held-out figures")
+    for line in differences_from_training(trained, config):
+        run.say(line)
     found = measure(trained, language_model, held_out, config, run)
     document = {"format": METRICS_FORMAT, "inputs": identities, **as_json(found, trained)}
     check_finite(document, "metrics")
@@ -98,6 +100,20 @@ def check_inputs(trained: TrainedCrosscoder, language_model: LanguageModel, toke
         )
     check_tokens(tokens, language_model)
     language_model.check_context(config.context_tokens)
+
+
+def differences_from_training(trained: TrainedCrosscoder, config: EvaluateConfig) -> list[str]:
+    """A sentence for each way in which the measured activations are others than those trained on; the figures hold all the same."""
+    lines = []
+    if trained.context_tokens != config.context_tokens:
+        lines.append(
+            f"context_tokens is {config.context_tokens:,}, in training it was {trained.context_tokens:,}: activations far into a context "
+            "may differ from those trained on"
+        )
+    if trained.drop_positions != [0]:
+        left_out = f"left out positions {trained.drop_positions}" if trained.drop_positions else "left out no position"
+        lines.append(f"training {left_out} of each context; these figures leave out position 0 alone")
+    return lines
 
 
 def _short(content_hash: str) -> str:
