@@ -142,8 +142,7 @@ def _by_scontrol(
     updates |= job_updates.queue_updates(request.queue, executor.dependency(parents) if parents is not None else None)
     done = []
     for name in _update_names(target, waiting, running):
-        for attribute, value in updates.items():
-            job_updates.update(name, attribute, value, is_running=not waiting)
+        job_updates.update(name, updates, is_running=not waiting)
         done.append(f"{name}: " + ", ".join(f"{attribute}={value}" for attribute, value in updates.items()))
     job = target.run.job()
     changed = {key: [job["resources"].get(key), value] for key, value in request.resources.items()}
@@ -186,8 +185,7 @@ def _change_foreign(target: Target, request: Request, site: Site) -> list[str]:
     parents = _parents(request, site)
     updates |= job_updates.queue_updates(request.queue, executor.dependency(parents) if parents else None)
     for part in _update_names(target, waiting, running):
-        for attribute, value in updates.items():
-            job_updates.update(part, attribute, value, is_running=not waiting)
+        job_updates.update(part, updates, is_running=not waiting)
     return [f"{name}: " + ", ".join(f"{attribute}={value}" for attribute, value in updates.items())]
 
 
@@ -222,8 +220,7 @@ def _submit_anew(
     refreezing.discard(run)
     new_ids = [str(entry["id"]) for entry in entries]
     for new_id in new_ids:
-        for attribute, value in job_updates.queue_updates(request.queue, None).items():
-            job_updates.update(new_id, attribute, value, is_running=False)
+        job_updates.update(new_id, job_updates.queue_updates(request.queue, None), is_running=False)
         if was_held:
             slurm_commands.run("scontrol", "uhold", new_id)
     dependants = _redirect_dependants(run, site)
@@ -250,6 +247,6 @@ def _redirect_dependants(run: RunDirectory, site: Site) -> list[str]:
         for entry in job["jobs"]:
             if str(entry["id"]) in waiting:
                 wanted = executor.dependency([RunDirectory(Path(path)) for path in job["after"]])
-                job_updates.update(str(entry["id"]), "Dependency", wanted or "", is_running=False)
+                job_updates.update(str(entry["id"]), {"Dependency": wanted or ""}, is_running=False)
                 redirected.append(str(entry["id"]))
     return redirected

@@ -40,22 +40,32 @@ def queue_updates(queue: Mapping[str, Any], dependency: str | None) -> dict[str,
     return updates
 
 
-def update(name: str, attribute: str, value: str, *, is_running: bool) -> None:
-    """One update, read back. Raises `UserError` where Slurm refuses, or accepts and does something else."""
+def update(name: str, updates: Mapping[str, str], *, is_running: bool) -> None:
+    """Makes the updates in one call, so that the job can't start between two of them, and reads each back.
+
+    Raises `UserError` where Slurm refuses, or accepts and does something else.
+    """
+    array, _, tasks = name.partition("_")
+    throttle = {key: value for key, value in updates.items() if key == "ArrayTaskThrottle"}  # of an array, not of its tasks
+    for concerned, made in ((array, throttle), (name, {k: v for k, v in updates.items() if k not in throttle})):
+        if made:
+            _scontrol_update(concerned, made, is_running=is_running)
+    for job in slurm_queries.job_details(array):
+        for attribute, value in updates.items():
+            shown = read_back(job, attribute)
+            if shown is not None and _is_concerned(job, tasks) and not _same(attribute, shown, value):
+                raise UserError(f"Slurm accepted {attribute}={value} for {job.id}, but shows {shown or 'nothing'}: the change was not made")
+
+
+def _scontrol_update(name: str, updates: Mapping[str, str], *, is_running: bool) -> None:
     try:
-        whole = attribute == "ArrayTaskThrottle"  # of an array, not of its tasks
-        slurm_commands.run("scontrol", "update", f"jobid={name.partition('_')[0] if whole else name}", f"{attribute}={value}")
+        slurm_commands.run("scontrol", "update", f"jobid={name}", *(f"{attribute}={value}" for attribute, value in updates.items()))
     except slurm_commands.CommandFailed as error:
-        if is_running and attribute == "TimeLimit" and "denied" in error.stderr:
+        if is_running and "TimeLimit" in updates and "denied" in error.stderr:
             raise UserError(
                 f"{name} is running: its time limit can be lowered; to raise it takes an administrator of the cluster"
             ) from error
         raise
-    array, _, tasks = name.partition("_")
-    for job in slurm_queries.job_details(array):
-        shown = read_back(job, attribute)
-        if shown is not None and _is_concerned(job, tasks) and not _same(attribute, shown, value):
-            raise UserError(f"Slurm accepted {attribute}={value} for {job.id}, but shows {shown or 'nothing'}: the change was not made")
 
 
 def _is_concerned(job: Job, tasks: str) -> bool:

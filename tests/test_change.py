@@ -166,7 +166,7 @@ def test_what_is_impossible_is_refused_and_changes_nothing(queue: Queue) -> None
 def test_what_slurm_accepts_and_does_not_do_is_told(queue: Queue) -> None:
     job = queue.job(queue.waiting())
     with pytest.raises(UserError, match=f"Slurm accepted TimeLimit=1-0 for {job}, but shows 1440: the change was not made"):
-        job_updates.update(job, "TimeLimit", "1-0", is_running=False)
+        job_updates.update(job, {"TimeLimit": "1-0"}, is_running=False)
 
 
 # -- by a new submission ----------------------------------------------------------------------------------------------
