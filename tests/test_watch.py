@@ -28,8 +28,9 @@ def submit(project: ToyProject, cluster: PrivateCluster, *arguments: str) -> Run
 
 
 def wait_for_progress(run: RunDirectory) -> None:
+    """Until the run's first task has made a step and printed its first line."""
     deadline = time.monotonic() + PATIENCE_S
-    while not any(run.progress(task) for task in range(run.num_tasks)):
+    while not (run.progress() and any("hello from" in path.read_text() for path in run.log_files())):
         assert time.monotonic() < deadline, f"{run.reference} made no step within {PATIENCE_S} s"
         time.sleep(0.05)
 
