@@ -1,6 +1,9 @@
 """Whether somebody works on a run now, or will: asked of its lock, its process or the queue."""
 
-from collections.abc import Iterable
+import contextlib
+import errno
+import fcntl
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from slurm import holder, slurm_commands
@@ -8,6 +11,26 @@ from slurm.run_directory import RunDirectory, list_runs
 
 WAITING_STATES = ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "STOPPED")
 """Of jobs that Slurm has not done with."""
+
+SUBMISSION_LOCK = ".submission.lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextlib.contextmanager
+def one_submission_at_a_time(runs: Path) -> Iterator[None]:
+    """Waits until no other command submits under the root `runs`: between the look at what is busy and the new job's record.
+
+    On a file system without locks two commands at the very same moment may both submit; their jobs still don't work on one
+    run at once (see `slurm.holder`).
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    with open(runs / SUBMISSION_LOCK, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
 
 
 def is_busy(run: RunDirectory, task: int) -> bool:

@@ -4,12 +4,9 @@ The executor's own folder, `submitit/` in the run directory, holds what submitit
 truth about a run is in its run directory.
 """
 
-import contextlib
-import io
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -23,6 +20,7 @@ from pipeline.config.schema import build
 from slurm import slurm_commands, slurm_queries
 from slurm.frozen_task import FrozenTask
 from slurm.run_directory import Json, RunDirectory, list_runs
+from slurm.submission_environment import clean_environment, detached, time_limit, variables_after
 
 SUBMITIT_FOLDER = "submitit"
 """Without %a: submitit fails on it after sbatch has succeeded. Without %j: it would make a folder for each array element."""
@@ -73,7 +71,8 @@ def _launch_local(run: RunDirectory, tasks: list[int], job: Json) -> Iterator[Js
         raise UserError(f"resources.nodes is {resources.nodes}, but the local executor has this machine alone; use 1, or --executor slurm")
     parents = [str(parent) for parent in job["after"]]
     work = LocalQueue(str(run.path), tasks, resources.max_parallel or 1, parents, 60.0 * resources.timeout_min)
-    with _submission_environment(frozen_variables(run)), _detached(run.path / SUBMITIT_FOLDER / "controller_log.out"):
+    variables = variables_after(job["setup"]) | frozen_variables(run)
+    with clean_environment(variables), detached(run.path / SUBMITIT_FOLDER / "controller_log.out"):
         executor = submitit.LocalExecutor(folder=run.path / SUBMITIT_FOLDER)
         executor.update_parameters(
             timeout_min=LOCAL_TIMEOUT_MIN,
@@ -83,42 +82,6 @@ def _launch_local(run: RunDirectory, tasks: list[int], job: Json) -> Iterator[Js
         )
         submitted = executor.submit(work)
     yield {"id": str(submitted.job_id), "tasks": tasks, "array": False, "submitted": time.time(), "sbatch": None}
-
-
-@contextlib.contextmanager
-def _submission_environment(frozen: dict[str, str]) -> Iterator[None]:
-    """The environment that a submission starts from: without the caller's Slurm variables, with `frozen` set.
-
-    A hang-up of the terminal is ignored meanwhile, and so by a process started here, which outlives this one. What
-    submitit prints of a failing command is swallowed: the error that it raises holds it too.
-    """
-    former = dict(os.environ)
-    hang_up = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    os.environ.clear()
-    os.environ.update({k: v for k, v in slurm_commands.environment(former).items() if not k.startswith("SUBMITIT_")} | frozen)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        os.environ.clear()
-        os.environ.update(former)
-        signal.signal(signal.SIGHUP, hang_up)
-
-
-@contextlib.contextmanager
-def _detached(log: Path) -> Iterator[None]:
-    """A process started in the block reads nothing and prints to `log`: one that outlives this must not hold its pipes open."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    kept = [os.dup(descriptor) for descriptor in range(3)]
-    with open(os.devnull, "rb") as nothing, open(log, "ab") as file:
-        for source, descriptor in ((nothing, 0), (file, 1), (file, 2)):
-            os.dup2(source.fileno(), descriptor)
-    try:
-        yield
-    finally:
-        for descriptor, original in enumerate(kept):
-            os.dup2(original, descriptor)
-            os.close(original)
 
 
 def frozen_variables(run: RunDirectory) -> dict[str, str]:
@@ -148,10 +111,11 @@ def _launch_slurm(run: RunDirectory, tasks: list[int], job: Json) -> Iterator[Js
     size = min(len(tasks), max_array_size()) if len(tasks) > 1 else 1
     for first in range(0, len(tasks), size):
         chunk = tasks[first : first + size]
-        with _submission_environment({}):
+        with clean_environment({}):
             executor = slurm_executor(run, job)  # a new one each time: submitit can't unset a parameter
             try:
-                submitted = executor.submit_array([FrozenTask(str(run.path), task) for task in chunk])
+                with time_limit(slurm_commands.TIMEOUT_S):
+                    submitted = executor.submit_array([FrozenTask(str(run.path), task) for task in chunk])
             except (FailedJobError, FailedSubmissionError, OSError) as error:
                 raise UserError(_refusal(run, error, tasks[first:])) from error
         array_id = str(submitted[0].job_id).partition("_")[0]
@@ -245,7 +209,7 @@ def let_wait_again(parent: RunDirectory) -> list[str]:
 
 def submission_text(run: RunDirectory) -> str:
     """The sbatch script that submitting the run would write, without the array line that submitit adds."""
-    with _submission_environment({}):
+    with clean_environment({}):
         executor = slurm_executor(run, run.job())
         return str(executor._make_submission_file_text(executor._submitit_command_str, "dry-run"))
 
@@ -258,7 +222,7 @@ def max_array_size() -> int:
 def _refusal(run: RunDirectory, error: Exception, left: list[int]) -> str:
     cause = error.__cause__
     code = f" exited {cause.returncode}" if isinstance(cause, subprocess.CalledProcessError) else ""
-    said = str(error).replace("sbatch: error: ", "").strip()
+    said = str(cause if isinstance(cause, TimeoutError) else error).replace("sbatch: error: ", "").strip()
     kept = ""
     if run.job()["jobs"]:
         kept = f"; {len(left)} of its tasks are not queued: mend it and run `crosscoder submit --resume {run.reference}`"

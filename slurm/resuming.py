@@ -6,15 +6,31 @@ from pipeline.config import load
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
 from slurm import executor, submission
-from slurm.activity import is_busy
+from slurm.activity import is_busy, one_submission_at_a_time
 from slurm.run_directory import RunDirectory
 
 
-def resume(run: RunDirectory) -> None:
+def resume(run: RunDirectory, site: Site) -> None:
     """Queues again what of `run` has not finished, or works on it here if that is how it was started.
 
     Raises `UserError` when all has finished, or when a task is queued or being worked on: one at a time.
     """
+    with one_submission_at_a_time(site.runs.absolute()):
+        left = _unfinished(run)
+        if run.job()["executor"] not in ("run", "debug"):
+            for task in left:
+                (run.task_directory(task) / "result.json").unlink(missing_ok=True)
+            entries = executor.launch(run, left)
+            ids = " ".join(str(entry["id"]) for entry in entries)
+            print(f"run {run.path}\njob {ids}: {len(left)} of {run.num_tasks} task(s)", flush=True)
+            return
+    from slurm.foreground import run_frozen_here
+
+    print(f"run {run.path}", flush=True)
+    raise SystemExit(run_frozen_here(run, left))
+
+
+def _unfinished(run: RunDirectory) -> list[int]:
     job = run.job()
     left = [task for task in range(job["num_tasks"]) if run.task_state(task) != "finished"]
     if not left:
@@ -24,15 +40,7 @@ def resume(run: RunDirectory) -> None:
         raise UserError(
             f"{run.reference}: {held} is queued or being worked on as job {run.job_of_task(busy[0])}; wait for it, or cancel it first"
         )
-    if job["executor"] in ("run", "debug"):
-        from slurm.foreground import run_frozen_here
-
-        print(f"run {run.path}", flush=True)
-        raise SystemExit(run_frozen_here(run, left))
-    for task in left:
-        (run.task_directory(task) / "result.json").unlink(missing_ok=True)
-    entries = executor.launch(run, left)
-    print(f"run {run.path}\njob {' '.join(str(entry['id']) for entry in entries)}: {len(left)} of {job['num_tasks']} task(s)", flush=True)
+    return left
 
 
 def rerun(origin: RunDirectory, changes: Sequence[str], executor_name: str | None, site: Site) -> None:
@@ -42,11 +50,13 @@ def rerun(origin: RunDirectory, changes: Sequence[str], executor_name: str | Non
         load.set_value(values, change, where=origin.reference)
     config = load.from_values(values, where=origin.reference, site=site)
     name = executor_name or origin.job()["executor"]
-    run = submission.Freezer(site, executor=name).freeze(config, where=origin.reference, code_of=origin)
-    print(f"run {run.path}", flush=True)
-    if name in ("run", "debug"):
-        from slurm.foreground import run_frozen_here
+    with one_submission_at_a_time(site.runs.absolute()):
+        run = submission.Freezer(site, executor=name).freeze(config, where=origin.reference, code_of=origin)
+        print(f"run {run.path}", flush=True)
+        if name not in ("run", "debug"):
+            entries = executor.launch(run, range(run.num_tasks))
+            print(f"job {' '.join(str(entry['id']) for entry in entries)}", flush=True)
+            return
+    from slurm.foreground import run_frozen_here
 
-        raise SystemExit(run_frozen_here(run, range(run.num_tasks)))
-    entries = executor.launch(run, range(run.num_tasks))
-    print(f"job {' '.join(str(entry['id']) for entry in entries)}", flush=True)
+    raise SystemExit(run_frozen_here(run, range(run.num_tasks)))

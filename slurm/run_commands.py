@@ -63,7 +63,8 @@ def submit(
 
     In a chain, `train.seed=1` changes the configuration of that stage, `seed=1` all of them.
     """
-    from slurm import resuming
+    from slurm import input_preflight, resuming
+    from slurm.activity import one_submission_at_a_time
     from slurm.foreground import run_here
     from slurm.run_directory import find
     from slurm.submission import Freezer
@@ -72,7 +73,7 @@ def submit(
     if resume is not None:
         if arguments:
             raise typer.BadParameter("--resume takes the run as it is: give no configuration with it")
-        resuming.resume(find(resume, site.runs.absolute()))
+        resuming.resume(find(resume, site.runs.absolute()), site)
         return
     if not arguments:
         raise typer.BadParameter("name a configuration, for example configs/demo/train.yaml")
@@ -80,15 +81,17 @@ def submit(
     given = [f"resources.{key}={value}" for key, value in chosen.items() if value is not None]
     parsed = parse_configs([*arguments, *given], site)
     parents = [find(reference, site.runs.absolute()) for reference in after or []]
+    input_preflight.check(parsed, site.runs)
     cluster = check_queue(parsed) if executor is Executor.slurm else None
     freezer = Freezer(site, executor=executor.value)
-    planned = freezer.plan(parsed, after=parents, again=again, cluster=cluster)
-    if dry_run:
-        show_dry_run(planned, site)
-    elif executor is Executor.debug:
+    with one_submission_at_a_time(site.runs.absolute()):
+        planned = freezer.plan(parsed, after=parents, again=again, cluster=cluster)
+        if dry_run:
+            show_dry_run(planned, site)
+        elif executor is not Executor.debug:
+            queue(planned, as_json=as_json)
+    if executor is Executor.debug and not dry_run:
         run_here(planned)
-    else:
-        queue(planned, as_json=as_json)
 
 
 def rerun(

@@ -30,8 +30,9 @@ def sweep(
 ) -> None:
     """Freeze a sweep and queue it as one array, a directory a task."""
     from slurm import executor as executors
-    from slurm import preflight, snapshot
+    from slurm import input_preflight, preflight, snapshot
     from slurm import sweep as sweeps
+    from slurm.activity import one_submission_at_a_time
     from slurm.submission import Freezer
 
     site = load_site()
@@ -39,14 +40,16 @@ def sweep(
     if dry_run:
         print("\n".join(f"task {number}: {sweeps.describe(member)}" for number, member in enumerate(read.members)))
         return
+    input_preflight.check([(f"{file}: task {number}", config) for number, config in enumerate(read.stage_configs)], site.runs)
     cluster = preflight.check([(str(file), read.stage_configs[0])]) if executor is Executor.slurm else None
-    run = sweeps.freeze_sweep(read, Freezer(site, executor=executor.value), where=str(file), cluster=cluster)
-    try:
-        entries = executors.launch(run, range(run.num_tasks))
-    except BaseException:
-        if not run.job()["jobs"]:
-            snapshot.remove(run.path)
-        raise
+    with one_submission_at_a_time(site.runs.absolute()):
+        run = sweeps.freeze_sweep(read, Freezer(site, executor=executor.value), where=str(file), cluster=cluster)
+        try:
+            entries = executors.launch(run, range(run.num_tasks))
+        except BaseException:
+            if not run.job()["jobs"]:
+                snapshot.remove(run.path)
+            raise
     print(f"run {run.path}\njob {' '.join(str(entry['id']) for entry in entries)}: {run.num_tasks} tasks")
 
 

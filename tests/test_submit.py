@@ -222,7 +222,8 @@ def test_a_changed_config_code_data_or_package_stops_a_job_with_a_sentence_that_
     said = spoilt(lambda run: project.crosscoder("run", project.config("maker", output="data/made2"), "steps=5"))
     assert "as it was told" in said
     manifest = project.root / "data/made/manifest.json"
-    said = spoilt(lambda run: edit(manifest, '"data_id": "', '"data_id": "00'))
+    other = records.with_checksum(records.read_json(manifest) | {"data_id": "00" * 32})
+    said = spoilt(lambda run: records.write_json(manifest, other))
     assert re.search(r"data \(.*/data/made\) had data id [0-9a-f]{12}, has 00[0-9a-f]{10}: the data changed", said)
 
 
@@ -240,6 +241,22 @@ def test_an_array_works_locally_a_few_at_a_time_and_resumes_what_is_missing(proj
     assert "1 of 3 task(s)" in again.stdout
     wait_until(lambda: finished(run), "the task")
     assert [len(run.attempts(task)) for task in range(3)] == [2, 4, 2]
+
+
+def test_the_sites_setup_lines_hold_for_a_local_job_and_a_failing_one_is_said(project: ToyProject) -> None:
+    program = project.root / "pipeline/stages/toy.py"
+    program.write_text(program.read_text().replace('"task": run.task', '"module": os.environ.get("LOADED"), "task": run.task'))
+    (project.root / "configs").mkdir()
+    site = project.root / "configs/site.yaml"
+    site.write_text('setup: ["echo loading", "export LOADED=\'a module\'"]\n')
+    (run,) = runs_of(project.crosscoder("submit", project.config(), "--executor", "local").stdout)
+    wait_until(lambda: finished(run), "the job")
+    assert (run.result() or {})["result"]["module"] == "a module"
+    site.write_text('setup: ["echo no such module >&2; false", "export LOADED=no"]\n')
+    done = project.crosscoder("submit", project.config("second"), "--executor", "local")
+    assert done.returncode == 1
+    assert 'setup lines exited 1: "no such module"' in done.stderr
+    assert not list(project.runs.glob("toy/second/*"))
 
 
 def test_a_local_job_is_told_to_stop_before_its_time_limit(project: ToyProject) -> None:

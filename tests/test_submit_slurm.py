@@ -2,63 +2,26 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
-import time
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from slurm_queue import Queue, at_step, finished, wait_until
 from toy_project import ToyProject
 
-from slurm.cluster import faults, layout
+from pipeline.config.errors import UserError
+from slurm import executor, slurm_commands
+from slurm.cluster import layout
 from slurm.cluster.daemons import PrivateCluster
 from slurm.requeue import MAX_ATTEMPTS_WITHOUT_PROGRESS
 from slurm.run_directory import RunDirectory, append_line
 
 pytestmark = pytest.mark.slurm
-
-PATIENCE_SECONDS = 60.0
-LOW = "{cpus: 8, partition: low, node: n2}"
-
-
-class Queue:
-    """A toy project that submits to the private cluster."""
-
-    def __init__(self, project: ToyProject, cluster: PrivateCluster) -> None:
-        self.project = project
-        self.cluster = cluster
-
-    def submit(self, *arguments: str, expect: int = 0, **variables: str) -> list[RunDirectory]:
-        done = self.project.crosscoder("submit", *arguments, SLURM_CONF=str(self.cluster.configuration), **variables)
-        assert done.returncode == expect, done.stdout + done.stderr
-        self.said = done.stdout + done.stderr
-        return [RunDirectory(Path(path)) for path in re.findall(r"^run (.*)$", done.stdout, re.M)]
-
-    def job(self, run: RunDirectory) -> str:
-        return str(run.job()["jobs"][-1]["id"])
-
-    def slurm_state(self, job: str) -> str:
-        return self.cluster.command("squeue", "-h", "-a", "-r", "-t", "all", "-j", job, "-o", "%T").split()[0]
-
-    def detail(self, job: str) -> str:
-        return self.cluster.command("scontrol", "show", "job", "-o", job)
-
-
-def wait_until(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not holds():
-        assert time.monotonic() < deadline, f"{what}: not within {PATIENCE_SECONDS} s"
-        time.sleep(0.1)
-
-
-def finished(run: RunDirectory) -> bool:
-    return run.state() == "finished"
-
-
-def at_step(run: RunDirectory, step: int) -> bool:
-    progress = run.progress()
-    return progress is not None and progress["step"] >= step
 
 
 @pytest.fixture
@@ -121,6 +84,10 @@ def test_a_failed_stage_cancels_what_waits_for_it(queue: Queue) -> None:
     wait_until(lambda: queue.slurm_state(queue.job(runs[1])) == "CANCELLED", "the second job's end")
     assert (runs[0].result() or {})["error"] == "the toy fails at step 1, as it was told"
     assert runs[1].result() is None
+    listed = queue.project.crosscoder("jobs", "--json", SLURM_CONF=str(queue.cluster.configuration))
+    (row,) = [row for row in json.loads(listed.stdout) if row["run"] == runs[1].reference]
+    assert row["state"] == "cancelled"
+    assert runs[0].reference in row["reason"]
 
 
 def test_an_array_has_a_directory_and_a_log_a_task_and_resuming_redoes_only_what_is_missing(queue: Queue) -> None:
@@ -143,6 +110,42 @@ def test_a_run_that_is_queued_is_not_queued_again(queue: Queue) -> None:
     (run,) = queue.submit(queue.project.config(step_seconds=5.0))
     queue.submit("--resume", str(run.path), expect=1)
     assert f"is queued or being worked on as job {queue.job(run)}" in queue.said
+
+
+def test_of_two_submissions_at_the_same_moment_one_wins_and_the_other_says_so(queue: Queue) -> None:
+    config = queue.project.config(output="data/made", steps=100, step_seconds=0.2)
+    variables = queue.project.environment(SLURM_CONF=str(queue.cluster.configuration))
+
+    def both(*arguments: str) -> list[str]:
+        command = [sys.executable, "-P", "-m", "slurm", "submit", *arguments]
+        started = [
+            subprocess.Popen(command, cwd=queue.project.root, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(2)
+        ]
+        ended = [process.communicate(timeout=60) for process in started]
+        assert sorted(process.returncode for process in started) == [0, 1], ended
+        return [errors for process, (_, errors) in zip(started, ended, strict=True) if process.returncode]
+
+    (said,) = both(config)
+    run = RunDirectory(queue.project.only_run())
+    assert f"{run.reference} is queued or being worked on (job {queue.job(run)}) and writes the same output" in said
+    queue.cluster.command("scancel", queue.job(run))
+    wait_until(lambda: queue.slurm_state(queue.job(run)) == "CANCELLED", "Slurm's word of it")
+    (said,) = both("--resume", str(run.path))
+    assert f"is queued or being worked on as job {queue.job(run)}" in said
+    assert len(run.job()["jobs"]) == 2
+
+
+def test_a_queue_that_does_not_answer_a_submission_is_given_up(queue: Queue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run,) = queue.submit(queue.project.config())
+    silent = tmp_path / "bin" / "sbatch"
+    silent.parent.mkdir()
+    silent.write_text("#!/bin/sh\nexec sleep 600\n")
+    silent.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{silent.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm_commands, "TIMEOUT_S", 1.0)
+    with pytest.raises(UserError, match="no answer within 1 s; is the controller up"):
+        executor.launch(run, [0])
 
 
 def test_what_the_cluster_cannot_give_is_refused_before_anything_is_queued(queue: Queue) -> None:
@@ -169,13 +172,13 @@ def test_what_the_cluster_cannot_give_is_refused_before_anything_is_queued(queue
 
 
 def test_a_preempted_job_saves_is_requeued_and_goes_on(queue: Queue) -> None:
-    low = queue.project.config("low", steps=40, step_seconds=0.2)
+    low = queue.project.config("low", steps=14, step_seconds=0.2)
     (run,) = queue.submit(low, "--partition", "low", "resources.cpus=8", "--node", "n2")
     wait_until(lambda: at_step(run, 3), "the first steps")
     (high,) = queue.submit(queue.project.config("high"), "resources.cpus=8", "--node", "n2")
     wait_until(lambda: finished(high), "the job that preempts")
     saved = (run.progress() or {})["step"]
-    assert 3 <= saved < 40
+    assert 3 <= saved < 14
     wait_until(lambda: finished(run), "the preempted job")
     lines = run.attempts()
     assert [line["status"] for line in lines if line["event"] == "end"] == ["stopped", "finished"]
@@ -198,26 +201,6 @@ def test_any_signal_to_stop_and_a_requeue_by_hand_save_and_go_on(queue: Queue) -
         assert ends == [("stopped", by), ("finished", "stays as it is")]
 
 
-def test_where_preemption_cancels_the_job_submits_itself_anew_and_is_waited_for(queue: Queue) -> None:
-    queue.cluster.command("scontrol", "update", "partitionname=low", "preemptmode=cancel", "gracetime=0")
-    try:
-        first = queue.project.config(
-            "first", steps=25, step_seconds=0.2, output="data/first", resources="{cpus: 8, partition: low, node: n2}"
-        )
-        second = queue.project.config("second", data="data/first")
-        runs = queue.submit(first, second)
-        wait_until(lambda: at_step(runs[0], 3), "the first steps")
-        (high,) = queue.submit(queue.project.config("high"), "resources.cpus=8", "--node", "n2")
-        wait_until(lambda: finished(high), "the job that preempts")
-        wait_until(lambda: finished(runs[0]), "the job submitted anew")
-        old, new = [entry["id"] for entry in runs[0].job()["jobs"]]
-        end = next(line for line in runs[0].attempts() if line["event"] == "end")
-        assert end["next"].startswith(f"Slurm ended job {old}: preemption cancels here; submitted anew as job {new}")
-        wait_until(lambda: finished(runs[1]), "the run that waits for it")
-    finally:
-        queue.cluster.command("scontrol", "update", "partitionname=low", "preemptmode=requeue", "gracetime=20")
-
-
 def test_a_cancelled_job_saves_and_stays_cancelled(queue: Queue) -> None:
     (run,) = queue.submit(queue.project.config(steps=100, step_seconds=0.2))
     wait_until(lambda: at_step(run, 2), "the first steps")
@@ -227,37 +210,6 @@ def test_a_cancelled_job_saves_and_stays_cancelled(queue: Queue) -> None:
     assert "was cancelled; `crosscoder submit --resume" in run.attempts()[-1]["next"]
     queue.submit("--resume", str(run.path))
     wait_until(lambda: at_step(run, 4), "the run to go on")
-
-
-def test_a_job_whose_node_dies_goes_on_elsewhere(queue: Queue) -> None:
-    (run,) = queue.submit(queue.project.config(steps=20, step_seconds=0.2), "resources.constraint=null")
-    wait_until(lambda: at_step(run, 2), "the first steps")
-    node = queue.cluster.command("squeue", "-h", "-j", queue.job(run), "-o", "%N").strip()
-    faults.crash(queue.cluster, node)
-    try:
-        wait_until(lambda: finished(run), "the job's second attempt")
-    finally:
-        faults.revive(queue.cluster, node)
-    starts = [line for line in run.attempts() if line["event"] == "start"]
-    assert [line["restart"] for line in starts] == [0, 1]
-    assert "at step 0" not in run.log_files()[-1].read_text().splitlines()[-1]
-
-
-def test_a_job_that_slurm_runs_twice_has_one_holder(queue: Queue) -> None:
-    """slurmd dies and its job runs on: the attempt that Slurm starts elsewhere takes over, and the first one ends."""
-    (run,) = queue.submit(queue.project.config(steps=200, step_seconds=0.2))
-    wait_until(lambda: at_step(run, 2), "the first steps")
-    node = queue.cluster.command("squeue", "-h", "-j", queue.job(run), "-o", "%N").strip()
-    faults.lose_contact(queue.cluster, node)
-    queue.cluster.command("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
-    try:
-        wait_until(lambda: sum(line["event"] == "start" for line in run.attempts()) == 2, "the second attempt")
-        first, second = [line for line in run.attempts() if line["event"] == "start"]
-        wait_until(lambda: not Path(f"/proc/{first['pid']}").exists(), "the end of the first")
-        assert json.loads((run.path / "lock.json").read_text())["pid"] == second["pid"]
-        assert "took it over; this process ends without saving" in "".join(log.read_text() for log in run.log_files())
-    finally:
-        faults.revive(queue.cluster, node)
 
 
 def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(queue: Queue) -> None:
@@ -330,19 +282,3 @@ def test_an_array_is_split_where_the_cluster_takes_only_small_ones(tmp_path: Pat
     assert [(entry["tasks"], entry["array"]) for entry in run.job()["jobs"]] == [([0, 1, 2], True), ([3, 4, 5], True), ([6], False)]
     wait_until(lambda: finished(run), "all tasks")
     assert [(run.result(task) or {})["result"]["task"] for task in range(7)] == list(range(7))
-
-
-def test_a_sweep_is_one_array_and_survives_a_preemption_in_the_middle(queue: Queue) -> None:
-    queue.project.config("base", step_seconds=0.2, resources="{cpus: 8, partition: low}")
-    (queue.project.root / "sweep.yaml").write_text("name: s\nbase: base.yaml\ngrid: {steps: [10, 12], seed: [0, 1, 2, 3]}\nmetric: score\n")
-    done = queue.project.crosscoder("sweep", "sweep.yaml", SLURM_CONF=str(queue.cluster.configuration))
-    assert done.returncode == 0, done.stderr
-    run = RunDirectory(queue.project.only_run("s", stage="sweep"))
-    (entry,) = run.job()["jobs"]
-    wait_until(lambda: any((run.progress(task) or {"step": 0})["step"] >= 3 for task in range(8)), "the first steps")
-    (high,) = queue.submit(queue.project.config("high"), "resources.nodes=3", "resources.cpus=8")
-    wait_until(lambda: finished(run) and finished(high), "the sweep")
-    attempts = [line for task in range(8) for line in run.attempts(task)]
-    assert any(line.get("status") == "stopped" for line in attempts)
-    assert {line["job"].partition("_")[0] for line in attempts} == {entry["id"]}
-    assert all((run.result(task) or {})["result"]["steps"] == (10 if task < 4 else 12) for task in range(8))

@@ -1,0 +1,195 @@
+"""Looks on the login node at sizes and shapes: inputs that don't belong together, disk that won't hold what is made.
+
+Reads manifests and a model's config.json, without torch. What is not there yet, made by an earlier run of the chain, or lies
+on a hub is left to the stage, which checks all of this again by what it opens.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pipeline
+from pipeline import records
+from pipeline.config.activation_source import DiskActivations, Harvest
+from pipeline.config.cache_activations import CacheConfig
+from pipeline.config.errors import UserError
+from pipeline.config.evaluate_crosscoder import EvaluateConfig
+from pipeline.config.language_model import LanguageModelConfig
+from pipeline.config.stage import StageConfig
+from pipeline.config.train_crosscoder import TrainConfig
+
+Facts = dict[str, Any]
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DEMO_MODEL = Path(pipeline.__file__).parent / "demo" / "model"
+SPARE_BYTES = 64 << 20
+"""Beside the data, for records and whatever else the disk is used for meanwhile."""
+
+
+class ModelShape(NamedTuple):
+    """What a model's config.json says; None where it doesn't."""
+
+    num_blocks: int | None
+    d_model: int | None
+    max_context: int | None
+    vocab_size: int | None
+
+
+def check(parsed: Sequence[tuple[str, StageConfig]], runs: Path) -> None:
+    """Raises `UserError` with each reason why a stage of `parsed` would refuse its inputs or run out of disk."""
+    faults, pending = [], list[Path]()
+    for where, config in parsed:
+        faults += [f"{where}: {fault}" for fault in faults_of(config, runs, pending)]
+        pending += [*config.outputs().values(), runs.absolute() / config.stage / config.name]
+    if faults:
+        raise UserError("\n".join(faults))
+
+
+def faults_of(config: StageConfig, runs: Path, pending: Sequence[Path] = ()) -> list[str]:
+    """One phrase for each thing that can be seen to be wrong: field, what was found, what there is.
+
+    pending : what runs before this one will make; what stands there now is not what it will read.
+    """
+    if isinstance(config, CacheConfig):
+        shape, tokens = model_shape(config.language_model), _manifest(config.tokens, pending)
+        return _harvest_faults(config, shape, tokens) + _cache_disk_faults(config, shape, tokens)
+    if isinstance(config, TrainConfig):
+        return _train_faults(config, runs, pending)
+    if isinstance(config, EvaluateConfig):
+        return _evaluate_faults(config, pending)
+    return []
+
+
+def model_shape(config: LanguageModelConfig) -> ModelShape:
+    """The shape of a model whose directory is on this machine."""
+    directory = DEMO_MODEL if config.model == "demo" else Path(config.model).expanduser()
+    path = directory / "config.json"
+    facts = records.read_json(path) if path.is_file() else {}
+    facts = facts.get("text_config") or facts
+
+    def first(*keys: str) -> int | None:
+        return next((int(facts[key]) for key in keys if isinstance(facts.get(key), int)), None)
+
+    return ModelShape(
+        first("num_hidden_layers", "n_layer", "num_layers"),
+        first("hidden_size", "n_embd", "d_model"),
+        first("max_position_embeddings", "n_positions"),
+        first("vocab_size"),
+    )
+
+
+def _manifest(directory: Path, pending: Sequence[Path]) -> Facts | None:
+    there = (directory / records.MANIFEST).is_file() and not _is_pending(directory, pending)
+    return records.read_manifest(directory) if there else None
+
+
+def _is_pending(path: Path, pending: Sequence[Path]) -> bool:
+    return any(path.absolute().is_relative_to(other.absolute()) for other in pending)
+
+
+# -- inputs that don't belong together --------------------------------------------------------------------------------
+
+
+def _harvest_faults(settings: Harvest, shape: ModelShape, tokens: Facts | None) -> list[str]:
+    name, faults = settings.language_model.model, _reading_faults(settings.context_tokens, settings.language_model, shape, tokens)
+    for index, layer in enumerate(settings.layers):
+        number = layer.rpartition(".")[2]
+        if shape.num_blocks is not None and number.isdigit() and int(number) >= shape.num_blocks:
+            faults.append(f"layers[{index}] is {layer}, but {name} has blocks 0 to {shape.num_blocks - 1}; use a smaller number")
+    return faults
+
+
+def _reading_faults(context_tokens: int, model: LanguageModelConfig, shape: ModelShape, tokens: Facts | None) -> list[str]:
+    faults = []
+    if shape.max_context is not None and context_tokens > shape.max_context:
+        faults.append(
+            f"context_tokens is {context_tokens:,}, but {model.model} reads at most {shape.max_context:,} tokens; use a smaller number"
+        )
+    if tokens is not None and shape.vocab_size is not None and tokens["vocab_size"] > shape.vocab_size:
+        faults.append(
+            f"tokens has a vocabulary of {tokens['vocab_size']:,} ids, but {model.model} knows {shape.vocab_size:,}: it is another "
+            "tokenizer's; tokenize with the model's own"
+        )
+    return faults
+
+
+def _evaluate_faults(config: EvaluateConfig, pending: Sequence[Path]) -> list[str]:
+    shape, tokens = model_shape(config.language_model), _manifest(config.tokens, pending)
+    faults = _reading_faults(config.context_tokens, config.language_model, shape, tokens)
+    trained = _crosscoder(config.crosscoder)
+    if trained is None or _is_pending(config.crosscoder, pending):
+        return faults
+    for layer in trained["layers"]:
+        number = layer.rpartition(".")[2]
+        if shape.num_blocks is not None and number.isdigit() and int(number) >= shape.num_blocks:
+            faults.append(
+                f"crosscoder reads {layer}, but {config.language_model.model} has blocks 0 to {shape.num_blocks - 1}; name the model "
+                "that it was trained on"
+            )
+    if tokens is not None and tokens["tokenizer_hash"] != trained["tokenizer_hash"]:
+        faults.append(
+            f"tokens was made by the tokenizer {tokens['tokenizer_hash'][:12] or '(none)'}, the tokens that the crosscoder was trained on "
+            f"by {trained['tokenizer_hash'][:12] or '(none)'}; tokenize the held-out text with the same tokenizer"
+        )
+    return faults
+
+
+def _crosscoder(path: Path) -> Facts | None:
+    """The record of the newest checkpoint of the run, or of the folder of runs of one name, at `path`."""
+    found = [path / "crosscoder.json"] if (path / "crosscoder.json").is_file() else []
+    found = found or sorted(path.glob("checkpoints/*/crosscoder.json")) or sorted(path.glob("*/checkpoints/*/crosscoder.json"))
+    return dict(records.read_json(found[-1])) if found else None
+
+
+# -- disk -------------------------------------------------------------------------------------------------------------
+
+
+def _cache_disk_faults(config: CacheConfig, shape: ModelShape, tokens: Facts | None) -> list[str]:
+    if tokens is None or shape.d_model is None:
+        return []
+    positions = cached_positions(config, tokens)
+    row = len(config.layers) * shape.d_model * DTYPE_BYTES[config.language_model.dtype] + 4 + _item_bytes(tokens["dtype"]) + 2
+    made = sum(path.stat().st_size for path in config.output.glob("*.safetensors")) if config.output.is_dir() else 0
+    what = f"{positions:,} positions of {len(config.layers)} layers of width {shape.d_model:,} in {config.language_model.dtype}"
+    return _disk_faults("output", config.output, positions * row - made, what, "; or train with activations.kind=stream, which needs none")
+
+
+def cached_positions(config: CacheConfig, tokens: Facts) -> int:
+    """About how many rows the cache will have: every id but for the dropped positions of each context."""
+    ids = int(tokens["tokens"]) + int(tokens["documents"])
+    dropped = sum(position < config.context_tokens for position in config.drop_positions)
+    kept = ids - -(-ids // config.context_tokens) * dropped
+    return min(kept, config.max_tokens) if config.max_tokens is not None else kept
+
+
+def _item_bytes(dtype: str) -> int:
+    return 4 if dtype.endswith("32") else 2
+
+
+def _train_faults(config: TrainConfig, runs: Path, pending: Sequence[Path]) -> list[str]:
+    source = config.activations
+    if isinstance(source, DiskActivations):
+        facts = _manifest(source.path, pending)
+        faults: list[str] = []
+        size = (len(facts["layers"]), int(facts["d_model"])) if facts is not None else None
+    else:
+        shape = model_shape(source.language_model)
+        faults = [f"activations.{fault}" for fault in _harvest_faults(source, shape, _manifest(source.tokens, pending))]
+        size = (len(source.layers), shape.d_model) if shape.d_model is not None else None
+    if size is None:
+        return faults
+    layers, d_model = size
+    features = config.crosscoder.num_features
+    # Weights and Adam's two moments in float32; one checkpoint is written before the oldest goes.
+    checkpoint = 3 * 4 * (2 * layers * d_model * features + features + layers * d_model)
+    what = f"{config.checkpoints.keep + 1} checkpoints of {features:,} features, {layers} layers of width {d_model:,}"
+    return faults + _disk_faults("the root of runs", runs, (config.checkpoints.keep + 1) * checkpoint, what, "; or keep fewer checkpoints")
+
+
+def _disk_faults(field: str, path: Path, needed: int, what: str, way_out: str) -> list[str]:
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if needed + SPARE_BYTES <= free:
+        return []
+    return [f"{field} {path} needs {needed / 1e9:,.1f} GB for {what}, but its disk has {free / 1e9:,.1f} GB free; free some{way_out}"]

@@ -1,0 +1,52 @@
+"""A toy project that submits to a private cluster, and how tests wait for what becomes of it."""
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from toy_project import ToyProject
+
+from slurm.cluster.daemons import PrivateCluster
+from slurm.run_directory import RunDirectory
+
+PATIENCE_SECONDS = 60.0
+
+
+class Queue:
+    """A toy project that submits to the private cluster."""
+
+    def __init__(self, project: ToyProject, cluster: PrivateCluster) -> None:
+        self.project = project
+        self.cluster = cluster
+
+    def submit(self, *arguments: str, expect: int = 0, **variables: str) -> list[RunDirectory]:
+        done = self.project.crosscoder("submit", *arguments, SLURM_CONF=str(self.cluster.configuration), **variables)
+        assert done.returncode == expect, done.stdout + done.stderr
+        self.said = done.stdout + done.stderr
+        return [RunDirectory(Path(path)) for path in re.findall(r"^run (.*)$", done.stdout, re.M)]
+
+    def job(self, run: RunDirectory) -> str:
+        return str(run.job()["jobs"][-1]["id"])
+
+    def slurm_state(self, job: str) -> str:
+        return self.cluster.command("squeue", "-h", "-a", "-r", "-t", "all", "-j", job, "-o", "%T").split()[0]
+
+    def detail(self, job: str) -> str:
+        return self.cluster.command("scontrol", "show", "job", "-o", job)
+
+
+def wait_until(holds: Callable[[], bool], what: str, *, patience_seconds: float = PATIENCE_SECONDS) -> None:
+    deadline = time.monotonic() + patience_seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"{what}: not within {patience_seconds} s"
+        time.sleep(0.1)
+
+
+def finished(run: RunDirectory) -> bool:
+    return run.state() == "finished"
+
+
+def at_step(run: RunDirectory, step: int) -> bool:
+    progress = run.progress()
+    return progress is not None and progress["step"] >= step

@@ -1,0 +1,103 @@
+"""What goes wrong on a cluster, done to jobs on a real one: nodes that die, limits, preemption that cancels."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm_queue import Queue, at_step, finished, wait_until
+from toy_project import ToyProject
+
+from slurm.cluster import faults
+from slurm.cluster.daemons import PrivateCluster
+from slurm.run_directory import RunDirectory
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.slurm]
+
+
+@pytest.fixture
+def queue(tmp_path: Path, cluster: PrivateCluster) -> Iterator[Queue]:
+    yield Queue(ToyProject(tmp_path), cluster)
+    cluster.command("scancel", "--me")
+
+
+def test_where_preemption_cancels_the_job_submits_itself_anew_and_is_waited_for(queue: Queue) -> None:
+    queue.cluster.command("scontrol", "update", "partitionname=low", "preemptmode=cancel", "gracetime=0")
+    try:
+        first = queue.project.config(
+            "first", steps=25, step_seconds=0.2, output="data/first", resources="{cpus: 8, partition: low, node: n2}"
+        )
+        second = queue.project.config("second", data="data/first")
+        runs = queue.submit(first, second)
+        wait_until(lambda: at_step(runs[0], 3), "the first steps")
+        (high,) = queue.submit(queue.project.config("high"), "resources.cpus=8", "--node", "n2")
+        wait_until(lambda: finished(high), "the job that preempts")
+        wait_until(lambda: finished(runs[0]), "the job submitted anew")
+        old, new = [entry["id"] for entry in runs[0].job()["jobs"]]
+        end = next(line for line in runs[0].attempts() if line["event"] == "end")
+        assert end["next"].startswith(f"Slurm ended job {old}: preemption cancels here; submitted anew as job {new}")
+        wait_until(lambda: finished(runs[1]), "the run that waits for it")
+    finally:
+        queue.cluster.command("scontrol", "update", "partitionname=low", "preemptmode=requeue", "gracetime=20")
+
+
+def test_a_job_whose_node_dies_goes_on_elsewhere(queue: Queue) -> None:
+    (run,) = queue.submit(queue.project.config(steps=20, step_seconds=0.2), "resources.constraint=null")
+    wait_until(lambda: at_step(run, 2), "the first steps")
+    node = queue.cluster.command("squeue", "-h", "-j", queue.job(run), "-o", "%N").strip()
+    faults.crash(queue.cluster, node)
+    try:
+        wait_until(lambda: finished(run), "the job's second attempt")
+    finally:
+        faults.revive(queue.cluster, node)
+    starts = [line for line in run.attempts() if line["event"] == "start"]
+    assert [line["restart"] for line in starts] == [0, 1]
+    assert "at step 0" not in run.log_files()[-1].read_text().splitlines()[-1]
+
+
+def test_a_job_that_slurm_runs_twice_has_one_holder(queue: Queue) -> None:
+    """slurmd dies and its job runs on: the attempt that Slurm starts elsewhere takes over, and the first one ends."""
+    (run,) = queue.submit(queue.project.config(steps=50, step_seconds=0.2))
+    wait_until(lambda: at_step(run, 2), "the first steps")
+    node = queue.cluster.command("squeue", "-h", "-j", queue.job(run), "-o", "%N").strip()
+    faults.lose_contact(queue.cluster, node)
+    queue.cluster.command("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+    try:
+        wait_until(lambda: sum(line["event"] == "start" for line in run.attempts()) == 2, "the second attempt")
+        first, second = [line for line in run.attempts() if line["event"] == "start"]
+        wait_until(lambda: not Path(f"/proc/{first['pid']}").exists(), "the end of the first")
+        assert json.loads((run.path / "lock.json").read_text())["pid"] == second["pid"]
+        assert "took it over; this process ends without saving" in "".join(log.read_text() for log in run.log_files())
+        wait_until(lambda: finished(run), "the end of the second")
+        assert (run.result() or {})["result"]["steps"] == json.loads((run.path / "state.json").read_text())["step"] == 50
+    finally:
+        faults.revive(queue.cluster, node)
+
+
+def test_a_sweep_is_one_array_and_survives_a_preemption_in_the_middle(queue: Queue) -> None:
+    queue.project.config("base", step_seconds=0.2, resources="{cpus: 8, partition: low}")
+    (queue.project.root / "sweep.yaml").write_text("name: s\nbase: base.yaml\ngrid: {steps: [10, 12], seed: [0, 1, 2, 3]}\nmetric: score\n")
+    done = queue.project.crosscoder("sweep", "sweep.yaml", SLURM_CONF=str(queue.cluster.configuration))
+    assert done.returncode == 0, done.stderr
+    run = RunDirectory(queue.project.only_run("s", stage="sweep"))
+    (entry,) = run.job()["jobs"]
+    wait_until(lambda: any((run.progress(task) or {"step": 0})["step"] >= 3 for task in range(8)), "the first steps")
+    (high,) = queue.submit(queue.project.config("high"), "resources.nodes=3", "resources.cpus=8")
+    wait_until(lambda: finished(run) and finished(high), "the sweep")
+    attempts = [line for task in range(8) for line in run.attempts(task)]
+    assert any(line.get("status") == "stopped" for line in attempts)
+    assert {line["job"].partition("_")[0] for line in attempts} == {entry["id"]}
+    assert all((run.result(task) or {})["result"]["steps"] == (10 if task < 4 else 12) for task in range(8))
+
+
+def test_a_job_at_its_time_limit_saves_and_goes_on(queue: Queue) -> None:
+    """Slurm's smallest limit is a minute, and it looks at limits every half minute."""
+    (run,) = queue.submit(queue.project.config(steps=400, step_seconds=0.2), "resources.timeout_min=1")
+    wait_until(lambda: len(run.attempts()) == 3, "the second attempt", patience_seconds=150.0)
+    start, end, again = run.attempts()
+    assert (end["status"], end["next"]) == ("stopped", f"requeued as job {queue.job(run)}")
+    assert 1 < end["time"] - start["time"] < 60
+    assert (start["restart"], again["restart"]) == (0, 1)
+    wait_until(lambda: run.log_files()[-1].read_text().count("at step") == 2, "the stage")
+    assert "at step 0" not in run.log_files()[-1].read_text().splitlines()[-1]
+    queue.cluster.command("scancel", queue.job(run))

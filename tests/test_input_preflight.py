@@ -1,0 +1,121 @@
+"""What is refused on the login node, before anything is queued: shapes that don't fit and disks that are too small."""
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import tiny_gpt2, tiny_token_set
+
+from pipeline import records
+from pipeline.config import load
+from pipeline.config.cache_activations import CacheConfig
+from pipeline.config.errors import UserError
+from pipeline.config.site_file import Site
+from pipeline.config.stage import StageConfig
+from slurm import input_preflight
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> dict[str, Any]:
+    """A token set and a model of 3 blocks of width 16 that reads 64 tokens of a vocabulary of 300."""
+    tiny_token_set(tmp_path / "tokens")
+    return {"tokens": str(tmp_path / "tokens"), "language_model": {"model": str(tiny_gpt2(tmp_path / "model"))}, "context_tokens": 32}
+
+
+def cache(inputs: dict[str, Any], **changes: object) -> StageConfig:
+    values = {
+        "stage": "cache",
+        "name": "x",
+        "output": "/nowhere/acts",
+        "layers": ["transformer.h.0", "transformer.h.2"],
+        **inputs,
+        **changes,
+    }
+    return load.from_values(values, where="cache.yaml", site=Site())
+
+
+def test_what_fits_is_let_through(inputs: dict[str, Any], tmp_path: Path) -> None:
+    input_preflight.check([("cache.yaml", cache(inputs))], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        (
+            {"layers": ["transformer.h.0", "transformer.h.3"]},
+            "layers[1] is transformer.h.3, but {model} has blocks 0 to 2; use a smaller number",
+        ),
+        ({"context_tokens": 65}, "context_tokens is 65, but {model} reads at most 64 tokens; use a smaller number"),
+    ],
+)
+def test_what_the_model_cannot_do_is_said_with_the_file(
+    inputs: dict[str, Any], tmp_path: Path, changes: dict[str, Any], fault: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        input_preflight.check([("cache.yaml", cache(inputs, **changes))], tmp_path)
+    assert str(error.value) == "cache.yaml: " + fault.format(model=inputs["language_model"]["model"])
+
+
+def test_the_disk_that_a_cache_needs_is_positions_times_layers_times_width_times_bytes(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = cache(inputs)
+    assert isinstance(config, CacheConfig)
+    tokens = records.read_manifest(tmp_path / "tokens")
+    ids = tokens["tokens"] + tokens["documents"]
+    positions = input_preflight.cached_positions(config, tokens)
+    assert positions == ids - -(-ids // 32)
+    needed = positions * (2 * 16 * 4 + 4 + 2 + 2) + input_preflight.SPARE_BYTES
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, needed))
+    assert input_preflight.faults_of(config, tmp_path) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, needed - 1))
+    (fault,) = input_preflight.faults_of(config, tmp_path)
+    assert f"{positions:,} positions of 2 layers of width 16 in float32" in fault
+    assert "activations.kind=stream" in fault
+
+
+def test_a_cache_that_takes_some_positions_needs_only_theirs(inputs: dict[str, Any], tmp_path: Path) -> None:
+    config = cache(inputs, max_tokens=100)
+    assert isinstance(config, CacheConfig)
+    assert input_preflight.cached_positions(config, records.read_manifest(tmp_path / "tokens")) == 100
+
+
+def test_checkpoints_have_to_fit_on_the_disk_of_runs(inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    activations = {"kind": "stream", "layers": ["transformer.h.0"], **inputs}
+    crosscoder = {"num_features": 1000, "activation_function": {"kind": "relu"}}
+    loss = {"sparsity": {"kind": "none"}, "auxiliary": {"kind": "none"}}
+    values = {"stage": "train", "name": "x", "activations": activations, "crosscoder": crosscoder, "loss": loss, "epochs": 1}
+    config = load.from_values(values, where="train.yaml", site=Site())
+    needed = 3 * 12 * (2 * 16 * 1000 + 1000 + 16) + input_preflight.SPARE_BYTES
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, needed))
+    assert input_preflight.faults_of(config, tmp_path) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, needed - 1))
+    (fault,) = input_preflight.faults_of(config, tmp_path)
+    assert "3 checkpoints of 1,000 features, 1 layers of width 16" in fault
+
+
+def test_a_crosscoder_of_another_model_or_tokenizer_is_not_evaluated(inputs: dict[str, Any], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    records.write_json(run / "checkpoints/00000010/crosscoder.json", {"layers": ["transformer.h.7"], "tokenizer_hash": "0123456789abcdef"})
+    config = load.from_values({"stage": "evaluate", "name": "x", "crosscoder": str(run), **inputs}, where="evaluate.yaml", site=Site())
+    layer, tokenizer = input_preflight.faults_of(config, tmp_path)
+    assert layer.startswith("crosscoder reads transformer.h.7, but")
+    assert "by 0123456789ab; tokenize the held-out text with the same tokenizer" in tokenizer
+
+
+def test_what_is_not_there_yet_is_left_to_the_stage(inputs: dict[str, Any], tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "tokens")
+    input_preflight.check([("cache.yaml", cache(inputs | {"language_model": {"model": "gpt2"}}, context_tokens=60_000))], tmp_path)
+
+
+def test_what_an_earlier_run_of_the_chain_will_replace_is_not_looked_at(inputs: dict[str, Any], tmp_path: Path) -> None:
+    run = tmp_path / "runs/train/x/20261123-091530-k3f9"
+    records.write_json(run / "checkpoints/00000010/crosscoder.json", {"layers": ["transformer.h.7"], "tokenizer_hash": ""})
+    values = {"stage": "evaluate", "name": "x", "crosscoder": str(tmp_path / "runs/train/x"), **inputs}
+    evaluate = load.from_values(values, where="evaluate.yaml", site=Site())
+    assert input_preflight.faults_of(evaluate, tmp_path / "runs")
+    assert input_preflight.faults_of(evaluate, tmp_path / "runs", [tmp_path / "runs/train/x"]) == []
