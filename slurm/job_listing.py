@@ -44,10 +44,9 @@ def gather(site: Site, *, everything: bool = False, ask_accounting: bool = True)
 
 def _runs(root: Path, queue: Iterable[Job], everything: bool) -> list[RunDirectory]:
     since = run_directory.new_id(time.time() - REMEMBERED_DAYS * 86400)
-    recent = [run for run in run_directory.list_runs(root) if everything or run.id >= since]
-    known = set(recent)
+    known = {run for run in run_directory.list_runs(root) if everything or run.id >= since}
     queued = {RunDirectory(path) for job in queue if (path := directory_in(job.comment)) and (path / "job.json").exists()}
-    return [*sorted(queued - known, key=lambda run: run.id), *recent]
+    return sorted(queued | known, key=lambda run: run.submitted)  # ids of one second, those of a chain, are in no order
 
 
 def directory_in(comment: str) -> Path | None:

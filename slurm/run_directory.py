@@ -136,6 +136,11 @@ class RunDirectory:
         return RunDirectory(self.task_directory(task)) if self.stage == "sweep" else self
 
     @property
+    def submitted(self) -> float:
+        """When it was frozen for its first submission."""
+        return float(self._job()["submitted"])
+
+    @property
     def num_tasks(self) -> int:
         return int(self._job()["num_tasks"])
 

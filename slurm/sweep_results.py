@@ -62,9 +62,14 @@ def write_csv(rows: list[Json], path: Path) -> None:
 
 
 def table_columns(rows: list[Json], varied: list[str], metric: str | None) -> list[str]:
-    """The columns for a terminal: task, state, what was varied, the metric, and the first few other numbers."""
+    """The columns for a terminal: task, state, what was varied, the metric, and the first few other numbers that differ."""
     first = ["task", "state", *varied, *([metric] if metric else [])]
-    others = [name for name in columns(rows) if name not in first and any(is_number(row.get(name)) for row in rows)]
+
+    def tells(name: str) -> bool:
+        values = {row[name] for row in rows if is_number(row.get(name))}
+        return len(values) > 1 and name not in first
+
+    others = [name for name in columns(rows) if tells(name)]
     return [*first, *others[: max(0, MOST_COLUMNS - len(first))]]
 
 

@@ -282,3 +282,22 @@ def test_an_array_is_split_where_the_cluster_takes_only_small_ones(tmp_path: Pat
     assert [(entry["tasks"], entry["array"]) for entry in run.job()["jobs"]] == [([0, 1, 2], True), ([3, 4, 5], True), ([6], False)]
     wait_until(lambda: finished(run), "all tasks")
     assert [(run.result(task) or {})["result"]["task"] for task in range(7)] == list(range(7))
+
+
+def test_a_sweep_is_one_throttled_array_listed_and_cancelled_by_its_name(queue: Queue) -> None:
+    queue.project.config("base", step_seconds=0.2, resources="{cpus: 1}")
+    (queue.project.root / "sweep.yaml").write_text(
+        "name: s\nbase: base.yaml\ngrid: {steps: [50, 60, 70, 80]}\nmetric: score\nmax_parallel: 2\n"
+    )
+    variables = {"SLURM_CONF": str(queue.cluster.configuration)}
+    done = queue.project.crosscoder("sweep", "sweep.yaml", **variables)
+    assert done.returncode == 0, done.stderr
+    run = RunDirectory(queue.project.only_run("s", stage="sweep"))
+    assert "ArrayTaskThrottle=2" in queue.detail(queue.job(run))
+    wait_until(lambda: at_step(run, 1), "the first step")
+    rows = json.loads(queue.project.crosscoder("jobs", "--json", **variables).stdout)
+    states = [row["state"] for row in rows if row["run"] == run.reference]
+    assert sorted(states) == ["running", "running", "waiting", "waiting"]
+    done = queue.project.crosscoder("cancel", "sweep/s", "--yes", **variables)
+    assert f"{queue.job(run)}_[0-3] cancelled" in done.stdout, done.stderr
+    wait_until(lambda: queue.slurm_state(queue.job(run)) == "CANCELLED", "Slurm's word of it")
