@@ -87,6 +87,12 @@ class LanguageModel:
         """The first id that ends a text, as the model's own config says; None where it says none."""
         return self.end_of_text_ids[0] if self.end_of_text_ids else None
 
+    def memory_used(self) -> dict[str, float]:
+        """For a stage's result: `peak_memory_gib`, the most GPU memory that this process held; nothing on a CPU."""
+        if self.device.type != "cuda":
+            return {}
+        return {"peak_memory_gib": torch.cuda.max_memory_allocated(self.device) / 2**30}
+
     def check_layers(self, layers: list[str]) -> None:
         """Raises `UserError` naming the first layer that the model does not have, and what it has."""
         blocks = self.block_names

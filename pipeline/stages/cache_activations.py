@@ -47,7 +47,7 @@ def run(config: CacheConfig, run: Run) -> dict[str, Any]:
     records.claim(config.output, {"stage": "cache", "settings": config.identity(), "inputs": inputs})
     cache = _Cache(config, harvester, run)
     cache.write_missing()
-    return cache.seal_if_complete()
+    return cache.seal_if_complete() | model.memory_used()
 
 
 class _Cache:

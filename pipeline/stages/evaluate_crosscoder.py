@@ -61,7 +61,7 @@ def run(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     paths = write_files(run.directory, document, found, trained)
     for path in paths:
         run.say(str(path))
-    return {**headline(document, trained.layers), "files": [str(path) for path in paths]}
+    return {**headline(document, trained.layers), "files": [str(path) for path in paths], **language_model.memory_used()}
 
 
 def find_run(path: Path) -> Path:
