@@ -165,6 +165,24 @@ def test_a_disk_that_fills_up_with_metrics_stops_with_a_sentence_too(tmp_path: P
         trainer(tmp_path).train()
 
 
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_nothing_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in ("00000001", "00000002"):
+        (tmp_path / step).mkdir()
+        (tmp_path / step / "manifest.json").write_text("{}")
+        (tmp_path / step / "weights").write_text("many")
+
+    def die_after_the_manifest(path: Path) -> None:
+        (path / "manifest.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", die_after_the_manifest)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint_files.remove_old(tmp_path, keep=1)
+    monkeypatch.undo()
+    checkpoint_files.remove_old(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["00000002"]
+
+
 def test_other_errors_while_saving_are_not_taken_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")

@@ -103,6 +103,18 @@ def test_without_the_fast_library_the_reference_is_used_and_the_reason_said(file
     assert "it is not installed" in said[0]
 
 
+def test_why_the_fast_library_refuses_a_tokenizer_is_one_line(tmp_path):
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, END_OF_TEXT: 2}, unk_token="a"))
+    words.add_special_tokens([END_OF_TEXT])
+    words.save(str(tmp_path / "tokenizer.json"))
+    definition = load_tokenizer(str(tmp_path / "tokenizer.json"), revision=None, special_text="token", end_of_text=END_OF_TEXT)
+    said = []
+    assert choose_encoder(definition, "auto", ["a b"], said.append) == "tokenizers"
+    (line,) = said
+    assert "it does not know this kind of tokenizer" in line
+    assert "\n" not in line
+
+
 def test_the_fast_encoder_is_watched_as_it_works(file):
     pytest.importorskip("gigatoken")
     encoder = GigatokenEncoder(definition_of(file))

@@ -141,5 +141,8 @@ def _damage(checkpoint: Path) -> str | None:
 
 def remove_old(checkpoints: Path, keep: int) -> None:
     """Deletes all but the newest `keep` checkpoints, and what killed writers left."""
-    for path in [*all_in(checkpoints)[:-keep], *checkpoints.glob(".*.tmp")]:
+    for path in all_in(checkpoints)[:-keep]:
+        # Under a temporary name first: what a kill leaves of it is then neither taken for a checkpoint nor left for ever.
+        os.rename(path, path.with_name(f".{path.name}.old.tmp"))
+    for path in checkpoints.glob(".*.tmp"):
         shutil.rmtree(path)

@@ -58,7 +58,9 @@ def run(config: TokenizeConfig, run: Run) -> dict[str, Any]:
         counts = "  ".join(f"{count:,} {key}" for key, count in _totals(manifest).items())
         run.say(f"{split}: {counts}  data id {manifest['data_id'][:12]}")
         if not manifest["documents"]:
-            run.say(f"{split} holds no document: the hash chose none of so few; set another validation_fraction or seed")
+            some = any(other["documents"] for other in (manifests or {}).values())
+            why = "the hash chose none of so few; set another validation_fraction or seed" if some else "the sources hold none"
+            run.say(f"{split} holds no document: {why}")
     return {
         "sealed": manifests is not None,
         "sources": len(mine),

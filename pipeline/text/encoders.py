@@ -148,7 +148,7 @@ def _gigatoken_fault(definition: TokenizerDefinition, texts: list[str]) -> str |
     except UserError:
         raise
     except Exception as error:  # what the library raises for a tokenizer it does not know is not documented
-        return f"it does not know this kind of tokenizer ({error})"
+        return f"it does not know this kind of tokenizer ({str(error).partition(chr(10))[0]})"
     reference = ReferenceEncoder(definition)
     for text in texts:
         if not np.array_equal(fast._encode([text]).ids, reference.encode([text]).ids):
