@@ -3,6 +3,7 @@ PYTHON   ?= python3
 VENV     ?= .venv
 BIN      := $(VENV)/bin
 # The torch that is tested. Any torch of at least 2.6 that the interpreter already has is used instead: nothing pulls a second one.
+# Without a GPU the build for CPUs is a tenth of the size: make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH    ?= torch==2.13.0
 CONFIG   ?=
 EXECUTOR ?= slurm
@@ -28,7 +29,7 @@ install: $(VENV)/installed  ## set up .venv with the tested versions
 $(VENV)/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $$($(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null && echo --system-site-packages) $(VENV)
-	@$(BIN)/python -c '$(HAS_TORCH)' 2>/dev/null || { echo "installing $(TORCH)"; $(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"; }
+	@$(BIN)/python -c '$(HAS_TORCH)' 2>/dev/null || { echo "installing $(TORCH)"; $(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH); }
 	@echo "installing requirements.txt into $(VENV)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
