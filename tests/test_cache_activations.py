@@ -313,7 +313,7 @@ def test_only_what_is_still_missing_counts_as_needed(inputs, finished, tmp_path,
 
 def test_other_settings_are_refused_in_the_same_directory(inputs, finished, tmp_path):
     shutil.copytree(finished[1], tmp_path / "set")
-    with pytest.raises(UserError, match="made with other settings: settings was"):
+    with pytest.raises(UserError, match=r"made with other settings: settings\.seed was 0, now it is 1"):
         cache(cache_config(inputs, tmp_path / "set", seed=1), tmp_path)
 
 
