@@ -171,34 +171,29 @@ def test_what_the_cluster_cannot_give_is_refused_before_anything_is_queued(queue
     assert not list(queue.project.runs.glob("toy/*/*"))
 
 
-def test_a_preempted_job_saves_is_requeued_and_goes_on(queue: Queue) -> None:
-    low = queue.project.config("low", steps=14, step_seconds=0.2)
-    (run,) = queue.submit(low, "--partition", "low", "resources.cpus=8", "--node", "n2")
-    wait_until(lambda: at_step(run, 3), "the first steps")
-    (high,) = queue.submit(queue.project.config("high"), "resources.cpus=8", "--node", "n2")
-    wait_until(lambda: finished(high), "the job that preempts")
-    saved = (run.progress() or {})["step"]
-    assert 3 <= saved < 14
-    wait_until(lambda: finished(run), "the preempted job")
-    lines = run.attempts()
-    assert [line["status"] for line in lines if line["event"] == "end"] == ["stopped", "finished"]
-    assert len({line["job"] for line in lines}) == 1
-    assert [line["restart"] for line in lines if line["event"] == "start"] == [0, 1]
-    assert f"at step {saved}" in run.log_files()[-1].read_text()
-
-
-def test_any_signal_to_stop_and_a_requeue_by_hand_save_and_go_on(queue: Queue) -> None:
+def test_a_preemption_any_signal_to_stop_and_a_requeue_by_hand_save_and_go_on(queue: Queue) -> None:
     ways = {"term": "--signal=TERM", "usr1": "--signal=USR1", "usr2": "--signal=USR2"}
-    runs = {name: queue.submit(queue.project.config(name, steps=15, step_seconds=0.2))[0] for name in (*ways, "byhand")}
+    place = ("--partition", "low", "--node", "n2", "resources.cpus=8")
+    runs = {name: queue.submit(queue.project.config(name, steps=35, step_seconds=0.2), "--node", "n1")[0] for name in (*ways, "byhand")}
+    runs["preempted"] = queue.submit(queue.project.config("preempted", steps=35, step_seconds=0.2), *place)[0]
     wait_until(lambda: all(at_step(run, 2) for run in runs.values()), "the first steps")
     for name, signal in ways.items():
         queue.cluster.command("scancel", signal, queue.job(runs[name]))
     queue.cluster.command("scontrol", "requeue", queue.job(runs["byhand"]))
+    (high,) = queue.submit(queue.project.config("high"), "resources.cpus=8", "--node", "n2")
+    wait_until(lambda: finished(high), "the job that preempts")
+    saved = (runs["preempted"].progress() or {})["step"]
     wait_until(lambda: all(finished(run) for run in runs.values()), "the second attempts")
     for name, run in runs.items():
-        ends = [(line["status"], line["next"]) for line in run.attempts() if line["event"] == "end"]
+        lines = run.attempts()
         by = f"Slurm requeues job {queue.job(run)} itself" if name == "byhand" else f"requeued as job {queue.job(run)}"
-        assert ends == [("stopped", by), ("finished", "stays as it is")]
+        assert [(line["status"], line["next"]) for line in lines if line["event"] == "end"] == [
+            ("stopped", by),
+            ("finished", "stays as it is"),
+        ]
+        assert [(line["job"], line["restart"]) for line in lines if line["event"] == "start"] == [(queue.job(run), 0), (queue.job(run), 1)]
+    assert 2 <= saved < 35
+    assert f"at step {saved}" in runs["preempted"].log_files()[-1].read_text()
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(queue: Queue) -> None:
