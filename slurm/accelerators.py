@@ -83,10 +83,14 @@ def _memory_gb(gpu: NvidiaGpu) -> float | None:
     return round(gpu.memory_mib / 1024, 1) if gpu.memory_mib is not None else None
 
 
+class NoAccelerators(UserError):
+    """There is nothing to list; the message says where was looked."""
+
+
 def gather(site: Site) -> list[Row]:
     """All rows: Slurm's nodes, this machine where it is in no Slurm, then the site file's machines.
 
-    Raises `UserError` where there is neither Slurm nor a GPU nor a machine to ask.
+    Raises `NoAccelerators` where there is neither Slurm nor a GPU nor a machine to ask.
     """
     has_slurm = slurm_commands.is_installed("sinfo") and _slurm_answers()
     local = hardware.local_gpus()
@@ -99,7 +103,7 @@ def gather(site: Site) -> list[Row]:
     for machine in machines.ask_all([machine.host for machine in site.machines]):
         rows += rows_of_machine(machine)
     if not rows:
-        raise UserError(_nothing(nodes, has_slurm))
+        raise NoAccelerators(_nothing(nodes, has_slurm))
     return rows
 
 

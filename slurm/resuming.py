@@ -37,10 +37,13 @@ def _unfinished(run: RunDirectory) -> list[int]:
         raise UserError(f"{run.reference} has finished; `crosscoder rerun {run.reference}` does it again, as a new run")
     if busy := [task for task in left if is_busy(run, task)]:
         held = ", ".join(f"task {task}" for task in busy[:5]) if job["num_tasks"] > 1 else "it"
-        raise UserError(
-            f"{run.reference}: {held} is queued or being worked on as job {run.job_of_task(busy[0])}; wait for it, or cancel it first"
-        )
+        raise UserError(f"{run.reference}: {held} is {_where(run, busy[0])}; wait for it, or cancel it first")
     return left
+
+
+def _where(run: RunDirectory, task: int) -> str:
+    job_id = run.job_of_task(task)
+    return f"queued or being worked on as job {job_id}" if job_id else "being worked on by a process that was started here"
 
 
 def rerun(origin: RunDirectory, changes: Sequence[str], executor_name: str | None, site: Site) -> None:

@@ -56,7 +56,11 @@ def accelerators(as_json: AsJson = False) -> None:
     from slurm import accelerators as listing
     from slurm.commands import print_json
 
-    rows = listing.gather(load_site())
+    try:
+        rows = listing.gather(load_site())
+    except listing.NoAccelerators as nothing:
+        print_json([]) if as_json else print(nothing)
+        return
     if as_json:
         print_json([row._asdict() for row in rows])
         return

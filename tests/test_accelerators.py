@@ -1,6 +1,7 @@
 """Every GPU there is, on Slurm's nodes and outside."""
 
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Machine as SiteMachine
 from pipeline.config.site_file import Site
-from slurm import accelerators, machines, slurm_commands
+from slurm import accelerators, machines, slurm_commands, watching_commands
 from slurm.accelerators import Row, Total
 from slurm.cluster.daemons import PrivateCluster
 from slurm.cluster.hardware import NvidiaGpu
@@ -82,9 +83,14 @@ def test_a_machine_that_hangs_is_given_up(programs: Path, monkeypatch: pytest.Mo
     assert "gave no answer within 0.2 s" in machines.ask("box").error
 
 
-def test_a_machine_without_slurm_and_gpus_says_so(programs: Path) -> None:
-    with pytest.raises(UserError, match=r"has no GPU .* and no Slurm, and the site file names no machines; .* --executor local"):
-        accelerators.gather(Site())
+def test_a_machine_without_slurm_and_gpus_says_so_and_that_is_no_error(
+    programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    watching_commands.accelerators(as_json=False)
+    assert re.search(r"has no GPU .* and no Slurm, and the site file names no machines; .* --executor local", capsys.readouterr().out)
+    watching_commands.accelerators(as_json=True)
+    assert capsys.readouterr().out == "[]\n"
 
 
 def test_a_workstation_outside_slurm_tells_its_own_gpus(programs: Path) -> None:

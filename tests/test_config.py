@@ -184,7 +184,9 @@ def test_the_site_file_is_found_through_the_environment(tmp_path: Path, monkeypa
         load_site()
 
 
-@pytest.mark.parametrize("path", sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "sweeps"), ids=lambda p: f"{p.parent.name}/{p.name}")
+@pytest.mark.parametrize(
+    "path", sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "sweeps"), ids=lambda p: f"{p.parent.name}/{p.name}"
+)
 def test_every_shipped_configuration_loads(path: Path) -> None:
     text = path.read_text()
     config = load.load(path, [], Site())
