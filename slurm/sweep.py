@@ -13,6 +13,7 @@
       - {crosscoder.activation.kind: relu}
     metric: explained_variance          what `crosscoder results` sorts by, a key of the stage's result or metrics
     maximize: true
+    columns: [dead_features]            results that its table shows beside the metric, before others that differ
     max_parallel: 4
 
 The run directory is `runs/sweep/<name>/<id>/`: config.yaml holds the above with `members`, the changes of each task; code
@@ -50,6 +51,7 @@ class SweepConfig(Config):
     points: list[Values] = Field(default=[], alias="list")
     metric: str | None = None
     maximize: bool = True
+    columns: list[str] = []
     max_parallel: PositiveCount | None = None
 
 

@@ -71,7 +71,7 @@ def results(
     if as_json:
         print_json(rows)
         return
-    print_rows(rows, sweep_results.table_columns(rows, varied, values["metric"]))
+    print_rows(rows, sweep_results.table_columns(rows, varied, values["metric"], values.get("columns", [])))
     print(run.path / "results.csv", *([run.path / "results.png"] if drawn else []), sep="\n")
 
 

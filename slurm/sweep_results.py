@@ -61,9 +61,9 @@ def write_csv(rows: list[Json], path: Path) -> None:
         file.write(text.getvalue().encode())
 
 
-def table_columns(rows: list[Json], varied: list[str], metric: str | None) -> list[str]:
-    """The columns for a terminal: task, state, what was varied, the metric, and the first few other numbers that differ."""
-    first = ["task", "state", *varied, *([metric] if metric else [])]
+def table_columns(rows: list[Json], varied: list[str], metric: str | None, wished: list[str]) -> list[str]:
+    """The columns for a terminal: task, state, what was varied, the metric, what is `wished`, and a few other numbers that differ."""
+    first = ["task", "state", *varied, *([metric] if metric else []), *wished]
 
     def tells(name: str) -> bool:
         values = {row[name] for row in rows if is_number(row.get(name))}
