@@ -7,6 +7,7 @@ numpy, rich) and the rest inside its functions: every command pays for all of th
 
 import importlib
 import json
+import os
 import sys
 from typing import Any
 
@@ -45,9 +46,19 @@ def main() -> None:
     except UserError as error:
         print(f"crosscoder: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except BrokenPipeError:  # `crosscoder logs RUN | head`
-        sys.stderr.close()
+    except BrokenPipeError:
+        _drop_output()
         raise SystemExit(0) from None
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _drop_output()
+
+
+def _drop_output() -> None:
+    """Nobody reads on (`crosscoder logs RUN | head`): what is left goes nowhere, and Python's last flush does not complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_json(value: Any) -> None:

@@ -52,7 +52,7 @@ def faults_of(config: StageConfig, runs: Path, pending: Sequence[Path] = ()) -> 
     pending : what runs before this one will make; what stands there now is not what it will read.
     """
     if isinstance(config, CacheConfig):
-        shape, tokens = model_shape(config.language_model), _manifest(config.tokens, pending)
+        shape, tokens = model_shape(config.language_model), _manifest(config.tokens, pending, "token-set")
         return _harvest_faults(config, shape, tokens) + _cache_disk_faults(config, shape, tokens)
     if isinstance(config, TrainConfig):
         return _train_faults(config, runs, pending)
@@ -79,9 +79,16 @@ def model_shape(config: LanguageModelConfig) -> ModelShape:
     )
 
 
-def _manifest(directory: Path, pending: Sequence[Path]) -> Facts | None:
-    there = (directory / records.MANIFEST).is_file() and not _is_pending(directory, pending)
-    return records.read_manifest(directory) if there else None
+def _manifest(directory: Path, pending: Sequence[Path], kind: str) -> Facts | None:
+    """The manifest of a data set that is there already. Raises `UserError` if it is of another kind than `kind`."""
+    if not (directory / records.MANIFEST).is_file() or _is_pending(directory, pending):
+        return None
+    facts = records.read_manifest(directory)
+    if (found := str(facts.get("format"))).partition("/")[0] != kind:
+        raise UserError(
+            f"{directory / records.MANIFEST} is of format {found!r}, expected {kind!r}: it is not the data set that belongs here"
+        )
+    return facts
 
 
 def _is_pending(path: Path, pending: Sequence[Path]) -> bool:
@@ -115,7 +122,7 @@ def _reading_faults(context_tokens: int, model: LanguageModelConfig, shape: Mode
 
 
 def _evaluate_faults(config: EvaluateConfig, pending: Sequence[Path]) -> list[str]:
-    shape, tokens = model_shape(config.language_model), _manifest(config.tokens, pending)
+    shape, tokens = model_shape(config.language_model), _manifest(config.tokens, pending, "token-set")
     faults = _reading_faults(config.context_tokens, config.language_model, shape, tokens)
     trained = _crosscoder(config.crosscoder)
     if trained is None or _is_pending(config.crosscoder, pending):
@@ -170,12 +177,12 @@ def _item_bytes(dtype: str) -> int:
 def _train_faults(config: TrainConfig, runs: Path, pending: Sequence[Path]) -> list[str]:
     source = config.activations
     if isinstance(source, DiskActivations):
-        facts = _manifest(source.path, pending)
+        facts = _manifest(source.path, pending, "activation-set")
         faults: list[str] = []
         size = (len(facts["layers"]), int(facts["d_model"])) if facts is not None else None
     else:
         shape = model_shape(source.language_model)
-        faults = [f"activations.{fault}" for fault in _harvest_faults(source, shape, _manifest(source.tokens, pending))]
+        faults = [f"activations.{fault}" for fault in _harvest_faults(source, shape, _manifest(source.tokens, pending, "token-set"))]
         size = (len(source.layers), shape.d_model) if shape.d_model is not None else None
     if size is None:
         return faults

@@ -132,11 +132,15 @@ def table(rows: Sequence[Row], *, now: float | None = None, max_lines: int | Non
     cut = lines[:max_lines] if max_lines is not None else lines
     left_out = f"; {len(lines) - len(cut)} lines more" if len(cut) < len(lines) else ""
     shown = Table(title=summary(rows) + left_out, title_justify="left", box=None, pad_edge=False)
-    for name in ("JOB", "RUN", "STATE", "NODE", "TIME", "PROGRESS", "RATE", "ENDS", "WHY"):
-        shown.add_column(name, overflow="fold", no_wrap=name in ("STATE", "TIME", "RATE", "ENDS"))
-    for line in cut:
-        state, *rest = cells(line, now)
-        shown.add_row(line.job, rest[0], Text(state, style=COLORS.get(state.split()[0], "")), *rest[1:])
+    rows_of_cells = [(line.job, run, state, *rest) for line in cut for state, run, *rest in [cells(line, now)]]
+    names = ("JOB", "RUN", "STATE", "NODE", "TIME", "PROGRESS", "RATE", "ENDS", "WHY")
+    # A column that says nothing gives its room to the others; a line is never broken, `show` and --json have the whole of it.
+    kept = [i for i, name in enumerate(names) if i < 3 or any(texts[i] for texts in rows_of_cells)]
+    for i in kept:
+        shown.add_column(names[i], overflow="ellipsis", no_wrap=True, min_width={"JOB": 9, "STATE": 9, "TIME": 7}.get(names[i]))
+    for texts in rows_of_cells:
+        state = Text(texts[2], style=COLORS.get(texts[2].split()[0], ""))
+        shown.add_row(*(state if i == 2 else texts[i] for i in kept))
     return shown
 
 
@@ -153,6 +157,8 @@ def cells(line: Line, now: float) -> list[str]:
 
 
 def _time(row: Row, count: int) -> str:
+    if row.state == "finished" and row.elapsed_s is not None and count == 1:
+        return clock(row.elapsed_s)
     limit = clock(row.limit_s) if row.limit_s is not None else "no limit"
     elapsed = clock(row.elapsed_s) if row.elapsed_s is not None and count == 1 else "-"
     return f"{elapsed} / {limit}"

@@ -276,9 +276,14 @@ def _matching(parts: list[str], runs: Path) -> Iterator[RunDirectory]:
     if any(re.search(r"[*?\[]", part) for part in parts) or not 1 <= len(parts) <= 3:
         return
     if len(parts) == 1:
-        yield from (run for run in list_runs(runs) if run.id.endswith(parts[0]) or has_job(run, parts[0]))
+        yield from (run for run in list_runs(runs) if _ends_so(run, parts[0]) or has_job(run, parts[0]))
         return
-    yield from (run for run in list_runs(runs, parts[0], parts[1]) if len(parts) == 2 or run.id.endswith(parts[2]))
+    yield from (run for run in list_runs(runs, parts[0], parts[1]) if len(parts) == 2 or _ends_so(run, parts[2]))
+
+
+def _ends_so(run: RunDirectory, part: str) -> bool:
+    """Whether `part` is the run's id or its end, of four letters at least: `7` is a job, not every run whose id ends so."""
+    return len(part) >= 4 and run.id.endswith(part)
 
 
 def has_job(run: RunDirectory, job_id: str) -> bool:

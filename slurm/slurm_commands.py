@@ -92,5 +92,13 @@ def run(*command: str, timeout_s: float = TIMEOUT_S, variables: Mapping[str, str
         raise CommandMissing(f"{command[0]} is not installed on this machine; {hint}") from None
     if done.returncode != 0:
         said = done.stderr.strip() or done.stdout.strip() or "it printed nothing"
+        failed = CommandFailed(text, done.returncode, done.stderr.strip())
+        if failed.is_without_cluster:
+            raise CommandFailed(
+                "no Slurm answers here: its commands are installed, but this machine belongs to no cluster; `crosscoder cluster start` "
+                f"starts a private one, or use --executor local or debug (command: {text})",
+                done.returncode,
+                done.stderr.strip(),
+            )
         raise CommandFailed(f'{command[0]} exited {done.returncode}: "{said}"; command: {text}', done.returncode, done.stderr.strip())
     return done.stdout

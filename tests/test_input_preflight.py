@@ -119,3 +119,17 @@ def test_what_an_earlier_run_of_the_chain_will_replace_is_not_looked_at(inputs: 
     evaluate = load.from_values(values, where="evaluate.yaml", site=Site())
     assert input_preflight.faults_of(evaluate, tmp_path / "runs")
     assert input_preflight.faults_of(evaluate, tmp_path / "runs", [tmp_path / "runs/train/x"]) == []
+
+
+def test_a_data_set_of_another_kind_is_refused_with_both_names(inputs: dict[str, Any], tmp_path: Path) -> None:
+    values = {
+        "stage": "train",
+        "name": "x",
+        "activations": {"kind": "disk", "path": inputs["tokens"]},
+        "crosscoder": {"num_features": 8, "activation_function": {"kind": "relu"}},
+        "loss": {"sparsity": {"kind": "none"}, "auxiliary": {"kind": "none"}},
+        "epochs": 1,
+    }
+    config = load.from_values(values, where="train.yaml", site=Site())
+    with pytest.raises(UserError, match="is of format 'token-set/1', expected 'activation-set'"):
+        input_preflight.check([("train.yaml", config)], tmp_path)

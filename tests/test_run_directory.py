@@ -95,3 +95,12 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
     with open(tmp_path / "attempts.jsonl", "a") as file:
         file.write('{"event": "en')
     assert run_directory.read_lines(tmp_path / "attempts.jsonl") == [{"event": "start"}]
+
+
+def test_the_end_of_an_id_names_a_run_from_four_letters_on(tmp_path: Path) -> None:
+    run = run_directory.create(tmp_path, "train", "demo")
+    run.write_job({"jobs": [], "num_tasks": 1})
+    assert run_directory.find(run.id[-4:], tmp_path) == run
+    assert run_directory.find(f"train/demo/{run.id[-4:]}", tmp_path) == run
+    with pytest.raises(UserError, match="no run is called"):
+        run_directory.find(run.id[-1:], tmp_path)

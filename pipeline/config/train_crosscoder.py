@@ -124,7 +124,7 @@ class TrainConfig(StageConfig):
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
         if (self.num_tokens is None) == (self.epochs is None):
-            raise ValueError("give either num_tokens or epochs, one of them says how long to train")
+            raise ValueError("give either num_tokens or epochs, one of them says how long to train; set the other one to null")
         return self
 
     def inputs(self) -> dict[str, Path]:
