@@ -76,7 +76,7 @@ def test_a_job_that_slurm_runs_twice_has_one_holder(queue: Queue) -> None:
 
 def test_a_sweep_is_one_array_and_survives_a_preemption_in_the_middle(queue: Queue) -> None:
     queue.project.config("base", step_seconds=0.2, resources="{cpus: 8, partition: low}")
-    (queue.project.root / "sweep.yaml").write_text("name: s\nbase: base.yaml\ngrid: {steps: [10, 12], seed: [0, 1, 2, 3]}\nmetric: score\n")
+    (queue.project.root / "sweep.yaml").write_text("name: s\nbase: base.yaml\ngrid: {steps: [30, 32], seed: [0, 1, 2, 3]}\nmetric: score\n")
     done = queue.project.crosscoder("sweep", "sweep.yaml", SLURM_CONF=str(queue.cluster.configuration))
     assert done.returncode == 0, done.stderr
     run = RunDirectory(queue.project.only_run("s", stage="sweep"))
@@ -87,7 +87,7 @@ def test_a_sweep_is_one_array_and_survives_a_preemption_in_the_middle(queue: Que
     attempts = [line for task in range(8) for line in run.attempts(task)]
     assert any(line.get("status") == "stopped" for line in attempts)
     assert {line["job"].partition("_")[0] for line in attempts} == {entry["id"]}
-    assert all((run.result(task) or {})["result"]["steps"] == (10 if task < 4 else 12) for task in range(8))
+    assert all((run.result(task) or {})["result"]["steps"] == (30 if task < 4 else 32) for task in range(8))
 
 
 def test_a_job_at_its_time_limit_saves_and_goes_on(queue: Queue) -> None:
