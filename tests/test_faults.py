@@ -101,3 +101,16 @@ def test_a_job_at_its_time_limit_saves_and_goes_on(queue: Queue) -> None:
     wait_until(lambda: run.log_files()[-1].read_text().count("at step") == 2, "the stage")
     assert "at step 0" not in run.log_files()[-1].read_text().splitlines()[-1]
     queue.cluster.command("scancel", queue.job(run))
+
+
+def test_a_full_log_disk_costs_a_job_its_log_and_nothing_else(queue: Queue) -> None:
+    blocker = queue.cluster.command("sbatch", "--parsable", "-w", "n3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 60").strip()
+    (run,) = queue.submit(queue.project.config(steps=4, step_seconds=0.1), "--node", "n3")
+    job = queue.job(run)
+    (run.path / "log").mkdir(exist_ok=True)
+    for log in (f"log/{job}.log", f"submitit/{job}_0_log.out", f"submitit/{job}_0_log.err"):
+        (run.path / log).symlink_to("/dev/full")  # every write to it fails as on a full disk
+    queue.cluster.command("scancel", blocker)
+    wait_until(lambda: finished(run), "the job")
+    assert (run.result() or {})["result"]["steps"] == 4
+    assert (run.path / f"log/{job}.log").readlink() == Path("/dev/full")
