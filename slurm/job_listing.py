@@ -64,7 +64,7 @@ def read_tasks(run: RunDirectory) -> list[Task]:
     num_tasks = int(job["num_tasks"])
     parents = [RunDirectory(Path(path)) for path in job["after"]]
     minutes = job["resources"].get("timeout_min")
-    cancelled = {job_id for change in job["changes"] for job_id in change["what"].get("cancelled", [])}
+    cancelled = run.cancelled_jobs()
     shared = {
         "run": run.reference,
         "stage": job["stage"],
@@ -72,7 +72,7 @@ def read_tasks(run: RunDirectory) -> list[Task]:
         "num_tasks": num_tasks,
         "executor": job["executor"],
         "waits_for": tuple(parent.reference for parent in parents),
-        "failed_parents": tuple(p.reference for p in parents if p.path.exists() and {"failed", "stopped"} & set(p.states())),
+        "failed_parents": tuple(p.reference for p in parents if p.path.exists() and {"failed", "stopped", "cancelled"} & set(p.states())),
         "limit_s": minutes * 60 if minutes else None,
     }
     job_ids = _job_ids(job)
@@ -96,7 +96,7 @@ def _job_ids(job: dict[str, Any]) -> dict[int, str]:
 def _read_task(directory: Path, task: int, job_id: str | None, *, was_cancelled: bool, shared: dict[str, Any]) -> Task:
     lock, result = directory / "lock.json", _read(directory / "result.json")
     is_locked = lock.exists()
-    otherwise = "new" if job_id is None else "queued"
+    otherwise = "new" if job_id is None else "cancelled" if was_cancelled else "queued"
     return Task(
         task=task,
         job_id=job_id,

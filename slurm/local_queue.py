@@ -90,7 +90,7 @@ def wait_for_parents(parents: list[RunDirectory]) -> str | None:
         signal.signal(number, _stop_waiting)
     for parent in parents:
         while (state := parent.state()) != "finished":
-            if state in ("failed", "stopped") or not _has_process(parent):
+            if state in ("failed", "stopped", "cancelled") or not _has_process(parent):
                 if parent.state() == "finished":
                     break
                 return f"not started: {parent.reference}, which it waited for, did not finish ({parent.state()})"

@@ -61,9 +61,9 @@ from slurm import holder
 
 Json = dict[str, Any]
 
-STATES = ("new", "queued", "running", "stopped", "failed", "finished")
+STATES = ("new", "queued", "running", "stopped", "cancelled", "failed", "finished")
 """new: frozen, never submitted. queued: submitted, no process has it now. running: a process holds it. stopped: it was asked
-to, or its process was killed."""
+to, or its process was killed. cancelled: taken out of the queue by `crosscoder cancel` before it began."""
 
 _ID = re.compile(r"\d{8}-\d{6}-[0-9a-z]{4}")
 _ID_LETTERS = "0123456789abcdefghijkmnpqrstvwxyz"
@@ -178,9 +178,14 @@ class RunDirectory:
         result = self.result(task)
         if result is not None:
             return str(result["status"])
-        if self.job_of_task(task) is not None:
-            return "queued"
+        job_id = self.job_of_task(task)
+        if job_id is not None:
+            return "cancelled" if job_id in self.cancelled_jobs() else "queued"
         return "stopped" if (directory / "attempts.jsonl").exists() else "new"
+
+    def cancelled_jobs(self) -> set[str]:
+        """The ids of jobs that `crosscoder cancel` took out of the queue."""
+        return {job_id for change in self._job().get("changes", ()) for job_id in change["what"].get("cancelled", [])}
 
     def states(self) -> dict[str, int]:
         """How many tasks are in each state; states without any are left out."""
@@ -190,9 +195,9 @@ class RunDirectory:
         return {state: count for state, count in counts.items() if count}
 
     def state(self) -> str:
-        """The run's state: running if any task is, else failed, stopped, queued or new if any is, else finished."""
+        """The run's state: running if any task is, else failed, stopped, cancelled, queued or new if any is, else finished."""
         states = self.states()
-        return next(s for s in ("running", "failed", "stopped", "queued", "new", "finished") if s in states)
+        return next(s for s in ("running", "failed", "stopped", "cancelled", "queued", "new", "finished") if s in states)
 
     def log_files(self, task: int = 0) -> list[Path]:
         """The task's logs, oldest attempt first."""

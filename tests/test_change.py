@@ -298,6 +298,7 @@ def test_cancel_asks_first_and_takes_all_that_is_mine(queue: Queue) -> None:
     queue.crosscoder("cancel", "--all", "--yes")
     wait_until(lambda: all(job.is_final for job in slurm_queries.my_jobs()), "the end of all")
     assert runs[0].job()["changes"][-1]["what"] == {"cancelled": [queue.job(runs[0])]}
+    assert runs[0].state() == "cancelled"
     assert "no job of yours is waiting or running" in queue.crosscoder("cancel", "--all", "--yes")
 
 

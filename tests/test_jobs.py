@@ -255,7 +255,7 @@ def test_a_runs_tasks_are_read_as_the_run_directory_tells_them(tmp_path: Path) -
     with Holder(run.task_directory(4), job="90", restart=0):
         tasks = job_listing.read_tasks(run)
         assert [t.file_state for t in tasks] == [run.task_state(i) for i in range(6)]
-        assert [t.file_state for t in tasks] == ["finished", "queued", "failed", "queued", "running", "new"]
+        assert [t.file_state for t in tasks] == ["finished", "queued", "failed", "cancelled", "running", "new"]
     assert [t.job_id for t in tasks] == [run.job_of_task(i) for i in range(6)] == ["70_0", "80_0", "70_2", "80_1", "90", None]
     assert [t.is_held for t in tasks] == [False] * 4 + [True, False]
     assert [t.was_cancelled for t in tasks] == [False, False, False, True, False, False]
