@@ -96,7 +96,7 @@ def run(*command: str, timeout_s: float = TIMEOUT_S, variables: Mapping[str, str
         if failed.is_without_cluster:
             raise CommandFailed(
                 "no Slurm answers here: its commands are installed, but this machine belongs to no cluster; `crosscoder cluster start` "
-                f"starts a private one, or use --executor local or debug (command: {text})",
+                f"starts a private one, or use --executor local or debug ({command[0]} found no configuration)",
                 done.returncode,
                 done.stderr.strip(),
             )

@@ -156,5 +156,5 @@ def test_slurm_on_a_machine_that_belongs_to_no_cluster_has_no_queue(tmp_path: Pa
     monkeypatch.chdir(tmp_path)
     assert slurm_queries.my_jobs_if_any() is None
     assert job_listing.gather(Site(runs=tmp_path)).rows() == []
-    with pytest.raises(slurm_commands.CommandFailed, match="squeue exited 1"):
+    with pytest.raises(slurm_commands.CommandFailed, match="no Slurm answers here"):
         slurm_queries.my_jobs()
