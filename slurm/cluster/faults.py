@@ -1,5 +1,6 @@
 """What goes wrong on real clusters, done on purpose to a private one."""
 
+from slurm import slurm_commands
 from slurm.cluster import processes
 from slurm.cluster.daemons import PrivateCluster
 
@@ -22,4 +23,8 @@ def lose_contact(cluster: PrivateCluster, node: str) -> None:
 def revive(cluster: PrivateCluster, node: str) -> None:
     """The node is back and takes jobs."""
     cluster.start_node(node)
-    cluster.command("scontrol", "update", f"nodename={node}", "state=resume")
+    try:
+        cluster.command("scontrol", "update", f"nodename={node}", "state=resume")
+    except slurm_commands.CommandFailed as error:
+        if "Invalid node state" not in error.stderr:  # the daemon has registered already, and there is nothing to resume
+            raise
