@@ -8,7 +8,7 @@ from pathlib import Path
 from toy_project import ToyProject
 
 from slurm.cluster.daemons import PrivateCluster
-from slurm.run_directory import RunDirectory
+from slurm.record.run_directory import RunDirectory
 
 PATIENCE_SECONDS = 60.0
 

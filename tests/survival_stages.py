@@ -14,7 +14,7 @@ from tiny_models import tiny_gpt2, tiny_tokenizer
 from pipeline import records
 from pipeline.crosscoder.training_log import TIME_FIELDS
 from pipeline.tokens import SHARD_FORMAT, Documents, TokenSet, TokenShardWriter, Vocabulary, seal
-from slurm.run_directory import RunDirectory, read_lines
+from slurm.record.run_directory import RunDirectory, read_lines
 
 TEXTS_A_FILE = 3000
 SHARD_IDS, NUM_SHARDS = 1 << 25, 120

@@ -11,12 +11,14 @@ import pytest
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Machine as SiteMachine
 from pipeline.config.site_file import Site
-from slurm import accelerators, machines, slurm_commands, watching_commands
-from slurm.accelerators import Row, Total
+from slurm.client import slurm_commands
+from slurm.client.node_output import GpuCount, Node
 from slurm.cluster.daemons import PrivateCluster
 from slurm.cluster.hardware import NvidiaGpu
-from slurm.machines import Machine
-from slurm.node_output import GpuCount, Node
+from slurm.commands import watching_commands
+from slurm.watching import accelerators, machines
+from slurm.watching.accelerators import Row, Total
+from slurm.watching.machines import Machine
 
 NODES = [
     Node("n1", ("MIXED",), ("main", "low"), {"h200": GpuCount(8, 3)}),

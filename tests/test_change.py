@@ -11,10 +11,12 @@ from toy_project import ToyProject
 from pipeline.config.errors import UserError
 from pipeline.config.resources import Resources
 from pipeline.config.site_file import Site
-from slurm import change, job_control, job_listing, job_updates, jobs, slurm_queries
+from slurm.changing import change, job_control, job_updates
+from slurm.client import slurm_queries
+from slurm.client.job_output import Job
 from slurm.cluster.daemons import PrivateCluster
-from slurm.job_output import Job
-from slurm.run_directory import RunDirectory
+from slurm.record.run_directory import RunDirectory
+from slurm.watching import job_listing, jobs
 
 PATIENCE_S = 40.0
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.errors import UserError
-from slurm import slurm_commands, slurm_queries
-from slurm.cluster import control, faults, hardware, layout, processes
+from slurm.client import processes, slurm_commands, slurm_queries
+from slurm.cluster import control, faults, hardware, layout
 from slurm.cluster.daemons import MAX_DIRECTORY_LENGTH, PrivateCluster
 from slurm.cluster.layout import Partition
 
@@ -76,7 +76,7 @@ def test_it_has_nodes_with_gpus_of_two_types_and_partitions_with_different_limit
 
 
 def test_text_and_json_of_this_slurm_say_the_same(cluster: PrivateCluster) -> None:
-    from slurm import job_output, node_output
+    from slurm.client import job_output, node_output
 
     cluster.command("scontrol", "update", "nodename=n3", "state=drain", "reason=a bad | fan")
     job = sbatch(cluster, "sleep 60", "--gres=gpu:h200:1", "--comment", '{"run": "a|b"}', "--time=7", "--mem=300")

@@ -6,11 +6,12 @@ import pytest
 
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
-from slurm import job_listing, slurm_commands, slurm_queries
-from slurm.cluster import configuration, hardware, layout, packages, processes
+from slurm.client import processes, slurm_commands, slurm_queries
+from slurm.cluster import configuration, hardware, layout, packages
 from slurm.cluster.configuration import Place
 from slurm.cluster.daemons import PORTS, PrivateCluster, free_ports
 from slurm.cluster.hardware import NvidiaGpu
+from slurm.watching import job_listing
 
 # The form that nvidia-smi (driver 580) gave on a machine with an H100, with other GPUs put in; the driver of the third tells less.
 NVIDIA_SMI = """0, NVIDIA H200, 143771, 4, 0

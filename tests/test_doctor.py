@@ -2,9 +2,9 @@
 
 import pytest
 
-from slurm import doctor
 from slurm.cluster.daemons import PrivateCluster
-from slurm.doctor import Finding
+from slurm.watching import doctor
+from slurm.watching.doctor import Finding
 
 # As a site with Slurm's own defaults has it.
 STOCK = {

@@ -10,7 +10,7 @@ from toy_project import ToyProject
 
 from slurm.cluster import faults
 from slurm.cluster.daemons import PrivateCluster
-from slurm.run_directory import RunDirectory
+from slurm.record.run_directory import RunDirectory
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.slurm]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.errors import UserError
-from slurm import holder
-from slurm.holder import Holder
+from slurm.record import holder
+from slurm.record.holder import Holder
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +88,7 @@ def test_a_lock_that_a_kill_left_empty_is_taken_over(tmp_path: Path, monkeypatch
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from slurm import holder
+from slurm.record import holder
 holder.BEAT_SECONDS = 0.1
 with holder.Holder(Path(sys.argv[1]), job="7", restart=int(sys.argv[2])):
     print("held", flush=True)

@@ -14,7 +14,7 @@ from pipeline.config.cache_activations import CacheConfig
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
 from pipeline.config.stage import StageConfig
-from slurm import input_preflight
+from slurm.submission import input_preflight
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from pipeline import records
-from slurm import job_listing, job_reasons, jobs, run_directory, watch
-from slurm.holder import Holder
-from slurm.job_output import Job
-from slurm.jobs import Row, Task
+from slurm.client import job_reasons
+from slurm.client.job_output import Job
+from slurm.record import run_directory
+from slurm.record.holder import Holder
+from slurm.watching import job_listing, jobs, watch
+from slurm.watching.jobs import Row, Task
 
 NOW = 1_795_424_000.0
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.errors import UserError
-from slurm import run_directory
-from slurm.holder import Holder
-from slurm.run_directory import RunDirectory
+from slurm.record import run_directory
+from slurm.record.holder import Holder
+from slurm.record.run_directory import RunDirectory
 
 Jobs = list[dict[str, object]]
 

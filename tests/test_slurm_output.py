@@ -8,10 +8,10 @@ import pytest
 import slurm_shapes
 
 from pipeline.config.errors import UserError
-from slurm import job_output, node_output, slurm_values
-from slurm.job_output import Job
-from slurm.node_output import GpuCount, Node
-from slurm.slurm_values import SEPARATOR
+from slurm.client import job_output, node_output, slurm_values
+from slurm.client.job_output import Job
+from slurm.client.node_output import GpuCount, Node
+from slurm.client.slurm_values import SEPARATOR
 
 # -- values -----------------------------------------------------------------------------------------------------------
 

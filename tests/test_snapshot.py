@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.errors import UserError
-from slurm import snapshot
+from slurm.record import snapshot
 
 
 @pytest.fixture

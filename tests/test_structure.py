@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = ["config", "records", "run", "tokens", "text", "contexts", "language_model", "activations", "crosscoder", "interventions"]
 ORDER += ["evaluation", "stages"]
+SLURM_ORDER = ["client", "cluster", "record", "execution", "submission", "watching", "changing", "commands"]
 TORCH_FREE = {"pipeline.config", "pipeline.records", "pipeline.run"}
 PYTHON_FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("slurm/**/*.py")])
 EMPTY_NAMES = {"utils", "util", "common", "helpers", "misc", "manager", "base"}
@@ -40,6 +41,15 @@ def test_a_part_of_the_pipeline_imports_only_parts_before_it() -> None:
             pieces = module.split(".")
             if pieces[0] == "pipeline" and len(pieces) > 1 and pieces[1] in ORDER and ORDER.index(pieces[1]) > ORDER.index(relative[1]):
                 wrong.append(f"{path.relative_to(ROOT)} imports {module}")
+    assert wrong == []
+
+
+def test_a_part_of_slurm_imports_only_parts_before_it() -> None:
+    wrong = []
+    for path in ROOT.glob("slurm/*/*.py"):
+        floor = SLURM_ORDER.index(path.parent.name)
+        parts = {m.split(".")[1] for m in imported_modules(path) if m.startswith("slurm.")}
+        wrong += [f"{path.relative_to(ROOT)} imports slurm.{name}" for name in parts if SLURM_ORDER.index(name) > floor]
     assert wrong == []
 
 

@@ -15,7 +15,7 @@ import pytest
 from toy_project import ToyProject
 
 from pipeline import records
-from slurm.run_directory import RunDirectory
+from slurm.record.run_directory import RunDirectory
 
 PATIENCE_SECONDS = 30.0
 
@@ -261,7 +261,7 @@ def test_the_sites_setup_lines_hold_for_a_local_job_and_a_failing_one_is_said(pr
 
 def test_a_local_job_is_told_to_stop_before_its_time_limit(project: ToyProject) -> None:
     (run,) = runs_of(project.crosscoder("run", project.config(), "fail_at=0", "step_seconds=0.2").stdout)
-    program = "import sys; from slurm.local_queue import LocalQueue; LocalQueue(sys.argv[1], [0], 1, [], 3.0)()"
+    program = "import sys; from slurm.execution.local_queue import LocalQueue; LocalQueue(sys.argv[1], [0], 1, [], 3.0)()"
     values = (run.path / "config.yaml").read_text().replace("fail_at: 0", "fail_at: null").replace("steps: 3", "steps: 1000")
     (run.path / "config.yaml").write_text(values)
     run.write_job(run.job() | {"config_hash": records.hash_file(run.path / "config.yaml")})
@@ -285,7 +285,7 @@ def test_a_full_log_disk_costs_log_lines_and_not_the_run(project: ToyProject) ->
     (run.path / "log/77.log").symlink_to("/dev/full")
     job = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "77", "SUBMITIT_LOCAL_NTASKS": "1"}
     job |= {"SUBMITIT_LOCAL_GLOBALID": "0", "PYTHONPATH": str(run.code), "PYTHONSAFEPATH": "1"}
-    command = [sys.executable, "-u", "-m", "slurm.local_queue", str(run.path), "0"]
+    command = [sys.executable, "-u", "-m", "slurm.execution.local_queue", str(run.path), "0"]
     done = subprocess.run(command, env=project.environment() | job, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
     assert done.returncode == 1, done.stderr
     assert (run.result() or {})["error"] == "the toy fails at step 1, as it was told"
@@ -319,7 +319,7 @@ def test_two_processes_on_one_run_one_wins_and_the_other_says_so(project: ToyPro
     (run,) = runs_of(done.stdout)
     wait_until(lambda: (run.path / "progress.json").exists(), "the first step")
     environment = project.environment() | {"PYTHONPATH": str(run.code), "PYTHONSAFEPATH": "1"}
-    command = [sys.executable, "-m", "slurm.worker", str(run.path)]
+    command = [sys.executable, "-m", "slurm.execution.worker", str(run.path)]
     second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
     assert second.returncode == 1
     assert "one at a time; wait for it, or cancel it first" in second.stderr
@@ -346,7 +346,7 @@ def test_login_commands_import_neither_torch_nor_transformers(project: ToyProjec
     project.crosscoder("run", project.config())
     program = (
         "import sys\n"
-        "from slurm.commands import main\n"
+        "from slurm.commands.command_line import main\n"
         "sys.argv = ['crosscoder', *sys.argv[1:]]\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
         "heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"

@@ -15,11 +15,12 @@ from slurm_queue import Queue, at_step, finished, wait_until
 from toy_project import ToyProject
 
 from pipeline.config.errors import UserError
-from slurm import executor, slurm_commands
+from slurm.client import slurm_commands
 from slurm.cluster import layout
 from slurm.cluster.daemons import PrivateCluster
-from slurm.requeue import MAX_ATTEMPTS_WITHOUT_PROGRESS
-from slurm.run_directory import RunDirectory, append_line
+from slurm.execution import executor
+from slurm.execution.requeue import MAX_ATTEMPTS_WITHOUT_PROGRESS
+from slurm.record.run_directory import RunDirectory, append_line
 
 pytestmark = pytest.mark.slurm
 

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import pytest
 from survival_stages import SmallStage, small_stages, write_config, write_inputs
 
-from slurm.cluster import layout, processes
+from slurm.client import processes
+from slurm.client.slurm_values import parse_records
+from slurm.cluster import layout
 from slurm.cluster.daemons import PrivateCluster
-from slurm.run_directory import RunDirectory
-from slurm.slurm_values import parse_records
+from slurm.record.run_directory import RunDirectory
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.slurm, pytest.mark.timeout(600)]
 

@@ -8,9 +8,9 @@ from toy_project import ToyProject
 
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
-from slurm import sweep, sweep_results
-from slurm.run_directory import RunDirectory
-from slurm.sweep import SweepConfig
+from slurm.record.run_directory import RunDirectory
+from slurm.submission import sweep, sweep_results
+from slurm.submission.sweep import SweepConfig
 
 
 def config(**values: object) -> SweepConfig:

@@ -11,10 +11,11 @@ import pytest
 from toy_project import ToyProject
 
 from pipeline.config.site_file import Site
-from slurm import job_listing, slurm_queries, watch
+from slurm.client import slurm_queries
 from slurm.cluster import layout
 from slurm.cluster.daemons import PrivateCluster
-from slurm.run_directory import RunDirectory
+from slurm.record.run_directory import RunDirectory
+from slurm.watching import job_listing, watch
 
 PATIENCE_S = 40.0
 

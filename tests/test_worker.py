@@ -11,12 +11,14 @@ import pytest
 from pipeline import records
 from pipeline.config.errors import UserError
 from pipeline.config.resources import Resources
-from slurm import environment, executor, job_process, preflight, requeue, run_inputs, verification
-from slurm.comparison import flatten
-from slurm.node_output import GpuCount, Node
-from slurm.requeue import Fate
-from slurm.run_directory import RunDirectory
-from slurm.terminal import TerminalAndLog
+from slurm.client.node_output import GpuCount, Node
+from slurm.execution import executor, job_process, requeue
+from slurm.execution.requeue import Fate
+from slurm.execution.terminal import TerminalAndLog
+from slurm.record import environment, run_inputs, verification
+from slurm.record.comparison import flatten
+from slurm.record.run_directory import RunDirectory
+from slurm.submission import preflight
 
 # -- what becomes of a stopped job ------------------------------------------------------------------------------------
 

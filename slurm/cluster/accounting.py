@@ -5,7 +5,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slurm import slurm_commands
+from slurm.client import slurm_commands
 from slurm.cluster import configuration, hardware, packages
 from slurm.cluster.configuration import CLUSTER_NAME
 from slurm.cluster.layout import Layout

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config.errors import UserError
-from slurm import slurm_commands
+from slurm.client import slurm_commands
 from slurm.cluster import hardware, layout
 from slurm.cluster.daemons import PrivateCluster
 

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.config.errors import UserError
-from slurm import slurm_commands
-from slurm.cluster import accounting, configuration, hardware, packages, processes
+from slurm.client import processes, slurm_commands
+from slurm.cluster import accounting, configuration, hardware, packages
 from slurm.cluster.configuration import Place
 from slurm.cluster.layout import Layout
 

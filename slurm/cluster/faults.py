@@ -1,7 +1,6 @@
 """What goes wrong on real clusters, done on purpose to a private one."""
 
-from slurm import slurm_commands
-from slurm.cluster import processes
+from slurm.client import processes, slurm_commands
 from slurm.cluster.daemons import PrivateCluster
 
 

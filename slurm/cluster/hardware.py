@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from typing import NamedTuple
 
-from slurm import slurm_commands
+from slurm.client import slurm_commands
 from slurm.cluster.layout import PARTITIONS, Gpu, Layout, Node
 
 NVIDIA_FIELDS = "index,name,memory.total,memory.used,utilization.gpu"

@@ -1,0 +1,161 @@
+"""Hold, release and cancel: jobs by id, tasks of an array, whole runs, or all that is mine."""
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.config.errors import UserError
+from pipeline.config.site_file import Site
+from slurm.client import job_output, processes, slurm_commands, slurm_queries
+from slurm.record import environment, holder, run_directory
+from slurm.record.run_directory import RunDirectory
+from slurm.watching import jobs
+
+
+class Target(NamedTuple):
+    """What one reference names: Slurm jobs (ids as squeue shows them) or processes of the local executor, and their run."""
+
+    ids: list[str]
+    run: RunDirectory | None = None
+    is_local: bool = False
+
+
+def find_targets(references: Sequence[str], site: Site, queue: Sequence[job_output.Job]) -> list[Target]:
+    """What the references name: a job (`1042`), tasks (`1042_3`, `1042_[1-3]`), or a run in any form that `find` takes.
+
+    Only what has not ended counts. Raises `UserError` for a reference that names nothing of that kind.
+    """
+    return [_target(reference, site.runs.absolute(), queue) for reference in references]
+
+
+def all_targets(site: Site, queue: Sequence[job_output.Job]) -> list[Target]:
+    """Every job of mine that has not ended, each with its run where it has one."""
+    active = [job for job in queue if not job.is_final]
+    arrays = list(dict.fromkeys(job.array_id or job.id for job in active))
+    return [_target(array, site.runs.absolute(), queue) for array in arrays]
+
+
+def _target(reference: str, runs: Path, queue: Sequence[job_output.Job]) -> Target:
+    active = [job for job in queue if not job.is_final]
+    array, underscore, tasks = reference.partition("_")
+    if array.isdigit() and (not underscore or tasks):
+        wanted = set(jobs.parse_ranges(tasks)) if underscore else None
+        ids = [job.id for job in active if _is_part(job, array, wanted)]
+        if ids:
+            return Target(ids, _run_of(array, runs))
+    try:
+        run = run_directory.find(reference, runs)
+    except UserError as error:
+        if array.isdigit():
+            raise UserError(f"no job {reference} of yours is waiting or running; `crosscoder jobs --all` lists what there was") from None
+        raise error
+    if run.job()["executor"] == "local":
+        return _local_target(run)
+    mine = {task_id for task in range(run.num_tasks) if (task_id := run.job_of_task(task))}
+    ids = [job.id for job in active if job.id in mine]
+    if not ids:
+        raise UserError(f"{run.reference} has no job that is waiting or running; it is {run.state()}")
+    return Target(ids, run)
+
+
+def _is_part(job: job_output.Job, array: str, tasks: set[int] | None) -> bool:
+    own, _, task = job.id.partition("_")
+    return own == array and (tasks is None or (task.isdigit() and int(task) in tasks))
+
+
+def _run_of(job_id: str, runs: Path) -> RunDirectory | None:
+    return next((run for run in reversed(run_directory.list_runs(runs)) if run_directory.has_job(run, job_id)), None)
+
+
+def _local_target(run: RunDirectory) -> Target:
+    ids = [str(entry["id"]) for entry in run.job()["jobs"] if is_local_job(int(entry["id"]))]
+    if not ids:
+        raise UserError(f"no process works on {run.reference}; it is {run.state()}")
+    return Target(ids, run, is_local=True)
+
+
+def is_local_job(pid: int) -> bool:
+    """Whether the process is a controller of submitit's local executor: after a reboot the number may be anyone's."""
+    return holder.process_started(pid) is not None and "submitit" in processes.command_line(pid)
+
+
+def slurm_names(ids: Sequence[str]) -> list[str]:
+    """Ids for one command of Slurm, the tasks of an array together: `1042_[1-3,7]`."""
+    arrays: dict[str, list[int]] = {}
+    for job_id in ids:
+        array, underscore, task = job_id.partition("_")
+        arrays.setdefault(array, []).extend([int(task)] if underscore else [])
+    return [f"{array}_[{jobs.ranges(tasks)}]" if tasks else array for array, tasks in arrays.items()]
+
+
+# -- doing it ---------------------------------------------------------------------------------------------------------
+
+
+def hold(target: Target) -> str:
+    """Keeps what waits from starting, and says so. Raises `UserError` where nothing waits."""
+    names = slurm_names(_waiting(target, "held"))
+    for name in names:
+        slurm_commands.run("scontrol", "uhold", name)  # not `hold`: an administrator's hold only an administrator can release
+    _note(target, {"held": names})
+    return f"{', '.join(names)} held; `crosscoder release {names[0]}` frees it"
+
+
+def release(target: Target) -> str:
+    """Frees what is held, and says so. Raises `UserError` where nothing waits."""
+    names = slurm_names(_waiting(target, "released"))
+    for name in names:
+        slurm_commands.run("scontrol", "release", name)
+    _note(target, {"released": names})
+    return f"{', '.join(names)} released"
+
+
+def cancel(target: Target) -> str:
+    """Ends what runs, after it has had its time to save, and takes what waits out of the queue; says so."""
+    if target.is_local:
+        for controller in target.ids:
+            processes.signal_all(_children(int(controller)), signal.SIGTERM)
+        _note(target, {"cancelled": target.ids})
+        return f"process {', '.join(target.ids)} told to save and stop"
+    names = slurm_names(target.ids)
+    slurm_commands.run("scancel", *names)
+    _note(target, {"cancelled": target.ids})
+    return f"{', '.join(names)} cancelled"
+
+
+def _waiting(target: Target, done: str) -> list[str]:
+    if target.is_local:
+        raise UserError(f"{', '.join(target.ids)} is a process of the local executor, which can't be {done}; only jobs of Slurm can")
+    queue = {job.id: job for job in slurm_queries.my_jobs()}
+    waiting = [job_id for job_id in target.ids if job_id in queue and queue[job_id].state in ("PENDING", "REQUEUED", "REQUEUE_HOLD")]
+    if not waiting:
+        states = ", ".join(dict.fromkeys(queue[i].state.lower() for i in target.ids if i in queue)) or "gone"
+        raise UserError(f"{', '.join(slurm_names(target.ids))} can't be {done}: it is {states}, and only what waits can be")
+    return waiting
+
+
+def _note(target: Target, what: dict[str, list[str]]) -> None:
+    if target.run is not None:
+        note_change(target.run, what, how="scancel" if "cancelled" in what else "scontrol")
+
+
+def note_change(run: RunDirectory, what: dict[str, object] | dict[str, list[str]], *, how: str) -> None:
+    """Adds to the changes in the run's job.json: what, when, by whom, and by which way."""
+    job = run.job()
+    job["changes"].append({"time": time.time(), "by": f"{environment.user_name()}@{os.uname().nodename}", "what": what, "how": how})
+    run.write_job(job)
+
+
+def _children(pid: int) -> list[int]:
+    """The processes that `pid` started and that live."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and fields[0] not in ("Z", "X"):
+            found.append(int(entry))
+    return found

@@ -1,0 +1,1 @@
+"""The `crosscoder` command line."""

@@ -1,0 +1,101 @@
+"""`crosscoder show`, `logs`, `compare` and `verify`: read what runs and data sets recorded."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.config.errors import UserError
+from pipeline.config.site_file import load_site
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run: path, stage/name (its newest), id or job id.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+POLL_SECONDS = 0.5
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's commands."""
+    app.command("show")(show)
+    app.command("logs")(logs)
+    app.command("compare")(compare)
+    app.command("verify")(verify)
+
+
+def show(reference: RunArgument, as_json: JsonOption = False) -> None:
+    """Show the frozen record of a run, and how far it is."""
+    from slurm.commands.command_line import print_json
+    from slurm.record.record_view import as_text, as_values
+    from slurm.record.run_directory import find
+
+    run = find(reference, load_site().runs.absolute())
+    if as_json:
+        print_json(as_values(run))
+    else:
+        print(as_text(run))
+
+
+def logs(
+    reference: RunArgument,
+    task: Annotated[int, typer.Option(help="Of a run that is divided: which task.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the task ends.")] = False,
+    lines: Annotated[int | None, typer.Option("--lines", "-n", help="Only so many last lines.")] = None,
+) -> None:
+    """Print what a run's task printed, all attempts in order."""
+    from slurm.record.run_directory import find
+
+    run = find(reference, load_site().runs.absolute())
+    if not 0 <= task < run.num_tasks:
+        raise UserError(f"{run.reference} has tasks 0 to {run.num_tasks - 1}, not {task}")
+    offsets: dict[Path, int] = {}
+    text = _news(run, task, offsets)
+    print("\n".join(text.splitlines()[-lines:]) + "\n" if lines else text, end="", flush=True)
+    while follow and run.task_state(task) in ("queued", "running"):
+        time.sleep(POLL_SECONDS)
+        print(_news(run, task, offsets), end="", flush=True)
+    print(_news(run, task, offsets), end="", flush=True)
+    if not any(offsets.values()) and not follow:
+        print(f"{run.reference} has printed nothing yet; it is {run.task_state(task)}", file=sys.stderr)
+
+
+def _news(run: Any, task: int, offsets: dict[Path, int]) -> str:
+    """What the task's logs hold beyond `offsets`, which are moved on."""
+    text = ""
+    for path in run.log_files(task) or run.start_files():
+        with open(path, "rb") as file:
+            file.seek(offsets.get(path, 0))
+            text += file.read().decode(errors="replace")
+            offsets[path] = file.tell()
+    return text
+
+
+def compare(first: RunArgument, second: RunArgument, as_json: JsonOption = False) -> None:
+    """Show what differs between two runs: settings, code, environment, inputs, results."""
+    from slurm.commands.command_line import print_json
+    from slurm.record.comparison import compare_runs, phrases
+    from slurm.record.run_directory import find
+
+    runs = load_site().runs.absolute()
+    one, other = find(first, runs), find(second, runs)
+    differences = compare_runs(one, other)
+    if as_json:
+        print_json({"first": str(one.path), "second": str(other.path), "differences": differences})
+        return
+    print(f"{one.reference} -> {other.reference}")
+    print("\n".join(phrases(differences)) or "nothing differs")
+
+
+def verify(path: Annotated[str, typer.Argument(metavar="PATH", help="A data set, or a run.")], as_json: JsonOption = False) -> None:
+    """Rehash a data set or a run, and name what is damaged. Exits with 1 if something is."""
+    from slurm.commands.command_line import print_json
+    from slurm.record.verification import verify as verify_path
+
+    checked, damages = verify_path(path, load_site().runs.absolute())
+    if as_json:
+        print_json({"checked": checked, "damages": damages})
+    else:
+        print("\n".join(damages) or f"whole: {', '.join(checked)}")
+    if damages:
+        raise SystemExit(1)

@@ -1,0 +1,211 @@
+"""`crosscoder run`, `submit` and `rerun`: start a stage here, in a process of its own, or in Slurm."""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.config import load, yaml_file
+from pipeline.config.errors import UserError
+from pipeline.config.site_file import Site, load_site
+from pipeline.config.stage import StageConfig
+
+if TYPE_CHECKING:
+    from slurm.submission.freezing import Planned
+
+
+class Executor(StrEnum):
+    """Where a submitted run works."""
+
+    slurm = "slurm"
+    local = "local"
+    debug = "debug"
+
+
+ConfigArgument = Annotated[list[str], typer.Argument(metavar="CONFIG... [KEY=VALUE...]", help="Configuration files, then changes to them.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's commands."""
+    app.command("run")(run)
+    app.command("submit")(submit)
+    app.command("rerun")(rerun)
+
+
+def run(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A configuration file.")],
+    changes: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE...]", help="Changes to it.")] = None,
+) -> None:
+    """Run the stage that CONFIG names, in this process. Ctrl-C saves and stops; twice, it ends at once."""
+    from slurm.submission.foreground import run_here
+    from slurm.submission.freezing import Freezer
+
+    site = load_site()
+    parsed = parse_configs([config, *(changes or [])], site)
+    planned = Freezer(site, executor="run").plan(parsed, again=True)
+    run_here(planned)
+
+
+def submit(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="CONFIG... [KEY=VALUE...]", help="Configurations, then changes.")] = None,
+    executor: Annotated[Executor, typer.Option(help="slurm; local: a process of its own; debug: this process.")] = Executor.slurm,
+    partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
+    node: Annotated[str | None, typer.Option(help="Run on this node and no other.")] = None,
+    after: Annotated[list[str] | None, typer.Option(help="A run to wait for.")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run: queue again what of it has not finished.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Run stages whose output is there already, too.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be queued, and what differs from the last run.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Freeze a run and queue it. Several configurations are a chain: each waits for what it reads.
+
+    In a chain, `train.seed=1` changes the configuration of that stage, `seed=1` all of them.
+    """
+    from slurm.record.activity import one_submission_at_a_time
+    from slurm.record.run_directory import find
+    from slurm.submission import input_preflight, resuming
+    from slurm.submission.foreground import run_here
+    from slurm.submission.freezing import Freezer
+
+    site = load_site()
+    if resume is not None:
+        if arguments:
+            raise typer.BadParameter("--resume takes the run as it is: give no configuration with it")
+        resuming.resume(find(resume, site.runs.absolute()), site)
+        return
+    if not arguments:
+        raise typer.BadParameter("name a configuration, for example configs/demo/train.yaml")
+    chosen = {"partition": partition, "node": node}
+    given = [f"resources.{key}={value}" for key, value in chosen.items() if value is not None]
+    parsed = parse_configs([*arguments, *given], site)
+    parents = [find(reference, site.runs.absolute()) for reference in after or []]
+    input_preflight.check(parsed, site.runs)
+    cluster = check_queue(parsed) if executor is Executor.slurm else None
+    freezer = Freezer(site, executor=executor.value)
+    with one_submission_at_a_time(site.runs.absolute()):
+        planned = freezer.plan(parsed, after=parents, again=again, cluster=cluster)
+        if dry_run:
+            show_dry_run(planned, site)
+        elif executor is not Executor.debug:
+            queue(planned, as_json=as_json)
+    if executor is Executor.debug and not dry_run:
+        run_here(planned)
+
+
+def rerun(
+    reference: Annotated[str, typer.Argument(metavar="RUN", help="A run: path, stage/name, id or job id.")],
+    changes: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE...]", help="Changes to its configuration.")] = None,
+    executor: Annotated[Executor | None, typer.Option(help="Default: the run's own.")] = None,
+) -> None:
+    """Run a run again from its frozen code and configuration, as a new run; the same hardware gives the same bytes."""
+    from slurm.record.run_directory import find
+    from slurm.submission import resuming
+
+    site = load_site()
+    resuming.rerun(find(reference, site.runs.absolute()), changes or [], executor.value if executor else None, site)
+
+
+# -- configurations -----------------------------------------------------------------------------------------------
+
+
+def parse_configs(arguments: Sequence[str], site: Site) -> list[tuple[str, StageConfig]]:
+    """Each configuration file among `arguments` with the changes among them laid over it, and its name for messages."""
+    files = [argument for argument in arguments if "=" not in argument]
+    changes = [argument for argument in arguments if "=" in argument]
+    if not files:
+        raise UserError("name a configuration file, for example configs/demo/train.yaml")
+    for change in changes:
+        stage, dot, _ = change.partition("=")[0].partition(".")
+        if dot and stage in load.STAGES and all(yaml_file.read(Path(file)).get("stage") != stage for file in files):
+            raise UserError(f"the change {change!r} is for the stage {stage}, which none of the configurations is of")
+    return [(file, load.load(Path(file), _changes_for(str(yaml_file.read(Path(file)).get("stage")), changes), site)) for file in files]
+
+
+def _changes_for(stage: str, changes: Sequence[str]) -> list[str]:
+    """Those of `changes` that concern `stage`: `train.seed=1` only train, `seed=1` every stage."""
+    chosen = []
+    for change in changes:
+        first, dot, rest = change.partition(".")
+        if dot and first in load.STAGES and "=" not in first:
+            if first == stage:
+                chosen.append(rest)
+        else:
+            chosen.append(change)
+    return chosen
+
+
+def check_queue(parsed: Sequence[tuple[str, StageConfig]]) -> str:
+    """The cluster's name, once what the configurations ask of it is found possible; raises `UserError` otherwise."""
+    from slurm.submission import preflight
+
+    return preflight.check(parsed)
+
+
+# -- what becomes of a plan -----------------------------------------------------------------------------------------
+
+
+def queue(planned: "Sequence[Planned]", *, as_json: bool = False) -> None:
+    """Submits the planned runs and prints run directory and job id of each.
+
+    If the queue refuses one, it and those after it are deleted, unless some of its tasks are queued already.
+    """
+    from slurm.commands.command_line import print_json
+    from slurm.execution import executor
+    from slurm.record import snapshot
+
+    rows: list[dict[str, Any]] = []
+    for position, item in enumerate(planned):
+        if item.run is None:
+            rows.append({"stage": item.config.stage, "name": item.config.name, "skipped": item.skipped})
+        else:
+            try:
+                entries = executor.launch(item.run, list(range(item.run.num_tasks)))
+            except BaseException:
+                for rest in planned[position:]:
+                    if rest.run is not None and not rest.run.job()["jobs"]:
+                        snapshot.remove(rest.run.path)
+                raise
+            identities = [entry["id"] for entry in entries]
+            rows.append({"stage": item.config.stage, "name": item.config.name, "run": str(item.run.path), "jobs": identities})
+        if not as_json:
+            _print_row(rows[-1])
+    if as_json:
+        print_json(rows)
+
+
+def _print_row(row: dict[str, Any]) -> None:
+    if "skipped" in row:
+        print(f"{row['stage']} {row['name']}: skipped; {row['skipped']}")
+        return
+    print(f"run {row['run']}\njob {' '.join(map(str, row['jobs']))}", flush=True)
+
+
+def show_dry_run(planned: "Sequence[Planned]", site: Site) -> None:
+    """Prints the sbatch text of each planned run and what differs from the last run of its name, then deletes the plan."""
+    from slurm.execution import executor
+    from slurm.record import snapshot
+    from slurm.record.comparison import compare_runs, phrases
+    from slurm.record.run_directory import list_runs
+
+    try:
+        for item in planned:
+            if item.run is None:
+                print(f"{item.config.stage} {item.config.name}: would be skipped; {item.skipped}\n")
+                continue
+            job = item.run.job()
+            print(f"# {item.config.stage} {item.config.name}: {job['num_tasks']} task(s), executor {job['executor']}")
+            if job["executor"] == "slurm":
+                print(executor.submission_text(item.run))
+            own = {other.run for other in planned}
+            earlier = [run for run in list_runs(site.runs.absolute(), item.config.stage, item.config.name) if run not in own]
+            if not earlier:
+                print("# the first run of this name\n")
+                continue
+            print(f"# differs from {earlier[-1].reference} in:")
+            print("\n".join(f"#   {line}" for line in phrases(compare_runs(earlier[-1], item.run))) or "#   nothing", end="\n\n")
+    finally:
+        for item in planned:
+            if item.run is not None:
+                snapshot.remove(item.run.path)

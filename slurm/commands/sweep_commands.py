@@ -1,0 +1,87 @@
+"""`crosscoder sweep` and `crosscoder results`: one array over varied fields, and what came of it."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.config.site_file import load_site
+
+
+class Executor(StrEnum):
+    """Where the tasks work."""
+
+    slurm = "slurm"
+    local = "local"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's commands."""
+    app.command("sweep")(sweep)
+    app.command("results")(results)
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep's file, for example configs/sweeps/sparsity.yaml.")],
+    changes: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE...]", help="Changes to every task.")] = None,
+    executor: Annotated[Executor, typer.Option(help="slurm; local: processes of this machine, max_parallel at once.")] = Executor.slurm,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the tasks and queue nothing.")] = False,
+) -> None:
+    """Freeze a sweep and queue it as one array, a directory a task."""
+    from slurm.execution import executor as executors
+    from slurm.record import snapshot
+    from slurm.record.activity import one_submission_at_a_time
+    from slurm.submission import input_preflight, preflight
+    from slurm.submission import sweep as sweeps
+    from slurm.submission.freezing import Freezer
+
+    site = load_site()
+    read = sweeps.read_sweep(file, changes or [], site)
+    if dry_run:
+        print("\n".join(f"task {number}: {sweeps.describe(member)}" for number, member in enumerate(read.members)))
+        return
+    input_preflight.check([(f"{file}: task {number}", config) for number, config in enumerate(read.stage_configs)], site.runs)
+    cluster = preflight.check([(str(file), read.stage_configs[0])]) if executor is Executor.slurm else None
+    with one_submission_at_a_time(site.runs.absolute()):
+        run = sweeps.freeze_sweep(read, Freezer(site, executor=executor.value), where=str(file), cluster=cluster)
+        try:
+            entries = executors.launch(run, range(run.num_tasks))
+        except BaseException:
+            if not run.job()["jobs"]:
+                snapshot.remove(run.path)
+            raise
+    print(f"run {run.path}\njob {' '.join(str(entry['id']) for entry in entries)}: {run.num_tasks} tasks")
+
+
+def results(
+    reference: Annotated[str, typer.Argument(metavar="RUN", help="A sweep's run: path, sweep/name (its newest), id or job id.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Collect a sweep's results as far as they are there, best first: a table, results.csv and results.png."""
+    from slurm.commands.command_line import print_json
+    from slurm.record.run_directory import find
+    from slurm.submission import sweep_results
+
+    run = find(reference, load_site().runs.absolute())
+    rows = sweep_results.gather(run)
+    values = run.config_values()
+    varied = list(dict.fromkeys(key for member in values["members"] for key in member))
+    sweep_results.write_csv(rows, run.path / "results.csv")
+    drawn = bool(values["metric"]) and sweep_results.plot(rows, varied, values["metric"], run.path / "results.png")
+    if as_json:
+        print_json(rows)
+        return
+    print_rows(rows, sweep_results.table_columns(rows, varied, values["metric"], values.get("columns", [])))
+    print(run.path / "results.csv", *([run.path / "results.png"] if drawn else []), sep="\n")
+
+
+def print_rows(rows: list[dict[str, object]], names: list[str]) -> None:
+    """Prints the named columns of `rows` as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*names)
+    for row in rows:
+        table.add_row(*(f"{value:.6g}" if isinstance(value := row.get(name, ""), float) else str(value) for name in names))
+    Console().print(table)

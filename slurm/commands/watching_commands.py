@@ -1,0 +1,129 @@
+"""`crosscoder jobs`, `accelerators`, `doctor`, `watch` and `cluster`: what there is and how it goes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's commands."""
+    app.command()(jobs)
+    app.command()(watch)
+    app.command()(accelerators)
+    app.command()(doctor)
+    cluster = typer.Typer(
+        no_args_is_help=True, help="A private Slurm over this machine's cores and GPUs: a queue without an administrator."
+    )
+    cluster.command("start")(cluster_start)
+    cluster.command("stop")(cluster_stop)
+    cluster.command("status")(cluster_status)
+    app.add_typer(cluster, name="cluster")
+
+
+def jobs(
+    everything: Annotated[bool, typer.Option("--all", help="Every run there is, not only recent and queued ones.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """My queued and running jobs: stage, state and why, node, time, progress, rate, expected end; and those that ended lately."""
+    from pipeline.config.site_file import load_site
+    from slurm.commands.command_line import print_json
+    from slurm.watching import job_listing
+
+    rows = job_listing.gather(load_site(), everything=everything).rows()
+    if as_json:
+        print_json([row._asdict() for row in rows])
+        return
+    print_table(job_listing.table(rows))
+
+
+def watch(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Show the last lines of this run's log too.")] = None,
+    interval: Annotated[float, typer.Option(min=1.0, help="Seconds between two looks; one squeue each.")] = 5.0,
+) -> None:
+    """My jobs, refreshed, and the last lines of a log. Ctrl-C ends it; the jobs go on."""
+    from pipeline.config.site_file import load_site
+    from slurm.watching import watch as watching
+
+    watching.watch(load_site(), run, interval_s=interval)
+
+
+def accelerators(as_json: AsJson = False) -> None:
+    """GPUs by type, memory, total, used and free, on every node of every partition and on the site file's other machines."""
+    from pipeline.config.site_file import load_site
+    from slurm.commands.command_line import print_json
+    from slurm.watching import accelerators as listing
+
+    try:
+        rows = listing.gather(load_site())
+    except listing.NoAccelerators as nothing:
+        print_json([]) if as_json else print(nothing)
+        return
+    if as_json:
+        print_json([row._asdict() for row in rows])
+        return
+    print_table(listing.table(rows))
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """What this cluster will do to a job (preemption, limits, requeue, accounting), and what it means for these runs."""
+    from slurm.commands.command_line import print_json
+    from slurm.watching import doctor as examination
+
+    findings = examination.gather()
+    if as_json:
+        print_json([finding._asdict() for finding in findings])
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "WHAT", "IS", "MEANS"):
+        table.add_column(name, overflow="fold")
+    for finding in findings:
+        table.add_row(Text("!" if finding.is_concern else "", style="yellow"), finding.subject, finding.fact, finding.meaning)
+    print_table(table)
+
+
+Directory = Annotated[Path, typer.Option(help="Where the cluster keeps its files.")]
+DEFAULT_DIRECTORY = Path(".cluster")
+
+
+def cluster_start(
+    directory: Directory = DEFAULT_DIRECTORY,
+    pretend: Annotated[bool, typer.Option("--pretend", help="Three nodes with five fake GPUs, to try things out.")] = False,
+    munge: Annotated[bool, typer.Option("--munge", help="Authenticate through a munge of its own.")] = False,
+    accounting: Annotated[bool, typer.Option("--accounting", help="Keep finished jobs in a database, for sacct.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier one in this directory had queued.")] = False,
+) -> None:
+    """Start a queue over this machine's cores, memory and GPUs. This checkout's commands then find it by themselves."""
+    from slurm.cluster import control
+
+    print(control.start(directory, pretend=pretend, munge=munge, accounting=accounting, fresh=fresh))
+
+
+def cluster_stop(directory: Directory = DEFAULT_DIRECTORY) -> None:
+    """End the queue and every job's processes. What is queued stays queued for the next start."""
+    from slurm.cluster import control
+
+    print(control.stop(directory))
+
+
+def cluster_status(directory: Directory = DEFAULT_DIRECTORY) -> None:
+    """Whether the queue is up, and the line that lets Slurm's own commands find it."""
+    from slurm.cluster import control
+
+    print(control.status(directory))
+
+
+def print_table(table: object) -> None:
+    """Prints a table of rich; where output is no terminal, as wide as it needs."""
+    import shutil
+    import sys
+
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else max(shutil.get_terminal_size((200, 24)).columns, 200)
+    Console(width=width).print(table)

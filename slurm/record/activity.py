@@ -1,0 +1,72 @@
+"""Whether somebody works on a run now, or will: asked of its lock, its process or the queue."""
+
+import contextlib
+import errno
+import fcntl
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from slurm.client import slurm_commands
+from slurm.record import holder
+from slurm.record.run_directory import RunDirectory, list_runs
+
+WAITING_STATES = ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "STOPPED")
+"""Of jobs that Slurm has not done with."""
+
+SUBMISSION_LOCK = ".submission.lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextlib.contextmanager
+def one_submission_at_a_time(runs: Path) -> Iterator[None]:
+    """Waits until no other command submits under the root `runs`: between the look at what is busy and the new job's record.
+
+    On a file system without locks two commands at the very same moment may both submit; their jobs still don't work on one
+    run at once (see `slurm.record.holder`).
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    with open(runs / SUBMISSION_LOCK, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
+
+
+def is_busy(run: RunDirectory, task: int) -> bool:
+    """Whether a process holds the task, or its last job still waits or runs."""
+    if holder.looks_held(run.task_directory(task) / "lock.json"):
+        return True
+    identity = run.job_of_task(task)
+    if identity is None:
+        return False
+    executor_name = run.job()["executor"]
+    if executor_name == "local":
+        result = run.result(task)
+        return result is None and holder.process_started(int(identity.partition("_")[0])) is not None
+    return executor_name == "slurm" and _slurm_has(identity)
+
+
+def _slurm_has(job: str) -> bool:
+    try:
+        states = slurm_commands.run("squeue", "-h", "-a", "-r", "-t", "all", "-j", job, "-o", "%T").split()
+    except slurm_commands.CommandFailed as error:
+        if "Invalid job id" in error.stderr:
+            return False
+        raise
+    return any(state in WAITING_STATES for state in states)
+
+
+def writer_of(paths: Iterable[Path], runs: Path, stage: str) -> RunDirectory | None:
+    """A queued or running run of `stage` that writes one of `paths`, or None."""
+    wanted = {path.absolute() for path in paths}
+    if not wanted:
+        return None
+    for run in reversed(list_runs(runs, stage)):
+        open_tasks = [task for task in range(run.num_tasks) if run.task_state(task) in ("queued", "running")]
+        if not open_tasks or not wanted & {path.absolute() for path in run.config().outputs().values()}:
+            continue
+        if any(is_busy(run, task) for task in open_tasks):
+            return run
+    return None

@@ -1,0 +1,305 @@
+"""A run directory: the complete record of one run, found again by path, by `stage/name`, by id or by job id.
+
+    runs/train/demo/20261123-091530-k3f9/
+      config.yaml        the resolved configuration; what the job reads
+      code/              the code that the job runs; code.json and code.diff say what it is (see `slurm.record.snapshot`)
+      environment.json   interpreter, packages, torch, CUDA, driver, host (see `slurm.record.environment`)
+      inputs.json        {"tokens": {"path": "/data/tokens/demo/train", "data_id": "9f2c..."}}; (see `slurm.record.run_inputs`)
+      job.json           who submitted it, where to, under which job ids (below)
+      tasks/<i>/         for a run that is divided into an array: the files below, once a task
+      log/<job id>.log   what the task printed; submitit/ holds the files that submitit needs
+      attempts.jsonl     one line when a process takes up the task, one when it leaves it
+      lock.json          the process that holds the task now (see `slurm.record.holder`)
+      progress.json      heartbeat, metrics.jsonl, tensorboard/, checkpoints/: written by the stage
+      result.json        how the task ended (below)
+
+A run of one task has no `tasks/`: its task directory is the run directory itself. A sweep's tasks have a config.yaml,
+inputs.json and job.json of their own (see `slurm.submission.sweep`).
+
+job.json, written when the run is frozen and when something about its submission changes:
+
+    {"format": "job/1", "id": "20261123-091530-k3f9", "stage": "train", "name": "demo",
+     "executor": "slurm",                      run, debug, local or slurm; `run` is `crosscoder run`
+     "cluster": "dev",                         Slurm's ClusterName, the host for other executors
+     "submitted": 1795424130.5, "submitted_by": "ana@login1", "submitted_from": "/home/ana/crosscoder",
+     "command": ["crosscoder", "submit", "configs/demo/train.yaml"],
+     "resources": {"gpus": 1, "timeout_min": 60, ...},        as in config.yaml
+     "setup": ["module load cuda"],            the site's shell lines that a job begins with
+     "config_hash": "77d0...", "code_hash": "5b1e...",        of config.yaml and code/
+     "num_tasks": 4,
+     "after": ["/runs/cache/demo/20261123-091529-x2aa"],      runs that must finish first
+     "jobs": [{"id": "1042", "tasks": [0, 1, 2, 3], "array": true, "submitted": 1795424130.9, "sbatch": "#!/bin/bash\n..."}],
+     "changes": [{"time": 1795424200.0, "by": "ana@login1", "what": {"partition": ["main", "low"]}, "how": "scontrol"}]}
+
+`jobs` has one entry a submission, oldest first. Position k of an array job (`1042_k`) works on task `tasks[k]`; a plain
+job (`"array": false`, id `1042`) has one task. Ids of the local executor are process ids. A task that was submitted
+again is in several entries; the last one holds. Slurm gives ids out anew when its database is lost, so a job is known by
+`cluster` and id and, better, by the run directory that its comment names.
+
+attempts.jsonl: {"event": "start", "time": 1795424131.2, "job": "1042_0", "restart": 0, "host": "n1", "pid": 4711, "driver": ...} and
+{"event": "end", "time": ..., "job": "1042_0", "restart": 0, "status": "stopped", "reason": "SIGTERM", "next": "requeued"}.
+
+result.json, written when an attempt ends by itself: {"status": "finished", "started": ..., "ended": ..., "job": "1042_0",
+"error": null, "result": {...}}. `status` is finished, failed (`error` says why) or stopped; `result` is what the stage
+returned. A task that is killed leaves none: its lock, or the queue, tells.
+"""
+
+import json
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline import records
+from pipeline.config import load, yaml_file
+from pipeline.config.errors import UserError
+from pipeline.config.schema import build
+from pipeline.config.stage import StageConfig
+from slurm.record import holder
+
+Json = dict[str, Any]
+
+STATES = ("new", "queued", "running", "stopped", "cancelled", "failed", "finished")
+"""new: frozen, never submitted. queued: submitted, no process has it now. running: a process holds it. stopped: it was asked
+to, or its process was killed. cancelled: taken out of the queue by `crosscoder cancel` before it began."""
+
+_ID = re.compile(r"\d{8}-\d{6}-[0-9a-z]{4}")
+_ID_LETTERS = "0123456789abcdefghijkmnpqrstvwxyz"
+
+
+class RunDirectory:
+    """The files of one run, as they are whenever one is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self._known_job: tuple[tuple[int, int], Json] | None = None
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def reference(self) -> str:
+        """`stage/name/id`: short, unique, and what every command accepts."""
+        return "/".join(self.path.parts[-3:])
+
+    def __repr__(self) -> str:
+        return f"RunDirectory({str(self.path)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RunDirectory) and other.path == self.path
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
+    # -- the frozen record ------------------------------------------------------------------------------------------
+
+    @property
+    def code(self) -> Path:
+        return self.path / "code"
+
+    def config_values(self) -> Json:
+        """The resolved configuration as plain values."""
+        return yaml_file.read(self.path / "config.yaml")
+
+    def config(self) -> StageConfig:
+        """The frozen configuration, typed. It is resolved already: the site's settings play no part."""
+        values = self.config_values()
+        return build(load.config_class(values["stage"]), values, str(self.path / "config.yaml"))
+
+    def job(self) -> Json:
+        return dict(records.read_json(self.path / "job.json"))
+
+    def _job(self) -> Json:
+        """job.json to read from only; parsed again when it was replaced: the thousand tasks of an array ask for it often."""
+        path = self.path / "job.json"
+        stat = path.stat() if path.exists() else None
+        version = (stat.st_ino, stat.st_mtime_ns) if stat else (0, 0)
+        if self._known_job is None or self._known_job[0] != version:
+            self._known_job = (version, self.job())
+        return self._known_job[1]
+
+    def write_job(self, job: Json) -> None:
+        records.write_json(self.path / "job.json", job)
+
+    def inputs(self) -> Json:
+        return _read_or_none(self.path / "inputs.json") or {}
+
+    @property
+    def stage(self) -> str:
+        return str(self._job()["stage"])
+
+    def record_of_task(self, task: int) -> "RunDirectory":
+        """The directory with the task's config.yaml, inputs.json and job.json: of a sweep its own, else the run's."""
+        return RunDirectory(self.task_directory(task)) if self.stage == "sweep" else self
+
+    @property
+    def submitted(self) -> float:
+        """When it was frozen for its first submission."""
+        return float(self._job()["submitted"])
+
+    @property
+    def num_tasks(self) -> int:
+        return int(self._job()["num_tasks"])
+
+    # -- tasks ------------------------------------------------------------------------------------------------------
+
+    def task_directory(self, task: int, num_tasks: int | None = None) -> Path:
+        """Where task `task` keeps its progress, log, checkpoints and result."""
+        alone = (num_tasks or self.num_tasks) == 1 and not (self.path / "tasks").exists()
+        return self.path if alone else self.path / "tasks" / str(task)
+
+    def progress(self, task: int = 0) -> Json | None:
+        """The last heartbeat (see `pipeline.run.Run.report`), or None before the first."""
+        return _read_or_none(self.task_directory(task) / "progress.json")
+
+    def result(self, task: int = 0) -> Json | None:
+        """How the task ended, or None while it hasn't."""
+        return _read_or_none(self.task_directory(task) / "result.json")
+
+    def attempts(self, task: int = 0) -> list[Json]:
+        """The lines of attempts.jsonl, oldest first; a half-written last line is left out."""
+        return read_lines(self.task_directory(task) / "attempts.jsonl")
+
+    def job_of_task(self, task: int) -> str | None:
+        """The id under which the task was last submitted (`1042` or `1042_3`), or None if it never was."""
+        for entry in reversed(self._job()["jobs"]):
+            if task in entry["tasks"]:
+                return f"{entry['id']}_{entry['tasks'].index(task)}" if entry["array"] else str(entry["id"])
+        return None
+
+    def task_state(self, task: int = 0) -> str:
+        """One of `STATES`, from the files alone: a job that Slurm dropped before it began still reads as queued."""
+        directory = self.task_directory(task)
+        if (directory / "lock.json").exists():
+            return "running" if holder.looks_held(directory / "lock.json") else "stopped"
+        result = self.result(task)
+        if result is not None:
+            return str(result["status"])
+        job_id = self.job_of_task(task)
+        if job_id is not None:
+            return "cancelled" if job_id in self.cancelled_jobs() else "queued"
+        return "stopped" if (directory / "attempts.jsonl").exists() else "new"
+
+    def cancelled_jobs(self) -> set[str]:
+        """The ids of jobs that `crosscoder cancel` took out of the queue."""
+        return {job_id for change in self._job().get("changes", ()) for job_id in change["what"].get("cancelled", [])}
+
+    def states(self) -> dict[str, int]:
+        """How many tasks are in each state; states without any are left out."""
+        counts = dict.fromkeys(STATES, 0)
+        for task in range(self.num_tasks):
+            counts[self.task_state(task)] += 1
+        return {state: count for state, count in counts.items() if count}
+
+    def state(self) -> str:
+        """The run's state: running if any task is, else failed, stopped, cancelled, queued or new if any is, else finished."""
+        states = self.states()
+        return next(s for s in ("running", "failed", "stopped", "cancelled", "queued", "new", "finished") if s in states)
+
+    def log_files(self, task: int = 0) -> list[Path]:
+        """The task's logs, oldest attempt first."""
+        return sorted((self.task_directory(task) / "log").glob("*.log"), key=lambda path: path.stat().st_mtime)
+
+    def start_files(self) -> list[Path]:
+        """What jobs printed before they reached the run's own code: where to look when a job left no log."""
+        return sorted(path for ending in ("out", "err") for path in (self.path / "submitit").glob(f"*_log.{ending}"))
+
+
+def read_lines(path: Path) -> list[Json]:
+    """The JSON values of a file that processes append lines to; lines that a kill cut short are left out."""
+    if not path.exists():
+        return []
+    values = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            values.append(json.loads(line))
+        except ValueError:
+            continue
+    return values
+
+
+def append_line(path: Path, value: Json) -> None:
+    """Appends one JSON line in one write, so that two processes never mix theirs."""
+    with open(path, "ab", buffering=0) as file:
+        file.write((json.dumps(value) + "\n").encode())
+
+
+def _read_or_none(path: Path) -> Json | None:
+    return dict(records.read_json(path)) if path.exists() else None
+
+
+# -- creating, finding, listing ---------------------------------------------------------------------------------------
+
+
+def new_id(now: float | None = None) -> str:
+    """An id that sorts by time: `20261123-091530-k3f9`."""
+    letters = "".join(secrets.choice(_ID_LETTERS) for _ in range(4))
+    return time.strftime("%Y%m%d-%H%M%S", time.localtime(now)) + "-" + letters
+
+
+def create(runs: Path, stage: str, name: str) -> RunDirectory:
+    """A new, empty run directory under the root `runs`."""
+    while True:
+        path = runs / stage / name / new_id()
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return RunDirectory(path)
+
+
+def list_runs(runs: Path, stage: str = "*", name: str = "*") -> list[RunDirectory]:
+    """Every run under the root `runs`, oldest first."""
+    paths = [path.parent for path in runs.glob(f"{stage}/{name}/*/job.json") if _ID.fullmatch(path.parent.name)]
+    return [RunDirectory(path) for path in sorted(paths, key=lambda path: (path.name, path))]
+
+
+def find(reference: str, runs: Path) -> RunDirectory:
+    """The run that `reference` names: a path, `stage/name` (its newest run), `stage/name/id`, an id or its end, or a job id.
+
+    Raises `UserError` when there is none, or when several fit.
+    """
+    path = Path(reference).expanduser()
+    if (path / "job.json").exists():
+        return RunDirectory(path)
+    parts = [part for part in reference.strip("/").split("/") if part]
+    if path.is_absolute() and path.is_relative_to(runs):
+        parts = list(path.relative_to(runs).parts)
+    found = list(_matching(parts, runs))
+    if not found:
+        known = sorted({"/".join(run.path.parts[-3:-1]) for run in list_runs(runs)})
+        raise UserError(f"no run is called {reference!r} under {runs}; runs there: {', '.join(known[:20]) or 'none'}")
+    if len(parts) == 1 and len(found) > 1:
+        raise UserError(f"{reference!r} fits {len(found)} runs: {', '.join(run.reference for run in found[-5:])}; name one")
+    return found[-1]
+
+
+def _matching(parts: list[str], runs: Path) -> Iterator[RunDirectory]:
+    if any(re.search(r"[*?\[]", part) for part in parts) or not 1 <= len(parts) <= 3:
+        return
+    if len(parts) == 1:
+        yield from (run for run in list_runs(runs) if _ends_so(run, parts[0]) or has_job(run, parts[0]))
+        return
+    yield from (run for run in list_runs(runs, parts[0], parts[1]) if len(parts) == 2 or _ends_so(run, parts[2]))
+
+
+def _ends_so(run: RunDirectory, part: str) -> bool:
+    """Whether `part` is the run's id or its end, of four letters at least: `7` is a job, not every run whose id ends so."""
+    return len(part) >= 4 and run.id.endswith(part)
+
+
+def has_job(run: RunDirectory, job_id: str) -> bool:
+    """Whether the run was submitted as the job `job_id` (`1042`, or `1042_3` for one task of an array)."""
+    array, underscore, position = job_id.partition("_")
+    return array.isdigit() and any(
+        str(entry["id"]) == array and (not underscore or (position.isdigit() and int(position) < len(entry["tasks"])))
+        for entry in run.job()["jobs"]
+    )
+
+
+def newest_finished(runs: Path, stage: str, name: str) -> RunDirectory | None:
+    """The newest run of that name whose every task finished, or None."""
+    return next((run for run in reversed(list_runs(runs, stage, name)) if run.state() == "finished"), None)

@@ -1,0 +1,51 @@
+"""Works on runs at this terminal: fresh ones in this process, earlier ones in a process on their frozen code."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from slurm.execution.executor import frozen_variables
+from slurm.execution.local_queue import give_up
+from slurm.execution.terminal import logged_to
+from slurm.execution.worker import work
+from slurm.record.run_directory import RunDirectory
+from slurm.submission.freezing import Planned
+
+
+def run_here(planned: Sequence[Planned]) -> None:
+    """Works on the planned runs in this process, in order; ends the process at the first that does not finish."""
+    for position, item in enumerate(planned):
+        if item.run is None:
+            print(f"{item.config.stage} {item.config.name}: skipped; {item.skipped}")
+            continue
+        print(f"run {item.run.path}", flush=True)
+        for task in range(item.config.resources.array_tasks):
+            with logged_to(item.run.task_directory(task) / "log" / "terminal.log"):
+                code = work(item.run.path, task, frozen=False, interactive=True)
+            if code:
+                _give_up_rest(planned[position + 1 :], item.run)
+                raise SystemExit(code)
+
+
+def _give_up_rest(planned: Sequence[Planned], failed: RunDirectory) -> None:
+    for item in planned:
+        if item.run is not None:
+            reason = f"{item.run.reference} was not started: {failed.reference}, which comes before it, did not finish"
+            give_up(item.run, list(range(item.run.num_tasks)), reason)
+
+
+def run_frozen_here(run: RunDirectory, tasks: Sequence[int]) -> int:
+    """Works on tasks of an earlier run in a process on its frozen code, at this terminal; the first exit code that is not 0."""
+    for task in tasks:
+        command = [sys.executable, "-u", "-m", "slurm.execution.worker", str(run.path), str(task)]
+        with subprocess.Popen(command, env=os.environ | frozen_variables(run)) as process:
+            while True:
+                try:
+                    code = process.wait()
+                    break
+                except KeyboardInterrupt:  # the terminal sends it to the process too, which saves and stops
+                    continue
+        if code:
+            return code
+    return 0

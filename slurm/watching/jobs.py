@@ -1,0 +1,279 @@
+"""My jobs: what Slurm's queue, the run directories and their heartbeats know, joined into one row a task. Pure functions.
+
+The truth about success is the run's own record; about waiting, place and time it is Slurm's queue. A job that Slurm has
+forgotten (MinJobAge after its end) lives on in its run directory; one that died without a result is told as lost.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from pipeline.config.errors import UserError
+from pipeline.run import duration
+from slurm.client import job_reasons
+from slurm.client.job_output import Job
+
+STALE_HEARTBEAT_S = 120.0
+"""A stage reports every few seconds; silence this long is worth a word."""
+
+NO_SLURM = "no Slurm answers on this machine, so what became of its job is not known here"
+
+STATES = ("running", "waiting", "held", "stopped", "failed", "cancelled", "lost", "finished", "new")
+"""In the order of the listing's interest. lost: neither queue nor run directory says how it ended."""
+
+
+class Task(NamedTuple):
+    """One task of a run, as its directory tells. `file_state` as `RunDirectory.task_state` gives it."""
+
+    run: str
+    stage: str
+    name: str
+    task: int
+    num_tasks: int
+    executor: str
+    job_id: str | None
+    file_state: str
+    is_held: bool = False
+    """Whether a process works on it now, as far as its lock tells."""
+    progress: dict[str, Any] | None = None
+    result: dict[str, Any] | None = None
+    waits_for: tuple[str, ...] = ()
+    failed_parents: tuple[str, ...] = ()
+    """Those of `waits_for` that failed or were stopped: Slurm cancels what needs them."""
+    was_cancelled: bool = False
+    """Whether `crosscoder cancel` ended its last job."""
+    limit_s: int | None = None
+
+
+class Row(NamedTuple):
+    """One line of the listing. Times are seconds, moments seconds since 1970; None where unknown."""
+
+    job: str
+    name: str
+    state: str
+    run: str = ""
+    stage: str = ""
+    task: int | None = None
+    num_tasks: int = 1
+    slurm_state: str = ""
+    reason: str = ""
+    node: str = ""
+    partition: str = ""
+    gpus: str = ""
+    elapsed_s: float | None = None
+    limit_s: int | None = None
+    phase: str = ""
+    step: float | None = None
+    total: float | None = None
+    unit: str = ""
+    percent: float | None = None
+    rate: float | None = None
+    starts: float | None = None
+    ends: float | None = None
+    warning: str = ""
+
+
+def join(jobs: Sequence[Job] | None, tasks: Sequence[Task], *, now: float, remembered: Sequence[Job] = ()) -> list[Row]:
+    """A row for each task, and for each job of mine that belongs to no run; sorted by state.
+
+    jobs : the queue; None where no Slurm answers.
+    remembered : what accounting knows of jobs that the queue has forgotten.
+    """
+    queue = jobs or []
+    by_id = {job.id: job for job in remembered} | {job.id: job for job in queue}
+    rows = [_row_of_task(task, by_id.get(task.job_id or ""), now) for task in tasks]
+    if jobs is None:
+        pairs = zip(rows, tasks, strict=True)
+        rows = [row._replace(reason=NO_SLURM) if row.state == "lost" and task.executor == "slurm" else row for row, task in pairs]
+    known = {task.job_id for task in tasks}
+    rows += [_row_of_foreign_job(job) for job in queue if job.id not in known]
+    return sorted(rows, key=lambda row: STATES.index(row.state))
+
+
+def forgotten(jobs: Sequence[Job], tasks: Sequence[Task]) -> list[str]:
+    """Ids of Slurm jobs that have no end on record and are not in the queue: for accounting to explain."""
+    queue = {job.id for job in jobs}
+    return [
+        t.job_id for t in tasks if t.executor == "slurm" and t.job_id and t.job_id not in queue and t.file_state in ("queued", "running")
+    ]
+
+
+def _row_of_task(task: Task, job: Job | None, now: float) -> Row:
+    state, reason = _state(task, job)
+    beat = _current_beat(task, job)
+    running = state == "running"
+    left = beat.get("seconds_left") if running else None
+    ends = beat["time"] + left if left is not None else None
+    step, total = beat.get("step"), beat.get("total")
+    return Row(
+        job=task.job_id or "",
+        run=task.run,
+        stage=task.stage,
+        name=task.name,
+        task=task.task if task.num_tasks > 1 else None,
+        num_tasks=task.num_tasks,
+        state=state,
+        slurm_state=job.state if job else "",
+        reason=reason,
+        node=job.nodes if job else "",
+        partition=job.partition if job else "",
+        gpus=job.gpus if job else "",
+        elapsed_s=_elapsed(task, job, now),
+        limit_s=job.limit_s if job else task.limit_s,
+        phase=str(beat.get("phase", "")),
+        step=step,
+        total=total,
+        unit=str(beat.get("unit", "")),
+        percent=100 * step / total if step is not None and total else None,
+        rate=beat.get("rate") if running else None,
+        starts=job.started if job and state == "waiting" else None,
+        ends=ends,
+        warning=_warning(job, beat, ends, now) if running else "",
+    )
+
+
+def _row_of_foreign_job(job: Job) -> Row:
+    """A job of mine that no run directory knows: submitted by other means, or its directory is gone."""
+    state = slurm_state_in_words(job)
+    return Row(
+        job=job.id,
+        name=job.name,
+        state=state,
+        slurm_state=job.state,
+        reason=job_reasons.in_words(job),
+        node=job.nodes,
+        partition=job.partition,
+        gpus=job.gpus,
+        elapsed_s=job.elapsed_s,
+        limit_s=job.limit_s,
+        starts=job.started if state == "waiting" else None,
+    )
+
+
+def slurm_state_in_words(job: Job) -> str:
+    """Slurm's state as one of `STATES`."""
+    if job.state == "PENDING":
+        return "held" if job.priority == 0 or job.reason.startswith("JobHeld") else "waiting"
+    if job.is_running:
+        return "running"
+    if job.state in ("REQUEUED", "REQUEUE_FED", "UNKNOWN"):
+        return "waiting"
+    if job.state in ("REQUEUE_HOLD", "RESV_DEL_HOLD"):
+        return "held"
+    return {"COMPLETED": "finished", "CANCELLED": "cancelled", "PREEMPTED": "stopped"}.get(job.state, "failed")
+
+
+def _state(task: Task, job: Job | None) -> tuple[str, str]:
+    """The state and its reason in words."""
+    status = (task.result or {}).get("status")
+    if status == "finished":
+        return "finished", ""
+    if job is not None and not job.is_final:
+        return slurm_state_in_words(job), job_reasons.in_words(job, task.waits_for)
+    if status in ("failed", "stopped"):
+        return str(status), _first_line((task.result or {}).get("error"))
+    if job is not None:
+        state = slurm_state_in_words(job)
+        if state == "finished":  # Slurm saw it end well, but there is no result: its process was not ours, or the disk was full
+            return "failed", "ended without a result; its log may say why"
+        return state, job_reasons.in_words(job, task.waits_for)
+    return _state_without_job(task)
+
+
+def _state_without_job(task: Task) -> tuple[str, str]:
+    again = f"`crosscoder submit --resume {task.run}` goes on from there"
+    if task.file_state == "new":
+        return "new", "was never submitted"
+    if task.is_held:
+        return "running", "" if task.executor != "slurm" else "its process lives, but Slurm no longer knows its job"
+    if task.was_cancelled:
+        return "cancelled", f"was cancelled; {again}"
+    if task.failed_parents:
+        return "cancelled", f"cancelled: it needed {', '.join(task.failed_parents)}, which failed or was cancelled"
+    if task.executor == "slurm":
+        return "lost", f"Slurm no longer knows it and it left no result: cancelled or killed; {again}"
+    if task.file_state == "queued" and task.executor == "local":
+        return "lost", f"the process that was to run it is gone; {again}"
+    return "lost", f"its process is gone and left no result; {again}"
+
+
+def _current_beat(task: Task, job: Job | None) -> dict[str, Any]:
+    """The last heartbeat. Of an earlier attempt only how far it came: its rate and its end say nothing of this one."""
+    beat = dict(task.progress or {})
+    if beat and job is not None and job.started and beat.get("time", 0.0) < job.started:
+        beat |= {"rate": None, "seconds_left": None, "time": job.started}
+    return beat
+
+
+def _elapsed(task: Task, job: Job | None, now: float) -> float | None:
+    if job is not None:
+        return float(job.elapsed_s)
+    if task.result and task.result.get("started") and task.result.get("ended"):
+        return float(task.result["ended"] - task.result["started"])
+    if task.progress and task.is_held:
+        return now - float(task.progress["started"])
+    return None
+
+
+def _warning(job: Job | None, beat: dict[str, Any], ends: float | None, now: float) -> str:
+    silent = now - beat["time"] if beat else 0.0
+    if silent > STALE_HEARTBEAT_S:
+        return f"no sign of life for {duration(silent)}"
+    if job is None or job.limit_s is None or job.started is None or ends is None:
+        return ""
+    over = ends - (job.started + job.limit_s)
+    return f"needs {duration(over)} more than its time limit" if over > 0 else ""
+
+
+def _first_line(error: Any) -> str:
+    lines = [line for line in str(error or "").strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else ""
+
+
+# -- folding ----------------------------------------------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    """Rows of one run that read alike, as one line of the table."""
+
+    rows: list[Row]
+
+    @property
+    def job(self) -> str:
+        """`1042_[1-3,7]` for several tasks."""
+        ids = [row.job for row in self.rows]
+        arrays = {job.partition("_")[0] for job in ids}
+        if len(ids) == 1 or len(arrays) != 1 or not all(job.partition("_")[2].isdigit() for job in ids):
+            return ids[0] if len(ids) == 1 else f"{ids[0]} and {len(ids) - 1} more"
+        return f"{arrays.pop()}_[{ranges([int(job.partition('_')[2]) for job in ids])}]"
+
+
+def fold(rows: Sequence[Row]) -> list[Line]:
+    """The rows with tasks of one run together that are in the same state for the same reason; running ones stay apart."""
+    lines: dict[Any, Line] = {}
+    for index, row in enumerate(rows):
+        alone = row.state == "running" or row.task is None
+        key = index if alone else (row.run, row.state, row.reason.replace(row.job, ""))
+        lines.setdefault(key, Line([])).rows.append(row)
+    return list(lines.values())
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Numbers as Slurm writes them: `0-3,7`."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def parse_ranges(text: str) -> list[int]:
+    """The numbers of `3`, `[1-3,7]` or `[1-3,7%2]`."""
+    numbers: list[int] = []
+    for part in text.strip("[]").partition("%")[0].split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UserError(f"{text!r} does not name tasks of an array; write 3, or [1-3,7]")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
