@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from tiny_models import tiny_gpt2
 
@@ -110,3 +111,22 @@ def loss_row(document: Json, layer: str, by: str, source: str | None = None) -> 
 def _row(rows: list[Json], layer: str, by: str, source: str | None) -> Json:
     (found,) = [row for row in rows if (row["layer"], row["by"], row["source"]) == (layer, by, source)]
     return dict(found)
+
+
+# -- fixtures: a module of tests takes them by their names, `metrics = evaluation_pieces.metrics` --------------------------------
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Pieces:
+    return Pieces(tmp_path_factory.mktemp("evaluation"))
+
+
+@pytest.fixture(scope="module")
+def trained_run(pieces: Pieces) -> Path:
+    config = batch_topk_config()
+    return pieces.write_crosscoder(config, random_crosscoder(config))
+
+
+@pytest.fixture(scope="module")
+def metrics(pieces: Pieces, trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Json:
+    return evaluated(pieces, trained_run, tmp_path_factory.mktemp("run"))

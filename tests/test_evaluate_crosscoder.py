@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import evaluation_pieces
 import pytest
 import torch
 from evaluation_pieces import (
@@ -32,21 +33,7 @@ from pipeline.evaluation import tables
 from pipeline.run import Run, Stopped
 from pipeline.stages import evaluate_crosscoder
 
-
-@pytest.fixture(scope="module")
-def pieces(tmp_path_factory: pytest.TempPathFactory) -> Pieces:
-    return Pieces(tmp_path_factory.mktemp("evaluation"))
-
-
-@pytest.fixture(scope="module")
-def trained_run(pieces: Pieces) -> Path:
-    config = batch_topk_config()
-    return pieces.write_crosscoder(config, random_crosscoder(config))
-
-
-@pytest.fixture(scope="module")
-def metrics(pieces: Pieces, trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Json:
-    return evaluated(pieces, trained_run, tmp_path_factory.mktemp("run"))
+pieces, trained_run, metrics = evaluation_pieces.pieces, evaluation_pieces.trained_run, evaluation_pieces.metrics
 
 
 # -- what it writes and says ------------------------------------------------------------------------------------------------------

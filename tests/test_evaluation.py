@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import evaluation_pieces
 import numpy as np
 import pytest
 import safetensors.torch
@@ -27,21 +28,7 @@ from torch import Tensor
 from pipeline.config.crosscoder import CrosscoderConfig, Relu
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder, load_crosscoder
 
-
-@pytest.fixture(scope="module")
-def pieces(tmp_path_factory: pytest.TempPathFactory) -> Pieces:
-    return Pieces(tmp_path_factory.mktemp("evaluation"))
-
-
-@pytest.fixture(scope="module")
-def trained_run(pieces: Pieces) -> Path:
-    config = batch_topk_config()
-    return pieces.write_crosscoder(config, random_crosscoder(config))
-
-
-@pytest.fixture(scope="module")
-def metrics(pieces: Pieces, trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Json:
-    return evaluated(pieces, trained_run, tmp_path_factory.mktemp("run"))
+pieces, trained_run, metrics = evaluation_pieces.pieces, evaluation_pieces.trained_run, evaluation_pieces.metrics
 
 
 # -- a slow evaluation: one context after the other, straight from the documents, with hooks of its own --------------------------
