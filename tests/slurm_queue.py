@@ -1,16 +1,12 @@
-"""A toy project that submits to a private cluster, and how tests wait for what becomes of it."""
+"""A toy project that submits to a private cluster, and what became of its jobs."""
 
 import re
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from toy_project import ToyProject
 
 from slurm.cluster.daemons import PrivateCluster
 from slurm.record.run_directory import RunDirectory
-
-PATIENCE_SECONDS = 60.0
 
 
 class Queue:
@@ -34,19 +30,3 @@ class Queue:
 
     def detail(self, job: str) -> str:
         return self.cluster.command("scontrol", "show", "job", "-o", job)
-
-
-def wait_until(holds: Callable[[], bool], what: str, *, patience_seconds: float = PATIENCE_SECONDS) -> None:
-    deadline = time.monotonic() + patience_seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"{what}: not within {patience_seconds} s"
-        time.sleep(0.1)
-
-
-def finished(run: RunDirectory) -> bool:
-    return run.state() == "finished"
-
-
-def at_step(run: RunDirectory, step: int) -> bool:
-    progress = run.progress()
-    return progress is not None and progress["step"] >= step

@@ -2,11 +2,12 @@
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from toy_project import ToyProject
+from waiting import wait_until
 
 from pipeline.config.errors import UserError
 from pipeline.config.resources import Resources
@@ -17,15 +18,6 @@ from slurm.client.job_output import Job
 from slurm.cluster.daemons import PrivateCluster
 from slurm.record.run_directory import RunDirectory
 from slurm.watching import job_listing, jobs
-
-PATIENCE_S = 40.0
-
-
-def wait_until(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < deadline, f"{what}: not within {PATIENCE_S} s"
-        time.sleep(0.05)
 
 
 class Queue:

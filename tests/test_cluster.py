@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from pipeline.config.errors import UserError
 from slurm.client import processes, slurm_commands, slurm_queries
@@ -19,15 +20,6 @@ from slurm.cluster.daemons import MAX_DIRECTORY_LENGTH, PrivateCluster
 from slurm.cluster.layout import Partition
 
 pytestmark = pytest.mark.slurm
-
-PATIENCE_S = 40.0
-
-
-def wait_until(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < deadline, f"{what}: not within {PATIENCE_S} s"
-        time.sleep(0.05)
 
 
 def sbatch(cluster: PrivateCluster, script: str, *options: str) -> str:

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm_queue import Queue, at_step, finished, wait_until
+from slurm_queue import Queue
 from toy_project import ToyProject
+from waiting import at_step, finished, wait_until
 
 from slurm.cluster import faults
 from slurm.cluster.daemons import PrivateCluster

@@ -7,12 +7,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from toy_project import ToyProject
+from waiting import finished, wait_until
 
 from pipeline import records
 from slurm.record.run_directory import RunDirectory
@@ -27,17 +27,6 @@ def project(tmp_path: Path) -> ToyProject:
 
 def runs_of(output: str) -> list[RunDirectory]:
     return [RunDirectory(Path(path)) for path in re.findall(r"^run (.*)$", output, re.M)]
-
-
-def wait_until(holds: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not holds():
-        assert time.monotonic() < deadline, f"{what}: not within {PATIENCE_SECONDS} s"
-        time.sleep(0.05)
-
-
-def finished(run: RunDirectory) -> bool:
-    return run.state() == "finished"
 
 
 # -- run and debug --------------------------------------------------------------------------------------------------

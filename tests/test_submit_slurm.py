@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from slurm_queue import Queue, at_step, finished, wait_until
+from slurm_queue import Queue
 from toy_project import ToyProject
+from waiting import at_step, finished, wait_until
 
 from pipeline.config.errors import UserError
 from slurm.client import slurm_commands

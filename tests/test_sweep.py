@@ -1,10 +1,10 @@
 import csv
 import re
-import time
 from pathlib import Path
 
 import pytest
 from toy_project import ToyProject
+from waiting import wait_until
 
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
@@ -56,10 +56,7 @@ def test_a_sweep_runs_each_configuration_in_a_directory_of_its_own_and_lists_the
     assert done.returncode == 0, done.stderr
     (path,) = re.findall(r"^run (.*)$", done.stdout, re.M)
     run = RunDirectory(Path(path))
-    deadline = time.monotonic() + 60
-    while sum(run.states().get(state, 0) for state in ("finished", "failed")) < 6:
-        assert time.monotonic() < deadline, run.states()
-        time.sleep(0.1)
+    wait_until(lambda: sum(run.states().get(state, 0) for state in ("finished", "failed")) == 6, "the tasks")
     assert [run.record_of_task(task).config_values()["steps"] for task in range(6)] == [2, 2, 9, 9, 4, 4]
     assert (run.result(0) or {})["result"]["task"] == 0
     rows = sweep_results.gather(run)
@@ -73,9 +70,7 @@ def test_a_sweep_runs_each_configuration_in_a_directory_of_its_own_and_lists_the
     changed = run.path / "tasks/1/config.yaml"
     changed.write_text(changed.read_text().replace("fail_at: 1", "fail_at: null"))
     project.crosscoder("submit", "--resume", run.reference)
-    while "was changed after it was frozen" not in str((run.result(1) or {}).get("error")):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: "was changed after it was frozen" in str((run.result(1) or {}).get("error")), "the refusal")
 
 
 def test_a_fault_in_one_task_is_named_with_its_changes_and_nothing_is_frozen(project: ToyProject) -> None:

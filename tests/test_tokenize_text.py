@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import tokenizers
 import xxhash
 from token_fixtures import compressed, files_of, json_lines, make_texts, make_tokenizer, tokenize
+from waiting import wait_until
 
 from pipeline import records
 from pipeline.config.errors import UserError
@@ -153,7 +153,7 @@ def test_killed_at_any_point_it_redoes_only_unfinished_parts_and_ends_with_the_s
     tokenize(corpus, output=str(corpus / "whole"), **settings)
     children = kill_after_parts(corpus, settings, parts=2)
     assert len(children) >= (processes if processes > 1 else 0)
-    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children), "the children's end")
     kept = {path: path.stat().st_mtime_ns for path in (corpus / "tokens").rglob("s0-00[01].*") if ".tmp" not in path.name}
     total = len(list((corpus / "whole" / "train").glob("*.bin")))
     assert 2 <= len(list((corpus / "tokens/train").glob("s0-*.json"))) < total
@@ -170,19 +170,16 @@ def kill_after_parts(corpus, settings, *, parts):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     process = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.DEVNULL)
     try:
-        wait_until(lambda: len(list((corpus / "tokens").rglob("s0-*.json"))) >= 2 * parts or process.poll() is not None)
+        wait_until(
+            lambda: len(list((corpus / "tokens").rglob("s0-*.json"))) >= 2 * parts or process.poll() is not None,
+            "the parts",
+            poll_seconds=0.005,
+        )
         assert process.poll() is None, "it ended before it could be killed"
         return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-
-
-def wait_until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_asked_to_stop_it_keeps_finished_parts_and_goes_on_from_there(corpus, tmp_path):

@@ -4,11 +4,11 @@ import os
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 from toy_project import ToyProject
+from waiting import wait_until
 
 from pipeline.config.site_file import Site
 from slurm.client import slurm_queries
@@ -16,8 +16,6 @@ from slurm.cluster import layout
 from slurm.cluster.daemons import PrivateCluster
 from slurm.record.run_directory import RunDirectory
 from slurm.watching import job_listing, watch
-
-PATIENCE_S = 40.0
 
 
 def submit(project: ToyProject, cluster: PrivateCluster, *arguments: str) -> RunDirectory:
@@ -30,10 +28,7 @@ def submit(project: ToyProject, cluster: PrivateCluster, *arguments: str) -> Run
 
 def wait_for_progress(run: RunDirectory) -> None:
     """Until the run's first task has made a step and printed its first line."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not (run.progress() and any("hello from" in path.read_text() for path in run.log_files())):
-        assert time.monotonic() < deadline, f"{run.reference} made no step within {PATIENCE_S} s"
-        time.sleep(0.05)
+    wait_until(lambda: run.progress() and any("hello from" in path.read_text() for path in run.log_files()), "the first step")
 
 
 @pytest.mark.slurm
@@ -96,17 +91,11 @@ def test_accounting_tells_how_a_job_ended_that_the_queue_has_forgotten(
     job = str(run.job_of_task(0))
     wait_for_progress(run)
     cluster.command("scontrol", "requeue", job)  # a first run, that accounting keeps beside the second
-    deadline = time.monotonic() + PATIENCE_S
-    while [line["restart"] for line in run.attempts() if line["event"] == "start"] != [0, 1]:
-        assert time.monotonic() < deadline, run.attempts()
-        time.sleep(0.1)
+    wait_until(lambda: [line["restart"] for line in run.attempts() if line["event"] == "start"] == [0, 1], "the second attempt")
     os.kill(run.attempts()[-1]["pid"], signal.SIGKILL)  # no word, no result
-    while slurm_queries.my_jobs()[0].state == "RUNNING":
-        time.sleep(0.1)
+    wait_until(lambda: slurm_queries.my_jobs()[0].state != "RUNNING", "the job's end")
     assert slurm_queries.has_accounting(slurm_queries.configuration())
-    while [known.state for known in slurm_queries.finished_jobs([job])] in ([], ["RUNNING"], ["COMPLETING"]):
-        assert time.monotonic() < deadline + PATIENCE_S, "accounting lags"
-        time.sleep(0.2)
+    wait_until(lambda: slurm_queries.finished_jobs([job])[:1] and slurm_queries.finished_jobs([job])[0].is_final, "accounting's word of it")
     cluster.stop()
     cluster.start(layout.pretended(accounting=True), fresh=True)
     assert slurm_queries.my_jobs() == []
