@@ -131,6 +131,14 @@ def test_a_missing_program_is_said_with_what_to_do() -> None:
         slurm_commands.run("no-such-program")
 
 
+def test_a_program_on_the_path_that_may_not_be_executed_is_missing_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's answer is the same where PATH names a directory that the user may not read."""
+    (tmp_path / "squeue").write_text("#!/bin/sh\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(slurm_commands.CommandMissing, match="squeue is not installed on this machine; install Slurm"):
+        slurm_commands.run("squeue")
+
+
 def test_a_configuration_that_is_gone_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
     with pytest.raises(UserError, match=r"SLURM_CONF is .*slurm.conf, which does not exist; unset it, or start that cluster"):

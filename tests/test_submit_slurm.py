@@ -174,14 +174,15 @@ def test_what_the_cluster_cannot_give_is_refused_before_anything_is_queued(queue
 
 
 def test_a_preemption_any_signal_to_stop_and_a_requeue_by_hand_save_and_go_on(queue: Queue) -> None:
-    ways = {"term": "--signal=TERM", "usr1": "--signal=USR1", "usr2": "--signal=USR2"}
+    ways = {"term": "scancel --signal=TERM", "usr1": "scancel --signal=USR1", "usr2": "scancel --signal=USR2", "byhand": "scontrol requeue"}
+    runs = {}
+    for name, way in ways.items():  # each at once: on a busy machine the first would have ended before the last has begun
+        runs[name] = queue.submit(queue.project.config(name, steps=35, step_seconds=0.2), "--node", "n1")[0]
+        wait_until(lambda run=runs[name]: at_step(run, 2), "the first steps")
+        queue.cluster.command(*way.split(), queue.job(runs[name]))
     place = ("--partition", "low", "--node", "n2", "resources.cpus=8")
-    runs = {name: queue.submit(queue.project.config(name, steps=35, step_seconds=0.2), "--node", "n1")[0] for name in (*ways, "byhand")}
     runs["preempted"] = queue.submit(queue.project.config("preempted", steps=35, step_seconds=0.2), *place)[0]
-    wait_until(lambda: all(at_step(run, 2) for run in runs.values()), "the first steps")
-    for name, signal in ways.items():
-        queue.cluster.command("scancel", signal, queue.job(runs[name]))
-    queue.cluster.command("scontrol", "requeue", queue.job(runs["byhand"]))
+    wait_until(lambda: at_step(runs["preempted"], 2), "the first steps")
     (high,) = queue.submit(queue.project.config("high"), "resources.cpus=8", "--node", "n2")
     wait_until(lambda: finished(high), "the job that preempts")
     saved = (runs["preempted"].progress() or {})["step"]

@@ -87,7 +87,7 @@ def run(*command: str, timeout_s: float = TIMEOUT_S, variables: Mapping[str, str
         )
     except subprocess.TimeoutExpired as error:
         raise CommandFailed(f"`{text}` gave no answer within {timeout_s:g} s; is its machine or controller up?", None, "") from error
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):  # the latter where PATH names a directory that this user may not read
         hint = f"install Slurm (Debian, Ubuntu: {PACKAGES}), or use --executor local" if command[0] in SLURM_PROGRAMS else "install it"
         raise CommandMissing(f"{command[0]} is not installed on this machine; {hint}") from None
     if done.returncode != 0:
