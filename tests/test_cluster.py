@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,10 +38,14 @@ def node_of(cluster: PrivateCluster, job: str) -> str:
     return cluster.command("squeue", "-h", "-t", "all", "-j", job, "-o", "%N").strip()
 
 
-def of_cluster(cluster: PrivateCluster) -> list[int]:
-    """Every process, but this one, that was started with the cluster's configuration."""
+def of_cluster(cluster: PrivateCluster, jobs: Sequence[str] = ()) -> list[int]:
+    """Every process, but this one, that was started with the cluster's configuration, and the slurmstepds of `jobs`.
+
+    These are known by their title: a newer one shows no environment.
+    """
     pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and int(entry) != os.getpid()]
-    return [pid for pid in pids if processes.belongs_to(pid, cluster.configuration)]
+    titles = tuple(f"slurmstepd: [{job}." for job in jobs)
+    return [pid for pid in pids if processes.belongs_to(pid, cluster.configuration) or processes.command_line(pid).startswith(titles)]
 
 
 @pytest.fixture
@@ -151,11 +155,14 @@ def test_a_job_goes_on_when_only_its_slurmd_dies(cluster: PrivateCluster) -> Non
 
 def test_nothing_is_left_when_it_stops_though_arrays_run(start_cluster: Callable[..., PrivateCluster]) -> None:
     cluster = start_cluster()
-    sbatch(cluster, "setsid sleep 300 & sleep 300", "--array=0-9%6")
-    # Beside the daemons' own (slurmctld, its helper and three slurmd): a slurmstepd, a script and two sleeps for each of six tasks.
-    wait_until(lambda: len(of_cluster(cluster)) >= 20, "the array's processes")
+    array = sbatch(cluster, "setsid sleep 300 & sleep 300", "--array=0-9%6")
+    running = ("squeue", "-h", "-r", "-t", "running", "-j", array, "-o", "%A")
+    wait_until(lambda: len(cluster.command(*running).split()) == 6, "six tasks")
+    jobs = cluster.command(*running).split()
+    # The daemons' own (slurmctld, its helper and three slurmd), and a slurmstepd, a script and two sleeps for each of six tasks.
+    wait_until(lambda: len(of_cluster(cluster, jobs)) >= 5 + 6 * 4, "the array's processes")
     cluster.stop()
-    assert of_cluster(cluster) == []
+    assert of_cluster(cluster, jobs) == []
     assert not processes.pids_file(cluster.directory).exists()
     assert not cluster.is_running()
 

@@ -1,5 +1,6 @@
 """The private cluster's parts that need no Slurm: what this machine has, what is missing, what is written."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,42 @@ def test_a_process_just_started_is_known_as_the_clusters_at_once(tmp_path: Path)
         assert not processes.belongs_to(pid, tmp_path / "other.conf")
         processes.end([pid], configuration_file, patience_s=5)
         assert not processes.belongs_to(pid, configuration_file)
+
+
+def test_a_slurmstepd_that_shows_no_environment_is_known_by_the_log_that_it_keeps_open(tmp_path: Path) -> None:
+    # As from Slurm 24.11 on: it writes its title over its environment.
+    for name in ("log", "other"):
+        (tmp_path / name).mkdir()
+    steps = []
+    for log in ("log/slurmd-n1.log", "log/slurmd-n2.log", "other/slurmd-n1.log"):
+        with (tmp_path / log).open("w") as file:
+            steps.append(subprocess.Popen(["slurmstepd: [7.batch]", "60"], executable="/bin/sleep", env={}, stderr=file))
+    try:
+        assert set(processes.of_jobs(tmp_path / "slurm.conf")) == {steps[0].pid, steps[1].pid}
+        assert list(processes.of_jobs(tmp_path / "slurm.conf", node="n2")) == [steps[1].pid]
+    finally:
+        for step in steps:
+            step.kill()
+            step.wait()
+
+
+def test_a_slurmstepd_is_ended_before_the_job_whose_end_it_would_tell(tmp_path: Path) -> None:
+    variables = {"SLURM_CONF": str(tmp_path / "slurm.conf"), "SLURM_JOB_ID": "7"}
+    (tmp_path / "log").mkdir()
+    with (tmp_path / "log" / "slurmd-n1.log").open("w") as file:
+        job = subprocess.Popen(["sleep", "60"], env=variables)
+        step = subprocess.Popen(["slurmstepd: [7.batch]", "60"], executable="/bin/sleep", env={}, stderr=file)
+    try:
+        assert list(processes.of_jobs(tmp_path / "slurm.conf")) == [step.pid, job.pid]
+    finally:
+        for process in (job, step):
+            process.kill()
+            process.wait()
+
+
+def test_cgroups_are_left_alone_in_the_words_of_each_version() -> None:
+    assert configuration.cgroup_conf((22, 5)) == configuration.cgroup_conf((23, 11)) == "CgroupPlugin=cgroup/v1\n"
+    assert configuration.cgroup_conf((24, 5)) == configuration.cgroup_conf((26, 5)) == "CgroupPlugin=disabled\n"
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------

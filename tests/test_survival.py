@@ -157,7 +157,7 @@ class Job:
         return self._phase(restarts) or "start"
 
     def _has_started(self) -> bool:
-        pids = processes.of_jobs(self.cluster.configuration, node=self.node, job_ids=[self.id])
+        pids = processes.of_jobs(self.cluster.configuration, node=self.node)
         return any(re.match(r"\S+ -u -m submitit", processes.command_line(pid)) for pid in pids)
 
     def _phase(self, restarts: int) -> str | None:

@@ -73,24 +73,43 @@ def belongs_to(pid: int, configuration: Path) -> bool:
     return f"SLURM_CONF={configuration}".encode() in variables_of(pid)
 
 
-def of_jobs(configuration: Path, *, node: str | None = None, job_ids: Iterable[str] = ()) -> Iterator[int]:
+def of_jobs(configuration: Path, *, node: str | None = None) -> Iterator[int]:
     """The pids of slurmstepd and of the jobs' own processes, on all nodes or on one.
 
-    `job_ids` are the jobs of that node: a slurmstepd tells its job in its title, not its node. A shell that only exported
-    `SLURM_CONF` is none of them.
+    Each slurmstepd comes before what it watches, so that it is gone before it could tell how that ended. A shell that only
+    exported `SLURM_CONF` is none of them.
     """
-    titles = [f"[{job}." for job in job_ids]
+    steps: list[int] = []
+    others: list[int] = []
     for entry in filter(str.isdigit, os.listdir("/proc")):
         pid = int(entry)
         variables = variables_of(pid)
-        if pid == os.getpid() or f"SLURM_CONF={configuration}".encode() not in variables:
+        log = _log_of_step(pid, configuration)
+        if pid == os.getpid() or not (log or f"SLURM_CONF={configuration}".encode() in variables):
             continue
-        title = command_line(pid)
-        is_step = "slurmstepd" in title
+        is_step = log is not None or "slurmstepd" in command_line(pid)
         in_job = any(v.startswith(b"SLURM_JOB_ID=") for v in variables)
-        on_node = node is None or f"SLURMD_NODENAME={node}".encode() in variables or (is_step and any(t in title for t in titles))
+        on_node = node is None or f"SLURMD_NODENAME={node}".encode() in variables or log == f"slurmd-{node}.log"
         if (is_step or in_job) and on_node:
-            yield pid
+            (steps if is_step else others).append(pid)
+    yield from [*steps, *others]
+
+
+def _log_of_step(pid: int, configuration: Path) -> str | None:
+    """The name of its slurmd's log, if the process is a slurmstepd of this cluster, which keeps that log open.
+
+    From 24.11 on, and maybe before, it writes its title over its environment, so nothing else tells whose it is.
+    """
+    if not command_line(pid).startswith("slurmstepd: "):
+        return None
+    logs = (configuration.parent / "log").resolve()
+    with contextlib.suppress(FileNotFoundError, PermissionError):  # it has ended, or is another user's
+        for link in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):
+                target = Path(os.readlink(f"/proc/{pid}/fd/{link}"))
+                if target.parent == logs:
+                    return target.name
+    return None
 
 
 def signal_all(pids: Iterable[int], number: int = signal.SIGKILL) -> None:

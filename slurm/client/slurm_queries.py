@@ -51,13 +51,14 @@ def partitions() -> list[dict[str, str]]:
 def job_details(job_id: str) -> list[Job]:
     """The job `job_id` in full; of an array each task that is apart. Raises `UserError` where Slurm knows none of that id."""
     try:
-        return _details(job_id)
+        found = _details(job_id)
     except slurm_commands.CommandFailed as error:
-        if "Invalid job id" in error.stderr:
-            raise UserError(
-                f"Slurm knows no job {job_id}: it ended a while ago, or never was; `crosscoder jobs --all` lists yours"
-            ) from None
-        raise
+        if "Invalid job id" not in error.stderr:
+            raise
+        found = []
+    if not found:  # with --json it is no error
+        raise UserError(f"Slurm knows no job {job_id}: it ended a while ago, or never was; `crosscoder jobs --all` lists yours")
+    return found
 
 
 def _details(job_id: str) -> list[Job]:

@@ -97,6 +97,14 @@ def gres_conf(layout: Layout, devices: dict[str, tuple[str, ...]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def cgroup_conf(version: tuple[int, int]) -> str:
+    """cgroup.conf for that version of Slurm, so that slurmd leaves cgroups alone: by itself it would want a systemd to make some.
+
+    `disabled` is known from 24.05 on. Before, the plugin of version 1 loads anywhere and, as nothing here uses it, is never asked.
+    """
+    return f"CgroupPlugin={'disabled' if version >= (24, 5) else 'cgroup/v1'}\n"
+
+
 def slurmdbd_conf(layout: Layout, place: Place) -> str:
     d = place.directory
     return "\n".join(

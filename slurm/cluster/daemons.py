@@ -1,7 +1,8 @@
 """Starting and stopping a private cluster in a directory of its own.
 
     .cluster/
-      slurm.conf  gres.conf  slurmdbd.conf     written at each start; `export SLURM_CONF=.../slurm.conf` reaches the cluster
+      slurm.conf  gres.conf  cgroup.conf  slurmdbd.conf
+                                               written at each start; `export SLURM_CONF=.../slurm.conf` reaches the cluster
       run/pids.json                            the daemons: name to pid
       state/                                   the queue: it outlives a stop, or a reboot, unless the next start is fresh
       log/  spool/  dev/  sql/                 daemons' logs, job scripts, device links, the accounting database
@@ -92,6 +93,7 @@ class PrivateCluster:
         # In tenths of a second, so that clusters started one after another don't share ids.
         first_job_id = 1000 + int(time.time() * 10) % 60_000_000
         self.configuration.write_text(configuration.slurm_conf(layout, place, first_job_id))
+        (d / "cgroup.conf").write_text(configuration.cgroup_conf(packages.version()))
         (d / "gres.conf").write_text(configuration.gres_conf(layout, self._devices(layout)))
         self.place = place
 

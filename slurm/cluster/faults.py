@@ -6,9 +6,8 @@ from slurm.cluster.daemons import PrivateCluster
 
 def crash(cluster: PrivateCluster, node: str, *, declare: bool = True) -> None:
     """The node dies with all that it runs. `declare` tells the controller, which else finds out after SlurmdTimeout."""
-    jobs = cluster.command("squeue", "-h", "-w", node, "-o", "%A").split()
     slurmd = [pid for name, pid in cluster.pids().items() if name == f"slurmd-{node}"]
-    victims = [*slurmd, *processes.of_jobs(cluster.configuration, node=node, job_ids=jobs)]
+    victims = [*slurmd, *processes.of_jobs(cluster.configuration, node=node)]
     processes.signal_all(victims)
     if declare:
         cluster.command("scontrol", "update", f"nodename={node}", "state=down", "reason=crashed")

@@ -1,8 +1,10 @@
 """Which of Slurm's packages a private cluster needs, and which this machine lacks."""
 
+import re
 import shutil
 
 from pipeline.config.errors import UserError
+from slurm.client import slurm_commands
 
 # Daemons lie in sbin, which an ordinary user's PATH may not hold.
 SBIN = "/usr/sbin:/usr/local/sbin:/sbin"
@@ -35,6 +37,15 @@ def missing(*, munge: bool = False, accounting: bool = False) -> list[str]:
 def install_command(names: list[str]) -> str:
     plugins = ["slurm-wlm-mysql-plugin"] if "slurmdbd" in names else []
     return f"sudo apt-get install -y --no-install-recommends {' '.join([*names, *plugins])}"
+
+
+def version() -> tuple[int, int]:
+    """The release of Slurm's daemons on this machine: (24, 11)."""
+    answer = slurm_commands.run(path("slurmd"), "-V")
+    found = re.search(r"(\d+)\.(\d+)", answer)
+    if found is None:
+        raise UserError(f"`slurmd -V` tells no version of Slurm: {answer.strip()!r}")
+    return int(found[1]), int(found[2])
 
 
 def require(*, munge: bool, accounting: bool) -> None:

@@ -157,7 +157,7 @@ def _memory(settings: Mapping[str, str]) -> Finding:
 def _accounting(settings: Mapping[str, str], sacct_answers: bool) -> Finding:
     if sacct_answers:
         return Finding("accounting", "sacct answers", "how a job ended is known for long; it may lag seconds behind the queue")
-    kind = settings.get("AccountingStorageType", "none").removeprefix("accounting_storage/")
+    kind = settings.get("AccountingStorageType", "").removeprefix("accounting_storage/") or "none"
     return Finding(
         "accounting", f"none ({kind})", "no sacct: how runs ended is read from their directories, and no command waits for sacct"
     )
