@@ -11,7 +11,7 @@ from slurm.client import job_reasons
 from slurm.client.job_output import Job
 from slurm.record import run_directory
 from slurm.record.holder import Holder
-from slurm.watching import job_listing, jobs, watch
+from slurm.watching import job_listing, job_table, jobs, watch
 from slurm.watching.jobs import Row, Task
 
 NOW = 1_795_424_000.0
@@ -118,6 +118,21 @@ def test_a_run_of_this_machine_is_running_only_while_its_process_lives() -> None
     assert (gone.state, gone.rate, gone.ends) == ("lost", None, None)
 
 
+def test_a_task_that_the_queue_has_no_room_for_yet_waits_and_says_why() -> None:
+    row = only([], [task(None, "new", not_queued="your submit limit is 5")])
+    assert (row.state, row.reason) == ("waiting", "waits for room in the queue (your submit limit is 5)")
+    again = only([job(state="CANCELLED")], [task(file_state="stopped", result={"status": "stopped"}, not_queued="your submit limit is 5")])
+    assert again.state == "waiting"
+
+
+def test_what_a_stopped_private_cluster_keeps_waits_for_its_next_start() -> None:
+    for kept in (task(is_kept=True), task(is_kept=True, file_state="stopped", result={"status": "stopped"})):
+        row = only(None, [kept])
+        assert (row.state, row.reason) == ("waiting", "the private cluster is stopped; `make cluster` takes it up again")
+    assert only(None, [task(is_kept=True, was_cancelled=True)]).state == "cancelled"
+    assert only(None, [task(is_kept=True, file_state="failed", result={"status": "failed"})]).state == "failed"
+
+
 def test_a_job_that_is_no_run_is_listed_by_its_name() -> None:
     row = only([job("9", "PENDING", name="jupyter", reason="JobHeldUser", priority=0)], [])
     assert (row.job, row.run, row.name, row.state) == ("9", "", "jupyter", "held")
@@ -177,7 +192,7 @@ def test_tasks_that_read_alike_are_one_line_and_running_ones_stay_apart() -> Non
     tasks = [task(f"1042_{i}", task=i, num_tasks=9) for i in range(9)]
     states = ["RUNNING", "RUNNING", "PENDING", "PENDING", "PENDING", "FAILED", "PENDING", "PENDING", "PENDING"]
     queue = [job(f"1042_{i}", state, reason="JobHeldUser" if i == 8 else "") for i, state in enumerate(states)]
-    lines = jobs.fold(jobs.join(queue, tasks, now=NOW))
+    lines = job_table.fold(jobs.join(queue, tasks, now=NOW))
     assert [(line.job, line.rows[0].state) for line in lines] == [
         ("1042_0", "running"),
         ("1042_1", "running"),
@@ -188,39 +203,123 @@ def test_tasks_that_read_alike_are_one_line_and_running_ones_stay_apart() -> Non
     assert sum(len(line.rows) for line in lines) == 9
 
 
+def test_hundreds_of_running_tasks_are_one_line_and_one_that_needs_a_warning_stays_apart() -> None:
+    tasks = [task(f"1042_{i}", task=i, num_tasks=300, progress=beat(step=10 * i)) for i in range(100)]
+    tasks[7] = tasks[7]._replace(progress=beat(seconds_left=9e9))
+    rows = jobs.join([job(f"1042_{i}") for i in range(100)], tasks, now=NOW)
+    lines = job_table.fold(rows)
+    assert [line.job for line in lines] == ["1042_[0-6,8-99]", "1042_7"]
+    assert job_table.cells(lines[0], NOW)[2] == "99 running"
+    assert job_table.cells(lines[0], NOW)[6:] == [
+        "0-99 %",
+        f"49.5/s together, the last ends {job_table.moment(NOW + 1498, NOW)} (in 25 min)",
+    ]
+
+
+def test_an_array_with_more_holes_than_its_column_holds_names_its_tasks_in_the_text() -> None:
+    tasks = [task(f"1042_{i}", task=i, num_tasks=40) for i in range(0, 40, 2)]
+    (line,) = job_table.fold(jobs.join([job(f"1042_{i}", "PENDING") for i in range(0, 40, 2)], tasks, now=NOW))
+    assert line.job == "1042"
+    assert job_table.cells(line, NOW)[-1] == "tasks " + ",".join(str(i) for i in range(0, 40, 2))
+
+
 def test_ranges_are_written_as_slurm_writes_them() -> None:
     assert jobs.ranges([3, 1, 2, 7]) == "1-3,7"
     assert jobs.ranges([5]) == "5"
     assert jobs.ranges([]) == ""
 
 
-def text_of(renderable: object, width: int = 200) -> str:
-    from rich.console import Console
-
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(renderable)
-    text = console.export_text()
-    console.file.close()
-    return text
+def text_of(rows: list[Row], **keywords: Any) -> str:
+    return "\n".join(line.plain for line in job_table.table(rows, now=NOW, **keywords))
 
 
 def test_the_table_shows_a_line_as_a_person_reads_it() -> None:
     rows = jobs.join([job(), job("1050", "PENDING", reason="Priority", limit_s=90_000)], [task(progress=beat()), task("1050")], now=NOW)
-    text = text_of(job_listing.table(rows, now=NOW))
-    first, second = [line.split() for line in text.splitlines()[2:4]]
-    assert text.splitlines()[0].strip() == "1 running, 1 waiting"
+    summary, empty, header, *lines = text_of(rows).splitlines()
+    assert (summary, empty) == ("1 running, 1 waiting", "")
+    assert header.split() == ["JOB", "RUN", "STATE", "NODE", "TIME", "LIMIT", "DONE", "DETAIL"]
+    first, second = (" ".join(line.split()) for line in lines)
     ends = time.strftime("%H:%M", time.localtime(NOW + 1498))
-    assert " ".join(first) == (
-        f"1042 train/demo/20261123-091530-k3f9 running n1 0:10:00 / 1:00:00 25 % train 250/1000 steps 0.5/s {ends} (24 min 58 s)"
-    )
-    assert " ".join(second) == ("1050 train/demo/20261123-091530-k3f9 waiting 0:00:00 / 1-1:00:00 jobs of higher priority come first")
+    assert first == f"1042 train/demo/k3f9 running n1 0:10:00 1:00:00 25 % 250/1000 steps, 0.5/s, ends {ends} (in 25 min)"
+    assert second == "1050 train/demo/k3f9 waiting 1-1:00:00 jobs of higher priority come first"
 
 
-def test_a_cut_table_says_how_much_it_leaves_out() -> None:
+def test_a_phase_is_named_where_it_says_more_than_the_stage() -> None:
+    (row,) = jobs.join([job()], [task(progress=beat(phase="validate"))], now=NOW)
+    assert job_table.cells(job_table.Line([row]), NOW)[-1].startswith("validate 250/1000 steps")
+
+
+def test_other_runs_are_named_in_the_short_form_that_commands_take() -> None:
+    waiting = job(state="PENDING", reason="Dependency")
+    row = only([waiting], [task(waits_for=("cache/demo/20261123-091529-x2aa", "tokenize/a-b.c/20261123-091528-07zz"))])
+    assert row.reason == "waits for cache/demo/20261123-091529-x2aa, tokenize/a-b.c/20261123-091528-07zz"
+    assert job_table.cells(job_table.Line([row]), NOW)[-1] == "waits for cache/demo/x2aa, tokenize/a-b.c/07zz"
+
+
+def test_of_a_waiting_job_the_start_that_slurm_expects_is_told() -> None:
+    row = only([job(state="PENDING", reason="Resources", started=NOW + 3600)], [task()])
+    starts = time.strftime("%H:%M", time.localtime(NOW + 3600))
+    assert job_table.cells(job_table.Line([row]), NOW)[-1] == f"waits for nodes to become free; starts about {starts}"
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+def test_a_terminal_of_any_width_shows_whole_ids_and_the_whole_reason(width: int) -> None:
+    name = "a-name-as-long-as-the-names-of-runs-may-be-with-sixty-four-letters"
+    tasks = [task(f"14364237_{i}", run=f"train/{name}/20261123-091530-k3f9", name=name, task=i, num_tasks=300) for i in range(300)]
+    queue = [job(f"14364237_{i}", "PENDING", reason="QOSMaxGRESPerUser") for i in range(300)]
+    queue[0] = job("14364237_0", started=NOW - 600)
+    tasks[0] = tasks[0]._replace(progress=beat(seconds_left=9000.0))
+    text = text_of(jobs.join(queue, tasks, now=NOW), width=width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    assert "14364237_[1-299]" in text
+    assert "/k3f9 task 0" in text
+    assert "299 waiting" in text
+    words = " ".join(text.split())
+    assert "a limit of your account or qos is reached (QOSMaxGRESPerUser)" in words
+    assert "needs 1 h 39 min more than its time limit" in words
+
+
+def test_what_ended_is_listed_newest_first_and_only_the_last_ten_unless_asked() -> None:
+    tasks = [task(str(i), "finished", result={"status": "finished", "ended": NOW - 100 * i}) for i in range(1, 31)]
+    rows = jobs.join([job("99")], [*reversed(tasks), task("99")], now=NOW)
+    lines = text_of(rows, num_older=5).splitlines()
+    assert [line.split()[0] for line in lines[3:14]] == ["99", *map(str, range(1, 11))]
+    assert lines[0] == "1 running, 30 finished"
+    assert lines[-1] == "25 more have ended: crosscoder jobs --all"
+    everything = text_of(rows, most_ended=None).splitlines()
+    assert len(everything) == 3 + 31
+
+
+def test_a_table_cut_to_the_screens_height_says_how_much_it_leaves_out() -> None:
     rows = jobs.join([job(str(i)) for i in range(30)], [], now=NOW)
-    text = text_of(job_listing.table(rows, now=NOW, max_lines=10))
-    assert "30 running; 20 lines more" in text
-    assert len(text.splitlines()) == 12
+    lines = text_of(rows, max_lines=10).splitlines()
+    assert (len(lines), lines[0], lines[-1]) == (10, "30 running", "... 24 lines more")
+
+
+def test_a_job_that_a_new_submission_replaced_is_no_row_of_its_own_once_it_is_over() -> None:
+    changed = task("1043", replaced_jobs=frozenset({"1042", "1043"}))
+    assert [row.job for row in jobs.join([job(state="CANCELLED"), job("1043")], [changed], now=NOW)] == ["1043"]
+    assert [row.job for row in jobs.join([job("1042_3", "CANCELLED"), job("1043")], [changed], now=NOW)] == ["1043"]
+    # One that scancel did not reach still runs, and must be seen.
+    assert sorted(row.job for row in jobs.join([job(), job("1043")], [changed], now=NOW)) == ["1042", "1043"]
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        *(("train", True), ("demo", True), ("train/demo", True), ("train/demo/k3f9", True), ("k3f9", True), ("de*", True)),
+        *(("train/demo/20261123-091530-k3f9", True), ("20261123-091530-k3f9", True), ("train/demo/", True)),
+        *(("dem", False), ("cache", False), ("train/other", False), ("f9", False), ("1042", False)),
+    ],
+)
+def test_a_word_names_a_stage_a_name_or_a_run(word: str, expected: bool) -> None:
+    assert job_listing.is_wanted([word], stage="train", name="demo", identity="20261123-091530-k3f9") is expected
+
+
+def test_a_word_names_a_job_or_its_array() -> None:
+    assert job_listing.is_wanted(["1042"], job="1042_3")
+    assert job_listing.is_wanted(["7", "1042_3"], job="1042_3")
+    assert not job_listing.is_wanted(["1042_3"], job="1042_4")
 
 
 def test_a_comment_of_another_kind_names_no_run() -> None:
@@ -251,7 +350,8 @@ def test_a_runs_tasks_are_read_as_the_run_directory_tells_them(tmp_path: Path) -
     parent.write_job({**plain, "num_tasks": 1, "jobs": entries[2:]})
     records.write_json(parent.path / "result.json", {"status": "failed"})
     changes = [{"what": {"cancelled": ["80_1"]}, "how": "scancel"}, {"what": {"nice": 5}, "how": "scontrol"}]
-    run.write_job({**plain, "num_tasks": 6, "jobs": entries, "changes": changes, "after": [str(parent.path)]})
+    outside = {"tasks": [5], "why": "your submit limit is 5"}
+    run.write_job({**plain, "num_tasks": 6, "jobs": entries, "changes": changes, "after": [str(parent.path)], "not_queued": outside})
     for task_number, status in ((0, "finished"), (2, "failed"), (4, "stopped")):
         records.write_json(run.task_directory(task_number) / "result.json", {"status": status})
     with Holder(run.task_directory(4), job="90", restart=0):
@@ -259,6 +359,7 @@ def test_a_runs_tasks_are_read_as_the_run_directory_tells_them(tmp_path: Path) -
         assert [t.file_state for t in tasks] == [run.task_state(i) for i in range(6)]
         assert [t.file_state for t in tasks] == ["finished", "queued", "failed", "cancelled", "running", "new"]
     assert [t.job_id for t in tasks] == [run.job_of_task(i) for i in range(6)] == ["70_0", "80_0", "70_2", "80_1", "90", None]
+    assert [t.not_queued for t in tasks] == [""] * 5 + ["your submit limit is 5"]
     assert [t.is_held for t in tasks] == [False] * 4 + [True, False]
     assert [t.was_cancelled for t in tasks] == [False, False, False, True, False, False]
     assert tasks[0].failed_parents == tasks[0].waits_for == (parent.reference,)

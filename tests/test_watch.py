@@ -1,19 +1,30 @@
 """The live view and the listing on a real Slurm, while it works and after it has forgotten."""
 
+import contextlib
+import fcntl
 import os
+import pty
 import re
+import select
 import shutil
 import signal
+import struct
+import sys
+import termios
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from toy_project import ToyProject
 from waiting import wait_until
 
+from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
 from slurm.client import slurm_queries
 from slurm.cluster import layout
 from slurm.cluster.daemons import PrivateCluster
+from slurm.record import activity
 from slurm.record.run_directory import RunDirectory
 from slurm.watching import job_listing, watch
 
@@ -47,23 +58,22 @@ def test_a_look_costs_one_squeue_however_many_jobs_there_are(
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("COLUMNS", "200")
-    waits: list[float] = []
-    watch.watch(Site(runs=project.runs), run.reference, interval_s=7.0, looks=3, sleep=waits.append)
+    began = time.monotonic()
+    watch.watch(Site(runs=project.runs), run.reference, interval_s=0.5, looks=3)
     assert calls.read_text().split() == ["squeue"] * 3
-    assert waits == [7.0, 7.0]
+    assert time.monotonic() - began >= 1.0
     shown = capsys.readouterr().out
     assert "running" in shown
     assert f"{run.path}/tasks/" in shown  # the log's name
-    assert "hello from" in shown
+    assert re.search(r"toy count +\d", shown)
+    assert re.search(r"_\[0-199\] .* 200 held", shown)
     cluster.command("scancel", "--me")
 
 
 @pytest.mark.slurm
 def test_a_queue_that_does_not_answer_is_said_and_asked_again(
-    tmp_path: Path, cluster: PrivateCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, cluster: PrivateCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.config.errors import UserError
-
     answers = iter([[], UserError("squeue exited 1: no controller"), []])
 
     def answer() -> list[object]:
@@ -73,9 +83,108 @@ def test_a_queue_that_does_not_answer_is_said_and_asked_again(
         return value
 
     monkeypatch.setattr(slurm_queries, "my_jobs", answer)
-    watch.watch(Site(runs=tmp_path), None, interval_s=1.0, looks=3, sleep=lambda _: None)
-    assert capsys.readouterr().out.count("squeue exited 1: no controller") <= 1
-    assert next(answers, "asked three times") == "asked three times"
+    looker = watch.Looker(Site(runs=tmp_path))
+    for trouble in ("", "squeue exited 1: no controller", ""):
+        looker.look()
+        assert looker.trouble == trouble
+        shown = "\n".join(line.plain for line in watch.view(looker, None, width=100, height=30, interval_s=1.0))
+        assert ("no answer since" in shown) == bool(trouble)
+        assert "nothing queued" in shown  # the last table stays
+
+
+def test_a_first_look_that_fails_does_not_end_the_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise UserError("squeue exited 1: no controller")
+
+    monkeypatch.setattr(slurm_queries, "my_jobs_if_any", fail)
+    looker = watch.Looker(Site(runs=tmp_path))
+    looker.look()
+    assert [line.plain for line in watch.view(looker, None, width=100, height=30, interval_s=1.0)][1:] == [
+        "no answer, asking on: squeue exited 1: no controller"
+    ]
+
+
+PATIENCE_S = 40.0
+
+
+class Terminal:
+    """A pseudo-terminal with `crosscoder watch` in it."""
+
+    def __init__(self, project: ToyProject, *arguments: str) -> None:
+        self.output = b""
+        pid, self.file = pty.fork()
+        if pid == 0:
+            os.chdir(project.root)
+            os.execve(sys.executable, [sys.executable, "-P", "-m", "slurm", "watch", *arguments], project.environment(TERM="xterm"))
+        self.pid = pid
+        self.resize(24, 100)
+
+    def resize(self, rows: int, columns: int) -> None:
+        fcntl.ioctl(self.file, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def read_until(self, text: bytes) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while text not in self.output:
+            assert time.monotonic() < deadline, self.output
+            if select.select([self.file], [], [], 0.2)[0]:
+                self.output += os.read(self.file, 65536)
+
+    def press(self, key: bytes) -> int:
+        """The exit code after `key`."""
+        os.write(self.file, key)
+        deadline = time.monotonic() + PATIENCE_S
+        while (ended := os.waitpid(self.pid, os.WNOHANG))[0] == 0:
+            assert time.monotonic() < deadline, "the view goes on"
+            if select.select([self.file], [], [], 0.05)[0]:
+                with contextlib.suppress(OSError):
+                    self.output += os.read(self.file, 65536)
+        os.close(self.file)
+        return os.waitstatus_to_exitcode(ended[1])
+
+
+@pytest.mark.parametrize("key", [b"q", b"\x03"])
+def test_the_view_follows_the_terminals_size_and_ends_with_q_and_ctrl_c(tmp_path: Path, key: bytes) -> None:
+    project = ToyProject(tmp_path)
+    assert project.crosscoder("run", project.config(steps=1)).returncode == 0
+    terminal = Terminal(project)
+    terminal.read_until(b"1 finished")
+    terminal.output = b""
+    terminal.resize(5, 40)
+    terminal.read_until(b"lines more")
+    assert terminal.press(key) == 0
+    assert b"\x1b[?1049l" in terminal.output  # the screen as it was before
+
+
+def test_the_view_needs_a_terminal(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="watch needs a terminal; `crosscoder jobs` prints the table once"):
+        watch.watch(Site(runs=tmp_path), None, interval_s=1.0)
+
+
+@pytest.mark.slurm
+def test_after_the_private_cluster_was_stopped_its_jobs_are_said_to_wait_and_the_next_start_takes_them_up(
+    tmp_path: Path, start_cluster: Callable[..., PrivateCluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = start_cluster()
+    monkeypatch.setenv("SLURM_CONF", str(cluster.configuration))
+    project = ToyProject(tmp_path)
+    run, held = submit(project, cluster), submit(project, cluster)
+    cluster.command("scancel", str(held.job_of_task(0)))
+    held.write_job({**held.job(), "changes": [{"what": {"cancelled": [held.job_of_task(0)]}}]})
+    wait_for_progress(run)
+    cluster.stop()
+    began = time.monotonic()
+    rows = {row.run: row for row in job_listing.gather(Site(runs=project.runs)).rows()}
+    assert time.monotonic() - began < 5.0  # squeue would try for 9 s
+    assert (rows[run.reference].state, rows[run.reference].reason) == ("waiting", activity.CLUSTER_STOPPED)
+    assert rows[held.reference].state == "cancelled"
+    monkeypatch.delenv("SLURM_CONF")
+    assert activity.stopped_private_cluster(cluster.directory) == cluster.directory
+    cluster.start(layout.pretended())
+    assert activity.stopped_private_cluster(cluster.directory) is None
+    monkeypatch.setenv("SLURM_CONF", str(cluster.configuration))
+    (again,) = [row for row in job_listing.gather(Site(runs=project.runs)).rows() if row.run == run.reference]
+    assert (again.state, again.reason) != ("waiting", activity.CLUSTER_STOPPED)
+    cluster.command("scancel", "--me")
 
 
 @pytest.mark.slurm

@@ -9,11 +9,15 @@ import importlib
 import json
 import os
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from pipeline.config.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 COMMAND_MODULES = (
     "slurm.commands.run_commands",
@@ -64,3 +68,19 @@ def _drop_output() -> None:
 def print_json(value: Any) -> None:
     """Prints `value` as indented JSON: what `--json` gives."""
     print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal, or what `COLUMNS` says; None where output goes to a file or a pipe: a row is a line there."""
+    import shutil
+
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() or os.environ.get("COLUMNS") else None
+
+
+def print_lines(lines: "Iterable[str | Text]") -> None:
+    """Prints each line as it is, never broken; colors only where output is a terminal."""
+    from rich.console import Console
+
+    console = Console()
+    for line in lines:
+        console.print(line, no_wrap=True, overflow="ignore", crop=False, highlight=False, markup=False, soft_wrap=True)

@@ -24,19 +24,27 @@ def register(app: typer.Typer) -> None:
 
 
 def jobs(
-    everything: Annotated[bool, typer.Option("--all", help="Every run there is, not only recent and queued ones.")] = False,
+    wanted: Annotated[
+        list[str] | None, typer.Argument(metavar="[WORD...]", help="Only these: a stage, a name, stage/name, an id, or a job id.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All that ever ended too, not only the newest.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """My queued and running jobs: stage, state and why, node, time, progress, rate, expected end; and those that ended lately."""
     from pipeline.config.site_file import load_site
-    from slurm.commands.command_line import print_json
-    from slurm.watching import job_listing
+    from slurm.commands.command_line import print_json, print_lines, terminal_width
+    from slurm.watching import job_listing, job_table
 
-    rows = job_listing.gather(load_site(), everything=everything).rows()
+    gathered = job_listing.gather(load_site(), wanted=wanted or (), everything=everything)
+    rows = gathered.rows()
     if as_json:
         print_json([row._asdict() for row in rows])
         return
-    print_table(job_listing.table(rows))
+    if wanted and not rows:
+        print(f"no job and no run is called {' or '.join(wanted)}; `crosscoder jobs --all` lists all there are")
+        return
+    most_ended = None if everything else job_table.MOST_ENDED
+    print_lines(job_table.table(rows, width=terminal_width(), most_ended=most_ended, num_older=gathered.num_older))
 
 
 def watch(

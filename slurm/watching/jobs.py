@@ -11,13 +11,15 @@ from pipeline.config.errors import UserError
 from pipeline.run import duration
 from slurm.client import job_reasons
 from slurm.client.job_output import Job
+from slurm.record import activity
 
 STALE_HEARTBEAT_S = 120.0
 """A stage reports every few seconds; silence this long is worth a word."""
 
 NO_SLURM = "no Slurm answers on this machine, so what became of its job is not known here"
 
-STATES = ("running", "waiting", "held", "stopped", "failed", "cancelled", "lost", "finished", "new")
+ACTIVE = ("running", "waiting", "held")
+STATES = (*ACTIVE, "stopped", "failed", "cancelled", "lost", "finished", "new")
 """In the order of the listing's interest. lost: neither queue nor run directory says how it ended."""
 
 
@@ -42,6 +44,15 @@ class Task(NamedTuple):
     was_cancelled: bool = False
     """Whether `crosscoder cancel` ended its last job."""
     limit_s: int | None = None
+    not_queued: str | None = None
+    """Why it is not queued yet, of a task that waits outside Slurm (see `slurm.record.backlog`)."""
+    not_queued: str = ""
+    """Why it waits outside the queue for room in it; empty where it does not."""
+    is_kept: bool = False
+    """Whether its job, if it has not ended, waits in a private cluster that is stopped now."""
+    submitted: float | None = None
+    replaced_jobs: frozenset[str] = frozenset()
+    """Ids under which tasks of its run were submitted before: history of the run, no jobs of their own."""
 
 
 class Row(NamedTuple):
@@ -68,12 +79,16 @@ class Row(NamedTuple):
     percent: float | None = None
     rate: float | None = None
     starts: float | None = None
+    """When Slurm expects a waiting job to start."""
     ends: float | None = None
+    """When a running one is expected to have done its work."""
     warning: str = ""
+    submitted: float | None = None
+    ended: float | None = None
 
 
 def join(jobs: Sequence[Job] | None, tasks: Sequence[Task], *, now: float, remembered: Sequence[Job] = ()) -> list[Row]:
-    """A row for each task, and for each job of mine that belongs to no run; sorted by state.
+    """A row for each task, and for each job of mine that belongs to no run: what runs, what waits, then the rest, newest first.
 
     jobs : the queue; None where no Slurm answers.
     remembered : what accounting knows of jobs that the queue has forgotten.
@@ -85,8 +100,29 @@ def join(jobs: Sequence[Job] | None, tasks: Sequence[Task], *, now: float, remem
         pairs = zip(rows, tasks, strict=True)
         rows = [row._replace(reason=NO_SLURM) if row.state == "lost" and task.executor == "slurm" else row for row, task in pairs]
     known = {task.job_id for task in tasks}
-    rows += [_row_of_foreign_job(job) for job in queue if job.id not in known]
-    return sorted(rows, key=lambda row: STATES.index(row.state))
+    is_served = any(job.id in known and not job.is_final for job in queue)
+    rows = [_of_backlog(row, task, is_served) if task.not_queued else row for row, task in zip(rows, tasks, strict=True)]
+    replaced = frozenset().union(*{task.replaced_jobs for task in tasks})
+    rows += [_row_of_foreign_job(job) for job in queue if job.id not in known and not _is_past(job, replaced)]
+    return sorted(rows, key=_place)
+
+
+def _of_backlog(row: Row, task: Task, is_served: bool) -> Row:
+    """The row of a task that is not queued yet. is_served : whether a job is left that will queue it when it ends."""
+    if is_served:
+        return row._replace(state="waiting", reason=f"not queued yet: {task.not_queued}; queued as earlier jobs end")
+    again = f"no job is left that would queue it; `crosscoder submit --resume {task.run}` does"
+    return row._replace(state="stopped", reason=f"not queued: {task.not_queued}, and {again}")
+
+
+def _is_past(job: Job, replaced: frozenset[str]) -> bool:
+    """Whether the job is an earlier submission of a run, and over: one that still waits or runs is told of."""
+    return job.id.partition("_")[0] in replaced and (job.is_final or job.state == "COMPLETING")
+
+
+def _place(row: Row) -> tuple[int, float, int]:
+    state = STATES.index(row.state)
+    return (state, 0.0, 0) if row.state in ACTIVE else (len(ACTIVE), -(row.ended or row.submitted or 0.0), state)
 
 
 def forgotten(jobs: Sequence[Job], tasks: Sequence[Task]) -> list[str]:
@@ -128,6 +164,8 @@ def _row_of_task(task: Task, job: Job | None, now: float) -> Row:
         starts=job.started if job and state == "waiting" else None,
         ends=ends,
         warning=_warning(job, beat, ends, now) if running else "",
+        submitted=task.submitted,
+        ended=None if state in ACTIVE else (task.result or {}).get("ended") or beat.get("time"),
     )
 
 
@@ -146,6 +184,8 @@ def _row_of_foreign_job(job: Job) -> Row:
         elapsed_s=job.elapsed_s,
         limit_s=job.limit_s,
         starts=job.started if state == "waiting" else None,
+        submitted=job.submitted,
+        ended=job.started + job.elapsed_s if job.is_final and job.started else None,
     )
 
 
@@ -167,8 +207,12 @@ def _state(task: Task, job: Job | None) -> tuple[str, str]:
     status = (task.result or {}).get("status")
     if status == "finished":
         return "finished", ""
+    if task.not_queued:
+        return "waiting", f"waits for room in the queue ({task.not_queued})"
     if job is not None and not job.is_final:
         return slurm_state_in_words(job), job_reasons.in_words(job, task.waits_for)
+    if status == "stopped" and task.is_kept and not task.was_cancelled:
+        return "waiting", activity.CLUSTER_STOPPED
     if status in ("failed", "stopped"):
         return str(status), _first_line((task.result or {}).get("error"))
     if job is not None:
@@ -185,10 +229,12 @@ def _state_without_job(task: Task) -> tuple[str, str]:
         return "new", "was never submitted"
     if task.is_held:
         return "running", "" if task.executor != "slurm" else "its process lives, but Slurm no longer knows its job"
-    if task.was_cancelled:
+    if task.was_cancelled and not (task.failed_parents and task.job_id is None):
         return "cancelled", f"was cancelled; {again}"
     if task.failed_parents:
         return "cancelled", f"cancelled: it needed {', '.join(task.failed_parents)}, which failed or was cancelled"
+    if task.is_kept:
+        return "waiting", activity.CLUSTER_STOPPED
     if task.executor == "slurm":
         return "lost", f"Slurm no longer knows it and it left no result: cancelled or killed; {again}"
     if task.file_state == "queued" and task.executor == "local":
@@ -229,32 +275,7 @@ def _first_line(error: Any) -> str:
     return lines[-1].strip() if lines else ""
 
 
-# -- folding ----------------------------------------------------------------------------------------------------------
-
-
-class Line(NamedTuple):
-    """Rows of one run that read alike, as one line of the table."""
-
-    rows: list[Row]
-
-    @property
-    def job(self) -> str:
-        """`1042_[1-3,7]` for several tasks."""
-        ids = [row.job for row in self.rows]
-        arrays = {job.partition("_")[0] for job in ids}
-        if len(ids) == 1 or len(arrays) != 1 or not all(job.partition("_")[2].isdigit() for job in ids):
-            return ids[0] if len(ids) == 1 else f"{ids[0]} and {len(ids) - 1} more"
-        return f"{arrays.pop()}_[{ranges([int(job.partition('_')[2]) for job in ids])}]"
-
-
-def fold(rows: Sequence[Row]) -> list[Line]:
-    """The rows with tasks of one run together that are in the same state for the same reason; running ones stay apart."""
-    lines: dict[Any, Line] = {}
-    for index, row in enumerate(rows):
-        alone = row.state == "running" or row.task is None
-        key = index if alone else (row.run, row.state, row.reason.replace(row.job, ""))
-        lines.setdefault(key, Line([])).rows.append(row)
-    return list(lines.values())
+# -- tasks of an array ------------------------------------------------------------------------------------------------
 
 
 def ranges(numbers: Sequence[int]) -> str:
