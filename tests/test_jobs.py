@@ -118,13 +118,6 @@ def test_a_run_of_this_machine_is_running_only_while_its_process_lives() -> None
     assert (gone.state, gone.rate, gone.ends) == ("lost", None, None)
 
 
-def test_a_task_that_the_queue_has_no_room_for_yet_waits_and_says_why() -> None:
-    row = only([], [task(None, "new", not_queued="your submit limit is 5")])
-    assert (row.state, row.reason) == ("waiting", "waits for room in the queue (your submit limit is 5)")
-    again = only([job(state="CANCELLED")], [task(file_state="stopped", result={"status": "stopped"}, not_queued="your submit limit is 5")])
-    assert again.state == "waiting"
-
-
 def test_what_a_stopped_private_cluster_keeps_waits_for_its_next_start() -> None:
     for kept in (task(is_kept=True), task(is_kept=True, file_state="stopped", result={"status": "stopped"})):
         row = only(None, [kept])
@@ -350,8 +343,7 @@ def test_a_runs_tasks_are_read_as_the_run_directory_tells_them(tmp_path: Path) -
     parent.write_job({**plain, "num_tasks": 1, "jobs": entries[2:]})
     records.write_json(parent.path / "result.json", {"status": "failed"})
     changes = [{"what": {"cancelled": ["80_1"]}, "how": "scancel"}, {"what": {"nice": 5}, "how": "scontrol"}]
-    outside = {"tasks": [5], "why": "your submit limit is 5"}
-    run.write_job({**plain, "num_tasks": 6, "jobs": entries, "changes": changes, "after": [str(parent.path)], "not_queued": outside})
+    run.write_job({**plain, "num_tasks": 6, "jobs": entries, "changes": changes, "after": [str(parent.path)]})
     for task_number, status in ((0, "finished"), (2, "failed"), (4, "stopped")):
         records.write_json(run.task_directory(task_number) / "result.json", {"status": status})
     with Holder(run.task_directory(4), job="90", restart=0):
@@ -359,7 +351,6 @@ def test_a_runs_tasks_are_read_as_the_run_directory_tells_them(tmp_path: Path) -
         assert [t.file_state for t in tasks] == [run.task_state(i) for i in range(6)]
         assert [t.file_state for t in tasks] == ["finished", "queued", "failed", "cancelled", "running", "new"]
     assert [t.job_id for t in tasks] == [run.job_of_task(i) for i in range(6)] == ["70_0", "80_0", "70_2", "80_1", "90", None]
-    assert [t.not_queued for t in tasks] == [""] * 5 + ["your submit limit is 5"]
     assert [t.is_held for t in tasks] == [False] * 4 + [True, False]
     assert [t.was_cancelled for t in tasks] == [False, False, False, True, False, False]
     assert tasks[0].failed_parents == tasks[0].waits_for == (parent.reference,)

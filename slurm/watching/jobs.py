@@ -46,8 +46,6 @@ class Task(NamedTuple):
     limit_s: int | None = None
     not_queued: str | None = None
     """Why it is not queued yet, of a task that waits outside Slurm (see `slurm.record.backlog`)."""
-    not_queued: str = ""
-    """Why it waits outside the queue for room in it; empty where it does not."""
     is_kept: bool = False
     """Whether its job, if it has not ended, waits in a private cluster that is stopped now."""
     submitted: float | None = None
@@ -207,8 +205,6 @@ def _state(task: Task, job: Job | None) -> tuple[str, str]:
     status = (task.result or {}).get("status")
     if status == "finished":
         return "finished", ""
-    if task.not_queued:
-        return "waiting", f"waits for room in the queue ({task.not_queued})"
     if job is not None and not job.is_final:
         return slurm_state_in_words(job), job_reasons.in_words(job, task.waits_for)
     if status == "stopped" and task.is_kept and not task.was_cancelled:
