@@ -12,7 +12,7 @@ from pipeline import records
 from pipeline.config.errors import UserError
 from pipeline.config.resources import Resources
 from slurm.client.node_output import GpuCount, Node
-from slurm.execution import executor, job_process, requeue
+from slurm.execution import dependencies, frozen_code, job_process, requeue, slurm_job
 from slurm.execution.requeue import Fate
 from slurm.execution.terminal import TerminalAndLog
 from slurm.record import environment, run_inputs, verification
@@ -187,13 +187,13 @@ def test_a_task_of_one_process_joins_no_group(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(("timeout_min", "seconds"), [(1, 10), (5, 30), (30, 180), (1440, 180)])
 def test_a_job_is_warned_early_enough_and_not_as_it_starts(timeout_min: int, seconds: int) -> None:
-    assert executor.signal_delay_s(timeout_min) == seconds
+    assert slurm_job.signal_delay_s(timeout_min) == seconds
 
 
 def test_the_frozen_code_comes_first_and_other_checkouts_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "checkout/pipeline").mkdir(parents=True)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'checkout'}:/site/modules")
-    variables = executor.frozen_variables(RunDirectory(tmp_path / "run"))
+    variables = frozen_code.frozen_variables(RunDirectory(tmp_path / "run"))
     assert variables == {"PYTHONPATH": f"{tmp_path / 'run/code'}:/site/modules", "PYTHONSAFEPATH": "1"}
 
 
@@ -224,7 +224,7 @@ def test_a_dependency_waits_for_what_has_not_finished_and_for_nothing_else(tmp_p
         return run
 
     done, waiting, local = parent("done", "slurm", True), parent("waiting", "slurm", False), parent("local", "local", False)
-    assert executor.dependency([done]) is None
-    assert executor.dependency([done, waiting]) == "afterok:9"
+    assert dependencies.dependency([done]) is None
+    assert dependencies.dependency([done, waiting]) == "afterok:9"
     with pytest.raises(UserError, match="is no job of Slurm, so a job can't wait for it"):
-        executor.dependency([local])
+        dependencies.dependency([local])

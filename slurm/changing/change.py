@@ -18,7 +18,7 @@ from slurm.changing import job_control, job_updates
 from slurm.changing.job_control import Target
 from slurm.client import slurm_commands, slurm_queries
 from slurm.client.job_output import Job
-from slurm.execution import executor
+from slurm.execution import dependencies, executor
 from slurm.record import run_directory
 from slurm.record.run_directory import RunDirectory
 from slurm.submission import preflight, refreezing
@@ -143,7 +143,7 @@ def _by_scontrol(
     assert target.run is not None
     updates = job_updates.resource_updates(before, after, is_array=any(job.array_id for job in [*waiting, *running]))
     parents = _parents(request, site)
-    updates |= job_updates.queue_updates(request.queue, executor.dependency(parents) if parents is not None else None)
+    updates |= job_updates.queue_updates(request.queue, dependencies.dependency(parents) if parents is not None else None)
     done = []
     for name in _update_names(target, waiting, running):
         job_updates.update(name, updates, is_running=not waiting)
@@ -187,7 +187,7 @@ def _change_foreign(target: Target, request: Request, site: Site) -> list[str]:
     after = build(Resources, {**before.model_dump(mode="json"), **request.resources}, name)
     updates = job_updates.resource_updates(before, after, is_array=any(job.array_id for job in [*waiting, *running]))
     parents = _parents(request, site)
-    updates |= job_updates.queue_updates(request.queue, executor.dependency(parents) if parents else None)
+    updates |= job_updates.queue_updates(request.queue, dependencies.dependency(parents) if parents else None)
     for part in _update_names(target, waiting, running):
         job_updates.update(part, updates, is_running=not waiting)
     return [f"{name}: " + ", ".join(f"{attribute}={value}" for attribute, value in updates.items())]
@@ -213,7 +213,7 @@ def _submit_anew(
         slurm_commands.run("scontrol", "uhold", name)
     try:
         record = refreezing.refreeze(run, request.settings, after, site)
-        entries = executor.launch(run, tasks)
+        entries = executor.launch(run, tasks, may_wait=False)
     except BaseException:
         _cancel_new(run, known)
         refreezing.restore(run)
@@ -250,7 +250,7 @@ def _redirect_dependants(run: RunDirectory, site: Site) -> list[str]:
             continue
         for entry in job["jobs"]:
             if str(entry["id"]) in waiting:
-                wanted = executor.dependency([RunDirectory(Path(path)) for path in job["after"]])
+                wanted = dependencies.dependency([RunDirectory(Path(path)) for path in job["after"]])
                 job_updates.update(str(entry["id"]), {"Dependency": wanted or ""}, is_running=False)
                 redirected.append(str(entry["id"]))
     return redirected

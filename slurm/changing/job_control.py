@@ -10,7 +10,9 @@ from typing import NamedTuple
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
 from slurm.client import job_output, processes, slurm_commands, slurm_queries
-from slurm.record import environment, holder, run_directory
+from slurm.execution import waves
+from slurm.record import backlog, environment, holder, run_directory
+from slurm.record.activity import one_submission_at_a_time
 from slurm.record.run_directory import RunDirectory
 from slurm.watching import jobs
 
@@ -21,6 +23,8 @@ class Target(NamedTuple):
     ids: list[str]
     run: RunDirectory | None = None
     is_local: bool = False
+    is_whole: bool = False
+    """Whether all of the run is meant, what of it is not queued yet too."""
 
 
 def find_targets(references: Sequence[str], site: Site, queue: Sequence[job_output.Job]) -> list[Target]:
@@ -35,7 +39,9 @@ def all_targets(site: Site, queue: Sequence[job_output.Job]) -> list[Target]:
     """Every job of mine that has not ended, each with its run where it has one."""
     active = [job for job in queue if not job.is_final]
     arrays = list(dict.fromkeys(job.array_id or job.id for job in active))
-    return [_target(array, site.runs.absolute(), queue) for array in arrays]
+    targets = [_target(array, site.runs.absolute(), queue) for array in arrays]
+    known = {target.run for target in targets}
+    return targets + [Target([], run, is_whole=True) for run in backlog.read(site.runs.absolute()).runs if run not in known]
 
 
 def _target(reference: str, runs: Path, queue: Sequence[job_output.Job]) -> Target:
@@ -45,7 +51,7 @@ def _target(reference: str, runs: Path, queue: Sequence[job_output.Job]) -> Targ
         wanted = set(jobs.parse_ranges(tasks)) if underscore else None
         ids = [job.id for job in active if _is_part(job, array, wanted)]
         if ids:
-            return Target(ids, _run_of(array, runs))
+            return Target(ids, _run_of(array, runs), is_whole=not underscore)
     try:
         run = run_directory.find(reference, runs)
     except UserError as error:
@@ -56,9 +62,9 @@ def _target(reference: str, runs: Path, queue: Sequence[job_output.Job]) -> Targ
         return _local_target(run)
     mine = {task_id for task in range(run.num_tasks) if (task_id := run.job_of_task(task))}
     ids = [job.id for job in active if job.id in mine]
-    if not ids:
+    if not ids and not backlog.tasks_of(run):
         raise UserError(f"{run.reference} has no job that is waiting or running; it is {run.state()}")
-    return Target(ids, run)
+    return Target(ids, run, is_whole=True)
 
 
 def _is_part(job: job_output.Job, array: str, tasks: set[int] | None) -> bool:
@@ -119,6 +125,17 @@ def cancel(target: Target) -> str:
             processes.signal_all(_children(int(controller)), signal.SIGTERM)
         _note(target, {"cancelled": target.ids})
         return f"process {', '.join(target.ids)} told to save and stop"
+    if target.run is None:
+        return _cancel_jobs(target)
+    root = backlog.root_of(target.run)
+    with one_submission_at_a_time(root):
+        told = [waves.give_up(target.run, "crosscoder cancel")] if target.is_whole and backlog.tasks_of(target.run) else []
+        told += [_cancel_jobs(target)] if target.ids else []
+        told += waves.queue_what_fits(root)  # jobs that never started don't look at the backlog when they end
+    return "; ".join(told)
+
+
+def _cancel_jobs(target: Target) -> str:
     names = slurm_names(target.ids)
     slurm_commands.run("scancel", *names)
     _note(target, {"cancelled": target.ids})

@@ -1,5 +1,6 @@
 """`crosscoder run`, `submit` and `rerun`: start a stage here, in a process of its own, or in Slurm."""
 
+import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -63,6 +64,7 @@ def submit(
 
     In a chain, `train.seed=1` changes the configuration of that stage, `seed=1` all of them.
     """
+    from slurm.execution import waves
     from slurm.record.activity import one_submission_at_a_time
     from slurm.record.run_directory import find
     from slurm.submission import input_preflight, resuming
@@ -89,6 +91,7 @@ def submit(
         if dry_run:
             show_dry_run(planned, site)
         elif executor is not Executor.debug:
+            waves.queue_what_fits(site.runs.absolute())
             queue(planned, as_json=as_json)
     if executor is Executor.debug and not dry_run:
         run_here(planned)
@@ -153,7 +156,7 @@ def queue(planned: "Sequence[Planned]", *, as_json: bool = False) -> None:
     """
     from slurm.commands.command_line import print_json
     from slurm.execution import executor
-    from slurm.record import snapshot
+    from slurm.record import backlog, snapshot
 
     rows: list[dict[str, Any]] = []
     for position, item in enumerate(planned):
@@ -164,11 +167,12 @@ def queue(planned: "Sequence[Planned]", *, as_json: bool = False) -> None:
                 entries = executor.launch(item.run, list(range(item.run.num_tasks)))
             except BaseException:
                 for rest in planned[position:]:
-                    if rest.run is not None and not rest.run.job()["jobs"]:
+                    if rest.run is not None and not rest.run.job()["jobs"] and not backlog.tasks_of(rest.run):
                         snapshot.remove(rest.run.path)
                 raise
             identities = [entry["id"] for entry in entries]
             rows.append({"stage": item.config.stage, "name": item.config.name, "run": str(item.run.path), "jobs": identities})
+            rows[-1] |= {"not_queued": waiting} if (waiting := backlog.in_words(item.run)) else {}
         if not as_json:
             _print_row(rows[-1])
     if as_json:
@@ -179,12 +183,15 @@ def _print_row(row: dict[str, Any]) -> None:
     if "skipped" in row:
         print(f"{row['stage']} {row['name']}: skipped; {row['skipped']}")
         return
-    print(f"run {row['run']}\njob {' '.join(map(str, row['jobs']))}", flush=True)
+    print(f"run {row['run']}", *([f"job {' '.join(map(str, row['jobs']))}"] if row["jobs"] else []), sep="\n")
+    if "not_queued" in row:
+        print(row["not_queued"])
+    sys.stdout.flush()
 
 
 def show_dry_run(planned: "Sequence[Planned]", site: Site) -> None:
     """Prints the sbatch text of each planned run and what differs from the last run of its name, then deletes the plan."""
-    from slurm.execution import executor
+    from slurm.execution import slurm_job
     from slurm.record import snapshot
     from slurm.record.comparison import compare_runs, phrases
     from slurm.record.run_directory import list_runs
@@ -197,7 +204,7 @@ def show_dry_run(planned: "Sequence[Planned]", site: Site) -> None:
             job = item.run.job()
             print(f"# {item.config.stage} {item.config.name}: {job['num_tasks']} task(s), executor {job['executor']}")
             if job["executor"] == "slurm":
-                print(executor.submission_text(item.run))
+                print(slurm_job.submission_text(item.run))
             own = {other.run for other in planned}
             earlier = [run for run in list_runs(site.runs.absolute(), item.config.stage, item.config.name) if run not in own]
             if not earlier:

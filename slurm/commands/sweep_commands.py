@@ -30,7 +30,8 @@ def sweep(
 ) -> None:
     """Freeze a sweep and queue it as one array, a directory a task."""
     from slurm.execution import executor as executors
-    from slurm.record import snapshot
+    from slurm.execution import waves
+    from slurm.record import backlog, snapshot
     from slurm.record.activity import one_submission_at_a_time
     from slurm.submission import input_preflight, preflight
     from slurm.submission import sweep as sweeps
@@ -45,13 +46,16 @@ def sweep(
     cluster = preflight.check([(str(file), read.stage_configs[0])]) if executor is Executor.slurm else None
     with one_submission_at_a_time(site.runs.absolute()):
         run = sweeps.freeze_sweep(read, Freezer(site, executor=executor.value), where=str(file), cluster=cluster)
+        waves.queue_what_fits(site.runs.absolute())
         try:
             entries = executors.launch(run, range(run.num_tasks))
         except BaseException:
-            if not run.job()["jobs"]:
+            if not run.job()["jobs"] and not backlog.tasks_of(run):
                 snapshot.remove(run.path)
             raise
     print(f"run {run.path}\njob {' '.join(str(entry['id']) for entry in entries)}: {run.num_tasks} tasks")
+    if waiting := backlog.in_words(run):
+        print(waiting)
 
 
 def results(

@@ -8,8 +8,10 @@ from enum import Enum
 
 from pipeline.config.errors import UserError
 from slurm.client import slurm_commands, slurm_values
-from slurm.execution import executor
+from slurm.execution import dependencies, executor
 from slurm.execution.job_process import Process
+from slurm.record import backlog
+from slurm.record.activity import one_submission_at_a_time
 from slurm.record.run_directory import Json, RunDirectory
 
 MAX_ATTEMPTS = 100
@@ -70,11 +72,14 @@ def fate_of(text: str, restart: int) -> Fate:
 
 def _submit_anew(run: RunDirectory, task: int, why: str, by_hand: str) -> str:
     try:
-        (entry,) = executor.launch(run, [task])
-        waiting = executor.let_wait_again(run)
+        with one_submission_at_a_time(backlog.root_of(run)):
+            entries = executor.launch(run, [task])
+            waiting = dependencies.let_wait_again(run) if entries else []
     except (UserError, OSError) as error:
         return f"{why}, and a new submission failed: {error}; {by_hand}"
-    return f"{why}; submitted anew as job {entry['id']}" + (f", for which {', '.join(waiting)} wait now" if waiting else "")
+    if not entries:
+        return f"{why}; not queued yet, for {run.job()['not_queued']['why']}: queued as this job ends"
+    return f"{why}; submitted anew as job {entries[0]['id']}" + (f", for which {', '.join(waiting)} wait now" if waiting else "")
 
 
 def leads_nowhere(attempts: list[Json], progress: Json | None) -> str | None:

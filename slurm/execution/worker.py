@@ -28,7 +28,7 @@ from pipeline.config.stage import StageConfig
 from pipeline.run import Run, Stopped, duration
 from slurm.execution import job_process
 from slurm.execution.requeue import go_on_later, place
-from slurm.execution.terminal import OutputThatMayBeLost
+from slurm.execution.terminal import OutputThatMayBeLost, logged_to
 from slurm.record import environment, run_inputs, snapshot
 from slurm.record.holder import Holder
 from slurm.record.run_directory import RunDirectory, append_line
@@ -246,9 +246,11 @@ def _failure_beside(here: Path, identity: dict[str, Any]) -> Ending | None:
 
 
 def main() -> None:
-    """`python -m slurm.execution.worker DIRECTORY [TASK]`."""
-    directory, *task = sys.argv[1:]
-    raise SystemExit(work(Path(directory), int(task[0]) if task else 0, interactive=sys.stdin.isatty()))
+    """`python -m slurm.execution.worker DIRECTORY [TASK]`: at a terminal, and into the task's log for such attempts."""
+    directory, task = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    with logged_to(RunDirectory(directory).task_directory(task) / "log" / "terminal.log"):
+        code = work(directory, task, interactive=sys.stdin.isatty())
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

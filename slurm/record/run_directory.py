@@ -34,7 +34,8 @@ job.json, written when the run is frozen and when something about its submission
 `jobs` has one entry a submission, oldest first. Position k of an array job (`1042_k`) works on task `tasks[k]`; a plain
 job (`"array": false`, id `1042`) has one task. Ids of the local executor are process ids. A task that was submitted
 again is in several entries; the last one holds. Slurm gives ids out anew when its database is lost, so a job is known by
-`cluster` and id and, better, by the run directory that its comment names.
+`cluster` and id and, better, by the run directory that its comment names. Two keys are there only at times: `not_queued`, the
+tasks that the queue has no room for yet (see `slurm.record.backlog`), and `submitting`, the tasks of an sbatch under way.
 
 attempts.jsonl: {"event": "start", "time": 1795424131.2, "job": "1042_0", "restart": 0, "host": "n1", "pid": 4711, "driver": ...} and
 {"event": "end", "time": ..., "job": "1042_0", "restart": 0, "status": "stopped", "reason": "SIGTERM", "next": "requeued"}.
@@ -44,6 +45,7 @@ result.json, written when an attempt ends by itself: {"status": "finished", "sta
 returned. A task that is killed leaves none: its lock, or the queue, tells.
 """
 
+import difflib
 import json
 import re
 import secrets
@@ -62,8 +64,8 @@ from slurm.record import holder
 Json = dict[str, Any]
 
 STATES = ("new", "queued", "running", "stopped", "cancelled", "failed", "finished")
-"""new: frozen, never submitted. queued: submitted, no process has it now. running: a process holds it. stopped: it was asked
-to, or its process was killed. cancelled: taken out of the queue by `crosscoder cancel` before it began."""
+"""new: frozen, not queued. queued: submitted, no process has it now. running: a process holds it. stopped: it was asked to, or
+its process was killed. cancelled: taken by `crosscoder cancel` out of the queue, or of what waits for room in it, before it began."""
 
 _ID = re.compile(r"\d{8}-\d{6}-[0-9a-z]{4}")
 _ID_LETTERS = "0123456789abcdefghijkmnpqrstvwxyz"
@@ -179,13 +181,24 @@ class RunDirectory:
         if result is not None:
             return str(result["status"])
         job_id = self.job_of_task(task)
+        if task in (self._job().get("not_queued") or {}).get("tasks", ()):
+            return "new"
         if job_id is not None:
             return "cancelled" if job_id in self.cancelled_jobs() else "queued"
+        if task in self.cancelled_tasks():
+            return "cancelled"
         return "stopped" if (directory / "attempts.jsonl").exists() else "new"
 
     def cancelled_jobs(self) -> set[str]:
         """The ids of jobs that `crosscoder cancel` took out of the queue."""
-        return {job_id for change in self._job().get("changes", ()) for job_id in change["what"].get("cancelled", [])}
+        return self._changed("cancelled")
+
+    def cancelled_tasks(self) -> set[int]:
+        """The tasks that were given up before the queue had room for them."""
+        return self._changed("cancelled_tasks")
+
+    def _changed(self, key: str) -> set[Any]:
+        return {value for change in self._job().get("changes", ()) for value in change["what"].get(key, [])}
 
     def states(self) -> dict[str, int]:
         """How many tasks are in each state; states without any are left out."""
@@ -266,12 +279,15 @@ def find(reference: str, runs: Path) -> RunDirectory:
     if (path / "job.json").exists():
         return RunDirectory(path)
     parts = [part for part in reference.strip("/").split("/") if part]
-    if path.is_absolute() and path.is_relative_to(runs):
-        parts = list(path.relative_to(runs).parts)
-    found = list(_matching(parts, runs))
+    found = [] if path.is_absolute() else list(_matching(parts, runs))
+    if not found and path.absolute().is_relative_to(runs):
+        parts = list(path.absolute().relative_to(runs).parts)
+        found = list(_matching(parts, runs))
     if not found:
         known = sorted({"/".join(run.path.parts[-3:-1]) for run in list_runs(runs)})
-        raise UserError(f"no run is called {reference!r} under {runs}; runs there: {', '.join(known[:20]) or 'none'}")
+        near = difflib.get_close_matches("/".join(parts[:2]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"runs there: {', '.join(known[:20]) or 'none'}"
+        raise UserError(f"no run is called {reference!r} under {runs}; {hint}")
     if len(parts) == 1 and len(found) > 1:
         raise UserError(f"{reference!r} fits {len(found)} runs: {', '.join(run.reference for run in found[-5:])}; name one")
     return found[-1]
@@ -298,6 +314,15 @@ def has_job(run: RunDirectory, job_id: str) -> bool:
         str(entry["id"]) == array and (not underscore or (position.isdigit() and int(position) < len(entry["tasks"])))
         for entry in run.job()["jobs"]
     )
+
+
+def directory_in(comment: str) -> Path | None:
+    """The run directory that a job's comment names; None for a comment of another kind."""
+    try:
+        value = json.loads(comment)["directory"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return Path(value) if isinstance(value, str) else None
 
 
 def newest_finished(runs: Path, stage: str, name: str) -> RunDirectory | None:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from slurm.execution.executor import frozen_variables
+from slurm.execution.frozen_code import frozen_variables
 from slurm.execution.local_queue import give_up
 from slurm.execution.terminal import logged_to
 from slurm.execution.worker import work

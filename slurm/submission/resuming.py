@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pipeline.config import load
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
-from slurm.execution import executor
+from slurm.execution import executor, waves
+from slurm.record import backlog
 from slurm.record.activity import is_busy, one_submission_at_a_time
 from slurm.record.run_directory import RunDirectory
 from slurm.submission import freezing
@@ -22,8 +23,12 @@ def resume(run: RunDirectory, site: Site) -> None:
             for task in left:
                 (run.task_directory(task) / "result.json").unlink(missing_ok=True)
             entries = executor.launch(run, left)
+            waves.queue_what_fits(site.runs.absolute())
             ids = " ".join(str(entry["id"]) for entry in entries)
-            print(f"run {run.path}\njob {ids}: {len(left)} of {run.num_tasks} task(s)", flush=True)
+            num_queued = sum(len(entry["tasks"]) for entry in entries)
+            print(f"run {run.path}\njob {ids}: {num_queued} of {run.num_tasks} task(s)", flush=True)
+            if waiting := backlog.in_words(run):
+                print(waiting, flush=True)
             return
     from slurm.submission.foreground import run_frozen_here
 

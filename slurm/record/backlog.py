@@ -1,0 +1,87 @@
+"""Which tasks of frozen runs wait outside Slurm, because a limit on queued jobs left no room for them.
+
+The tasks stand in their run's job.json, under `not_queued`: `{"tasks": [5, 6, 7], "why": "your submit limit is 5"}`; the runs that
+have some, oldest first, in `.backlog.json` under the root of runs, which is there as long as there are any:
+
+    {"format": "backlog/1", "runs": ["/runs/tokenize/demo/20261123-091530-k3f9"], "ended": ["1042"]}
+
+`ended` are jobs (Slurm's raw ids) that have had their look at the backlog, and may still count as queued. Who writes holds
+`one_submission_at_a_time`. See `slurm.execution.waves` for how the tasks get into the queue.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline import records
+from slurm.client import slurm_queries
+from slurm.client.job_output import Job
+from slurm.record.run_directory import RunDirectory, directory_in
+
+FILE = ".backlog.json"
+
+
+class Backlog(NamedTuple):
+    """What `.backlog.json` holds."""
+
+    runs: list[RunDirectory]
+    ended: list[str]
+
+
+def root_of(run: RunDirectory) -> Path:
+    """The root of runs that `run` lies under."""
+    return run.path.parents[2]
+
+
+def read(root: Path) -> Backlog:
+    """The backlog under `root`; empty where there is no file."""
+    path = root / FILE
+    facts = records.read_json(path) if path.exists() else {"runs": [], "ended": []}
+    return Backlog([RunDirectory(Path(run)) for run in facts["runs"]], list(facts["ended"]))
+
+
+def write(root: Path, backlog: Backlog) -> None:
+    """Replaces the backlog under `root`; an empty one has no file."""
+    if not backlog.runs:
+        (root / FILE).unlink(missing_ok=True)
+        return
+    facts = {"format": "backlog/1", "runs": [str(run.path) for run in backlog.runs], "ended": backlog.ended}
+    records.write_json(root / FILE, facts)
+
+
+def tasks_of(run: RunDirectory) -> list[int]:
+    """The tasks of `run` that are not queued yet."""
+    return list((run.job().get("not_queued") or {}).get("tasks", []))
+
+
+def in_words(run: RunDirectory) -> str:
+    """How many tasks of `run` are not queued yet, and why; empty where all are."""
+    waiting = run.job().get("not_queued")
+    if not waiting:
+        return ""
+    return f"{len(waiting['tasks'])} of {run.num_tasks} task(s) not queued yet: {waiting['why']}; queued as earlier jobs end"
+
+
+def set_tasks(run: RunDirectory, tasks: Sequence[int], why: str) -> None:
+    """Records that `tasks`, and no others, of `run` are not queued yet; none takes the run out of the backlog."""
+    job = run.job()
+    wanted = {"tasks": sorted(tasks), "why": why} if tasks else None
+    if job.get("not_queued") != wanted or "submitting" in job:
+        job = {key: value for key, value in job.items() if key not in ("not_queued", "submitting")}
+        run.write_job(job | ({"not_queued": wanted} if wanted else {}))
+    backlog = read(root_of(run))
+    if bool(tasks) != (run in backlog.runs):
+        runs = [*backlog.runs, run] if tasks else [other for other in backlog.runs if other != run]
+        write(root_of(run), backlog._replace(runs=runs))
+
+
+def forget(root: Path, run: RunDirectory) -> None:
+    """Takes a run whose directory is gone out of the backlog."""
+    backlog = read(root)
+    write(root, backlog._replace(runs=[other for other in backlog.runs if other != run]))
+
+
+def queued_jobs(root: Path) -> list[Job]:
+    """My jobs, waiting and running, of runs under `root`: each looks at the backlog when it ends."""
+    jobs = [job for job in slurm_queries.my_jobs() if not job.is_final]
+    return [job for job in jobs if (path := directory_in(job.comment)) is not None and path.is_relative_to(root)]
