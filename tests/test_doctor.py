@@ -2,6 +2,7 @@
 
 import pytest
 
+from slurm.client.submit_limits import SubmitLimit
 from slurm.cluster.daemons import PrivateCluster
 from slurm.watching import doctor
 from slurm.watching.doctor import Finding
@@ -53,6 +54,19 @@ def test_a_stock_cluster_does_not_preempt_and_requeues_after_two_minutes() -> No
 def test_each_way_to_preempt_is_told_by_what_it_means(mode: str, meaning: str, is_concern: bool) -> None:
     found = examine({"PreemptType": "preempt/qos", "PreemptMode": mode})["preemption"]
     assert (found.meaning, found.is_concern) == (meaning, is_concern)
+
+
+def test_the_submit_limit_is_told_and_one_too_low_for_arrays_is_a_concern() -> None:
+    limits = [SubmitLimit(500, "QOS", "your submit limit in qos normal"), SubmitLimit(5, "Assoc", "your submit limit")]
+    found = {f.subject: f for f in doctor.examine(STOCK, [PARTITION], sacct_answers=True, limits=limits)}["queued at once"]
+    assert (found.fact, found.is_concern) == ("your submit limit is 5", False)
+    assert "queued as earlier ones end" in found.meaning
+    (found,) = [
+        f
+        for f in doctor.examine(STOCK, [], sacct_answers=True, limits=[SubmitLimit(1, "Assoc", "your")])
+        if f.is_concern and "arrays and chains" in f.meaning
+    ]
+    assert "queued at once" not in examine({})
 
 
 def test_grace_is_told_for_each_partition_that_can_be_preempted() -> None:

@@ -126,6 +126,16 @@ def test_what_a_stopped_private_cluster_keeps_waits_for_its_next_start() -> None
     assert only(None, [task(is_kept=True, file_state="failed", result={"status": "failed"})]).state == "failed"
 
 
+def test_what_is_not_queued_yet_waits_as_long_as_a_job_is_left_that_will_queue_it() -> None:
+    beyond = task(None, "new", not_queued="your submit limit is 5")
+    row = only([], [beyond._replace(is_served=True)])
+    assert (row.state, row.reason) == ("waiting", "not queued yet: your submit limit is 5; queued as earlier jobs end")
+    row = only([], [beyond])
+    assert row.state == "stopped"
+    assert row.reason.endswith("no job is left that would queue it; `crosscoder submit --resume train/demo/20261123-091530-k3f9` does")
+    assert only(None, [beyond._replace(is_kept=True)]).state == "waiting"
+
+
 def test_a_job_that_is_no_run_is_listed_by_its_name() -> None:
     row = only([job("9", "PENDING", name="jupyter", reason="JobHeldUser", priority=0)], [])
     assert (row.job, row.run, row.name, row.state) == ("9", "", "jupyter", "held")
@@ -316,9 +326,9 @@ def test_a_word_names_a_job_or_its_array() -> None:
 
 
 def test_a_comment_of_another_kind_names_no_run() -> None:
-    assert job_listing.directory_in("see ticket 5") is None
-    assert job_listing.directory_in("[1]") is None
-    assert str(job_listing.directory_in('{"run": "a/b/c", "directory": "/runs/a/b/c"}')) == "/runs/a/b/c"
+    assert run_directory.directory_in("see ticket 5") is None
+    assert run_directory.directory_in("[1]") is None
+    assert str(run_directory.directory_in('{"run": "a/b/c", "directory": "/runs/a/b/c"}')) == "/runs/a/b/c"
 
 
 def test_the_end_of_a_long_log_is_read_in_its_last_form(tmp_path: Any) -> None:

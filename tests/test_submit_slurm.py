@@ -138,6 +138,17 @@ def test_of_two_submissions_at_the_same_moment_one_wins_and_the_other_says_so(qu
     assert len(run.job()["jobs"]) == 2
 
 
+def test_a_job_whose_submission_was_killed_before_it_was_recorded_is_not_left_beside_the_next(queue: Queue) -> None:
+    (run,) = queue.submit(queue.project.config(steps=100, step_seconds=0.2))
+    wait_until(lambda: at_step(run, 2), "the first steps")
+    (entry,) = run.job()["jobs"]
+    run.write_job(run.job() | {"jobs": [], "submitting": [0]})
+    executor.launch(run, [0])
+    wait_until(lambda: queue.slurm_state(entry["id"]) == "CANCELLED", "the end of the unrecorded job")
+    assert queue.job(run) != entry["id"]
+    assert "submitting" not in run.job()
+
+
 def test_a_queue_that_does_not_answer_a_submission_is_given_up(queue: Queue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run,) = queue.submit(queue.project.config())
     silent = tmp_path / "bin" / "sbatch"

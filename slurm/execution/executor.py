@@ -134,11 +134,18 @@ def _room_of(run: RunDirectory) -> tuple[int | None, str]:
 
 
 def _room_under_limit(run: RunDirectory, word: str) -> tuple[int | None, str]:
-    """How many jobs the limit that Slurm calls `word` still lets in, at least 1, None where it isn't known; and the limit in words."""
+    """How many jobs the limit that Slurm calls `word` still lets in, at least 1, None where it isn't known; and the limit in words.
+
+    Raises `UserError` where a job that ends can never queue another, since it counts itself.
+    """
     resources = run.job()["resources"]
     limits = submit_limits.of_me(resources["account"], resources["qos"])
     if not limits:
         return None, submit_limits.why(word, limits)
+    if min(limits).num_jobs < 2:
+        raise UserError(
+            f"{submit_limits.why(word, limits)}: a task that ends, and still counts, can't queue the next; use --executor local"
+        )
     queued = sum(not job.is_final for job in slurm_queries.my_jobs())
     return max(1, min(limits).num_jobs - queued), submit_limits.why(word, limits)
 

@@ -81,7 +81,10 @@ def forget(root: Path, run: RunDirectory) -> None:
     write(root, backlog._replace(runs=[other for other in backlog.runs if other != run]))
 
 
-def queued_jobs(root: Path) -> list[Job]:
-    """My jobs, waiting and running, of runs under `root`: each looks at the backlog when it ends."""
-    jobs = [job for job in slurm_queries.my_jobs() if not job.is_final]
-    return [job for job in jobs if (path := directory_in(job.comment)) is not None and path.is_relative_to(root)]
+def queued_jobs(root: Path, jobs: Sequence[Job] | None = None) -> list[Job]:
+    """Those of my jobs that wait or run for runs under `root`: each looks at the backlog when it ends.
+
+    jobs : my jobs, where they are known; else Slurm is asked.
+    """
+    waiting = [job for job in (slurm_queries.my_jobs() if jobs is None else jobs) if not job.is_final]
+    return [job for job in waiting if (path := directory_in(job.comment)) is not None and path.is_relative_to(root)]

@@ -4,8 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from slurm.client import slurm_queries
+from slurm.client import slurm_queries, submit_limits
 from slurm.client.slurm_values import seconds
+from slurm.client.submit_limits import SubmitLimit
 
 REQUEUE_DELAY_S = 120
 """What Slurm uses where AuthInfo names no cred_expire: the lifetime of a job's credential."""
@@ -22,8 +23,13 @@ class Finding(NamedTuple):
     is_concern: bool = False
 
 
-def examine(settings: Mapping[str, str], partitions: Sequence[Mapping[str, str]], *, sacct_answers: bool) -> list[Finding]:
-    """All findings of a cluster whose `scontrol show config` and `show partition` gave `settings` and `partitions`."""
+def examine(
+    settings: Mapping[str, str], partitions: Sequence[Mapping[str, str]], *, sacct_answers: bool, limits: Sequence[SubmitLimit] = ()
+) -> list[Finding]:
+    """All findings of a cluster whose `scontrol show config` and `show partition` gave `settings` and `partitions`.
+
+    limits : on how many of my jobs may be queued at once.
+    """
     kill_wait = _seconds(settings.get("KillWait")) or 30
     return [
         Finding(
@@ -35,6 +41,7 @@ def examine(settings: Mapping[str, str], partitions: Sequence[Mapping[str, str]]
         _kill(kill_wait),
         _time_limit(settings),
         _arrays(settings),
+        *(_submit_limit(limit) for limit in sorted(limits)[:1]),
         _memory(settings),
         _accounting(settings, sacct_answers),
         _forgetting(settings),
@@ -47,7 +54,8 @@ def examine(settings: Mapping[str, str], partitions: Sequence[Mapping[str, str]]
 def gather() -> list[Finding]:
     """The findings of the cluster that answers here."""
     settings = slurm_queries.configuration()
-    return examine(settings, slurm_queries.partitions(), sacct_answers=slurm_queries.has_accounting(settings))
+    sacct_answers = slurm_queries.has_accounting(settings)
+    return examine(settings, slurm_queries.partitions(), sacct_answers=sacct_answers, limits=submit_limits.of_me())
 
 
 def _version(settings: Mapping[str, str]) -> str:
@@ -141,6 +149,13 @@ def _time_limit(settings: Mapping[str, str]) -> Finding:
 def _arrays(settings: Mapping[str, str]) -> Finding:
     size, jobs = settings.get("MaxArraySize", "1001"), settings.get("MaxJobCount", "10000")
     return Finding("arrays", f"MaxArraySize {size}, MaxJobCount {jobs}", f"an array of more than {size} tasks is split into several")
+
+
+def _submit_limit(limit: SubmitLimit) -> Finding:
+    meaning = "jobs and tasks of arrays beyond it wait outside Slurm, and are queued as earlier ones end"
+    if limit.num_jobs < 2:
+        meaning = "a job that ends still counts, so none can queue another: arrays and chains are refused; use --executor local"
+    return Finding("queued at once", limit.in_words, meaning, is_concern=limit.num_jobs < 2)
 
 
 def _memory(settings: Mapping[str, str]) -> Finding:

@@ -1,7 +1,6 @@
 """Gathers what `crosscoder jobs` and `watch` show: one squeue, the run directories and their heartbeats."""
 
 import fnmatch
-import json
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -9,12 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import records
+from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
 from slurm.client import slurm_queries
 from slurm.client.job_output import Job
 from slurm.cluster.configuration import CLUSTER_NAME
-from slurm.record import activity, holder, run_directory
-from slurm.record.run_directory import RunDirectory
+from slurm.record import activity, backlog, holder, run_directory
+from slurm.record.run_directory import RunDirectory, directory_in
 from slurm.watching import jobs
 from slurm.watching.jobs import Row, Task
 
@@ -46,7 +46,8 @@ def gather(site: Site, *, wanted: Sequence[str] = (), everything: bool = False, 
     # With SLURM_CONF naming a cluster that is stopped, squeue would try for 9 s.
     queue = None if is_stopped and os.environ.get("SLURM_CONF") else slurm_queries.my_jobs_if_any()
     runs, num_older = _runs(site.runs.absolute(), queue or [], wanted, everything or bool(wanted))
-    tasks = [task for run in runs for task in read_tasks(run, is_stopped=is_stopped)]
+    is_served = bool(backlog.queued_jobs(site.runs.absolute(), queue or []))
+    tasks = [task for run in runs for task in read_tasks(run, is_stopped=is_stopped, is_served=is_served)]
     if wanted and queue is not None:
         own = {task.job_id for task in tasks}
         queue = [job for job in queue if job.id in own or is_wanted(wanted, job=job.id, name=job.name)]
@@ -72,6 +73,25 @@ def _is_wanted_run(run: RunDirectory, wanted: Sequence[str]) -> bool:
     return any(word[:1].isdigit() and run_directory.has_job(run, word) for word in wanted)
 
 
+def standing_of(run: RunDirectory) -> dict[int, tuple[str, str]]:
+    """The state and reason of each task of `run`, as `crosscoder jobs` says them; empty where the queue gives no answer.
+
+    A run that has finished is not asked for: its own record is the truth.
+    """
+    if run.state() == "finished":
+        return {}
+    is_stopped = activity.stopped_private_cluster() is not None
+    try:
+        queue = None if is_stopped or run.job()["executor"] != "slurm" else slurm_queries.my_jobs_if_any()
+    except UserError:
+        return {}
+    is_served = bool(backlog.queued_jobs(backlog.root_of(run), queue or []))
+    tasks = read_tasks(run, is_stopped=is_stopped, is_served=is_served)
+    own = {task.job_id for task in tasks}
+    rows = jobs.join(None if queue is None else [job for job in queue if job.id in own], tasks, now=time.time())
+    return {row.task or 0: (row.state, row.reason) for row in rows}
+
+
 def is_wanted(wanted: Sequence[str], *, stage: str = "", name: str = "", identity: str = "", job: str = "") -> bool:
     """Whether one of the words names it: a stage, a name, `stage/name`, `stage/name/id`, an id or its end, or a job id.
 
@@ -82,18 +102,10 @@ def is_wanted(wanted: Sequence[str], *, stage: str = "", name: str = "", identit
     return any(fnmatch.fnmatchcase(form, word.rstrip("/")) for word in wanted for form in (*forms, *ends))
 
 
-def directory_in(comment: str) -> Path | None:
-    """The run directory that a job's comment names; None for a comment of another kind."""
-    try:
-        value = json.loads(comment)["directory"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return Path(value) if isinstance(value, str) else None
-
-
-def read_tasks(run: RunDirectory, *, is_stopped: bool = False) -> list[Task]:
+def read_tasks(run: RunDirectory, *, is_stopped: bool = False, is_served: bool = False) -> list[Task]:
     """Every task of a run as its directory tells now. Reads job.json once, however many tasks there are.
 
+    is_served : whether jobs are left that will queue what is not queued yet.
     is_stopped : whether the private cluster is (see `activity.stopped_private_cluster`).
     """
     job = run.job()
@@ -111,6 +123,7 @@ def read_tasks(run: RunDirectory, *, is_stopped: bool = False) -> list[Task]:
         "waits_for": tuple(parent.reference for parent in parents),
         "failed_parents": tuple(p.reference for p in parents if p.path.exists() and {"failed", "stopped", "cancelled"} & set(p.states())),
         "limit_s": minutes * 60 if minutes else None,
+        "is_served": is_served,
         "is_kept": is_stopped and job["executor"] == "slurm" and job["cluster"] == CLUSTER_NAME,
         "submitted": job.get("submitted"),
         "replaced_jobs": frozenset(str(entry["id"]) for entry in job["jobs"]),

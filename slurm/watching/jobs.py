@@ -46,6 +46,8 @@ class Task(NamedTuple):
     limit_s: int | None = None
     not_queued: str | None = None
     """Why it is not queued yet, of a task that waits outside Slurm (see `slurm.record.backlog`)."""
+    is_served: bool = False
+    """Whether a job is left that will queue such a task when it ends."""
     is_kept: bool = False
     """Whether its job, if it has not ended, waits in a private cluster that is stopped now."""
     submitted: float | None = None
@@ -98,17 +100,18 @@ def join(jobs: Sequence[Job] | None, tasks: Sequence[Task], *, now: float, remem
         pairs = zip(rows, tasks, strict=True)
         rows = [row._replace(reason=NO_SLURM) if row.state == "lost" and task.executor == "slurm" else row for row, task in pairs]
     known = {task.job_id for task in tasks}
-    is_served = any(job.id in known and not job.is_final for job in queue)
-    rows = [_of_backlog(row, task, is_served) if task.not_queued else row for row, task in zip(rows, tasks, strict=True)]
+    rows = [_of_backlog(row, task) if task.not_queued else row for row, task in zip(rows, tasks, strict=True)]
     replaced = frozenset().union(*{task.replaced_jobs for task in tasks})
     rows += [_row_of_foreign_job(job) for job in queue if job.id not in known and not _is_past(job, replaced)]
     return sorted(rows, key=_place)
 
 
-def _of_backlog(row: Row, task: Task, is_served: bool) -> Row:
-    """The row of a task that is not queued yet. is_served : whether a job is left that will queue it when it ends."""
-    if is_served:
+def _of_backlog(row: Row, task: Task) -> Row:
+    """The row of a task that is not queued yet."""
+    if task.is_served:
         return row._replace(state="waiting", reason=f"not queued yet: {task.not_queued}; queued as earlier jobs end")
+    if task.is_kept:
+        return row._replace(state="waiting", reason=activity.CLUSTER_STOPPED)
     again = f"no job is left that would queue it; `crosscoder submit --resume {task.run}` does"
     return row._replace(state="stopped", reason=f"not queued: {task.not_queued}, and {again}")
 
