@@ -102,6 +102,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(project: ToyProject) -> None:
     again = project.crosscoder("submit", "--resume", run.reference, "--executor", "local")
     assert f"hello from {run.code / 'pipeline/stages/toy.py'} at step {saved}" in again.stdout
     assert finished(run)
+    assert project.crosscoder("logs", run.reference).stdout.count("hello from") == 2  # all attempts, those at the terminal too
 
 
 def test_a_finished_run_is_not_run_again_by_resuming_it(project: ToyProject) -> None:

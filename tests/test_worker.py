@@ -137,7 +137,7 @@ def test_verify_names_a_flipped_bit_in_any_set_of_a_directory(tmp_path: Path) ->
 
 
 def test_verify_says_when_there_is_nothing_to_verify(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="it is neither a finished data set nor a run"):
+    with pytest.raises(UserError, match="is neither a finished data set"):
         verification.verify(str(tmp_path), tmp_path / "runs")
 
 

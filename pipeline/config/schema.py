@@ -26,6 +26,16 @@ class Config(pydantic.BaseModel):
         """Every setting, defaults included, as values that YAML and JSON can hold."""
         return self.model_dump(mode="json")
 
+    def chosen(self) -> dict[str, Any]:
+        """The settings that are not at their defaults, as values that YAML can hold; a group's `kind` is always among them."""
+        chosen = {}
+        for key, field in type(self).model_fields.items():
+            value = getattr(self, key)
+            if key != "kind" and not field.is_required() and value == field.get_default(call_default_factory=True):
+                continue
+            chosen[key] = value.chosen() if isinstance(value, Config) else self.model_dump(mode="json", include={key})[key]
+        return chosen
+
 
 def _is_operational(extra: object) -> bool:
     return isinstance(extra, dict) and bool(extra.get("operational"))

@@ -229,7 +229,8 @@ def _submit_anew(
             slurm_commands.run("scontrol", "uhold", new_id)
     dependants = _redirect_dependants(run, site)
     slurm_commands.run("scancel", *names)
-    job_control.note_change(run, {**record, **request.queue, "dependants": dependants}, how=f"submitted anew as {', '.join(new_ids)}")
+    how = f"{', '.join(names)} submitted anew as {', '.join(new_ids)}"
+    job_control.note_change(run, {**record, **request.queue, "dependants": dependants}, how=how)
     told = f"; {', '.join(dependants)} wait for the new one" if dependants else ""
     return [f"{', '.join(names)} cancelled, {run.reference} submitted anew as {', '.join(new_ids)}{told}"]
 

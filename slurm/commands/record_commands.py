@@ -24,17 +24,23 @@ def register(app: typer.Typer) -> None:
     app.command("verify")(verify)
 
 
-def show(reference: RunArgument, as_json: JsonOption = False) -> None:
-    """Show the frozen record of a run, and how far it is."""
+def show(
+    reference: RunArgument,
+    whole_config: Annotated[bool, typer.Option("--config", help="All settings, not only those that differ from their defaults.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how a run stands and what came out of it, its settings, attempts and changes, and what it was made from."""
     from slurm.commands.command_line import print_json
     from slurm.record.record_view import as_text, as_values
     from slurm.record.run_directory import find
+    from slurm.watching.job_listing import standing_of
 
     run = find(reference, load_site().runs.absolute())
+    standing = standing_of(run)
     if as_json:
-        print_json(as_values(run))
+        print_json(as_values(run, standing))
     else:
-        print(as_text(run))
+        print(as_text(run, standing, whole_config=whole_config))
 
 
 def logs(
@@ -74,7 +80,7 @@ def _news(run: Any, task: int, offsets: dict[Path, int]) -> str:
 def compare(first: RunArgument, second: RunArgument, as_json: JsonOption = False) -> None:
     """Show what differs between two runs: settings, code, environment, inputs, results."""
     from slurm.commands.command_line import print_json
-    from slurm.record.comparison import compare_runs, phrases
+    from slurm.record.comparison import as_text, compare_runs
     from slurm.record.run_directory import find
 
     runs = load_site().runs.absolute()
@@ -83,8 +89,7 @@ def compare(first: RunArgument, second: RunArgument, as_json: JsonOption = False
     if as_json:
         print_json({"first": str(one.path), "second": str(other.path), "differences": differences})
         return
-    print(f"{one.reference} -> {other.reference}")
-    print("\n".join(phrases(differences)) or "nothing differs")
+    print(as_text(one, other, differences))
 
 
 def verify(path: Annotated[str, typer.Argument(metavar="PATH", help="A data set, or a run.")], as_json: JsonOption = False) -> None:

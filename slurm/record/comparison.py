@@ -1,29 +1,81 @@
-"""What differs between two runs: settings, code, environment, inputs, results."""
+"""What differs between two runs: settings, code, environment, inputs, results, and, apart from those, speed."""
 
+import re
 from typing import Any
 
 from pipeline import records
 from slurm.record.run_directory import RunDirectory
+from slurm.record.text_table import figure
 
-Differences = dict[str, list[dict[str, Any]]]
+Row = dict[str, Any]
+Differences = dict[str, list[Row]]
 
-PLACES = ("config", "code", "environment", "inputs", "results")
+PLACES = ("config", "code", "environment", "inputs", "results", "speed")
+SPEED = re.compile(r"(^|[._])(seconds|minutes|hours|duration|elapsed)($|[._])|_per_(second|s|minute|hour)($|[._])")
+"""Names of results that are never the same twice."""
+MOST_FILES = 10
+"""Of code that differs, in the text."""
+HASH = re.compile(r"[0-9a-f]{32,}")
 
 
 def compare_runs(first: RunDirectory, second: RunDirectory) -> Differences:
     """By place, a row for each thing that differs: its name and its value in either run (None: it has none)."""
+    results = _result_rows(first, second)
     return {
         "config": _differing(flatten(first.config_values()), flatten(second.config_values())),
         "code": _code(first, second),
         "environment": _environment(first, second),
         "inputs": _differing(_identities(first), _identities(second)),
-        "results": _differing(_results(first), _results(second)),
+        "results": [row for row in results if not is_speed(row["name"])],
+        "speed": [row for row in results if is_speed(row["name"])],
     }
+
+
+def is_speed(name: str) -> bool:
+    """Whether a result of that name measures time: it differs between runs that are alike in all else."""
+    return SPEED.search(name) is not None
 
 
 def phrases(differences: Differences) -> list[str]:
     """A line for each difference."""
-    return [f"{place}: {row['name']}: {_short(row['first'])} -> {_short(row['second'])}" for place in PLACES for row in differences[place]]
+    return [
+        f"{place}: {row['name']}: {_of(place, row['first'])} -> {_of(place, row['second'])}"
+        for place in PLACES
+        for row in differences[place]
+    ]
+
+
+def as_text(first: RunDirectory, second: RunDirectory, differences: Differences) -> str:
+    """The differences for a terminal, by place."""
+    lines = [f"{first.reference} -> {second.reference}"]
+    for place in PLACES:
+        rows = differences[place]
+        if not rows:
+            continue
+        heading = "speed (no two runs are alike in it)" if place == "speed" else place
+        texts = [(row["name"], _of(place, row["first"]), _of(place, row["second"])) for row in rows]
+        cut = texts[:MOST_FILES] if place == "code" else texts
+        name, value = (max(len(row[i]) for row in cut) for i in (0, 1))
+        lines += ["", heading, *(f"  {row[0]:<{name}}  {row[1]:<{value}}  -> {row[2]}" for row in cut)]
+        if place == "code":
+            left = f"{len(texts) - len(cut)} more; " if len(texts) > len(cut) else ""
+            lines.append(f"  {left}diff -r {first.code} {second.code}")
+    same = [place for place in ("config", "code", "environment", "inputs", "results") if not differences[place]]
+    return "\n".join([*lines, "", f"the same: {', '.join(same)}"] if same else lines)
+
+
+def _of(place: str, value: Any) -> str:
+    return shown(value, is_grouped=place in ("results", "speed"))
+
+
+def shown(value: Any, *, is_grouped: bool = True) -> str:
+    """A value for reading; hashes by their first letters."""
+    if isinstance(value, list):
+        return ", ".join(shown(item, is_grouped=is_grouped) for item in value)
+    if isinstance(value, str) and HASH.fullmatch(value):
+        return value[:12]
+    text = figure(value, is_grouped=is_grouped)
+    return text if len(text) <= 60 else f"{text[:28]}...{text[-29:]}"
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -33,12 +85,12 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {key: leaf for name, inner in value.items() for key, leaf in flatten(inner, f"{prefix}.{name}" if prefix else str(name)).items()}
 
 
-def _differing(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:
+def _differing(first: dict[str, Any], second: dict[str, Any]) -> list[Row]:
     names = [*first, *(name for name in second if name not in first)]
     return [{"name": n, "first": first.get(n), "second": second.get(n)} for n in names if first.get(n) != second.get(n)]
 
 
-def _code(first: RunDirectory, second: RunDirectory) -> list[dict[str, Any]]:
+def _code(first: RunDirectory, second: RunDirectory) -> list[Row]:
     one, other = (records.read_json(run.path / "code.json") for run in (first, second))
     files = _differing(one["files"], other["files"])
     if not files:
@@ -46,7 +98,7 @@ def _code(first: RunDirectory, second: RunDirectory) -> list[dict[str, Any]]:
     return [*_differing({"commit": one["commit"]}, {"commit": other["commit"]}), *files]
 
 
-def _environment(first: RunDirectory, second: RunDirectory) -> list[dict[str, Any]]:
+def _environment(first: RunDirectory, second: RunDirectory) -> list[Row]:
     one, other = (records.read_json(run.path / "environment.json") for run in (first, second))
     plain = [{k: v for k, v in flatten(record).items() if k not in ("user",)} for record in (one, other)]
     return _differing(*plain)
@@ -54,6 +106,14 @@ def _environment(first: RunDirectory, second: RunDirectory) -> list[dict[str, An
 
 def _identities(run: RunDirectory) -> dict[str, Any]:
     return {field: entry.get("data_id") or entry.get("content") or entry.get("made_by") for field, entry in run.inputs().items()}
+
+
+def _result_rows(first: RunDirectory, second: RunDirectory) -> list[Row]:
+    """Of a run that has no result yet only that: not each number that it lacks."""
+    one, other = _results(first), _results(second)
+    if one and other:
+        return _differing(one, other)
+    return [{"name": "state", "first": first.state(), "second": second.state()}] if one or other else []
 
 
 def _results(run: RunDirectory) -> dict[str, Any]:
@@ -64,8 +124,3 @@ def _results(run: RunDirectory) -> dict[str, Any]:
             prefix = f"{task}." if run.num_tasks > 1 else ""
             flat |= flatten({prefix + "status": result["status"], **{prefix + k: v for k, v in (result["result"] or {}).items()}})
     return flat
-
-
-def _short(value: Any) -> str:
-    text = "none" if value is None else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

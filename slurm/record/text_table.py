@@ -87,14 +87,14 @@ def below(text: str, width: int) -> list[str]:
     )
 
 
-def figure(value: object) -> str:
-    """A value for reading: floats with five significant digits, whole numbers in groups of three, words for None and bools."""
+def figure(value: object, *, is_grouped: bool = True) -> str:
+    """A value for reading: floats with five significant digits, whole numbers in groups of three (settings: as they are typed)."""
     if value is None:
         return "none"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, int):
+    if isinstance(value, int) and is_grouped:
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.0f}" if 1e5 <= abs(value) < 1e15 else f"{value:.5g}"
+        return f"{value:,.0f}" if is_grouped and 1e4 <= abs(value) < 1e15 else f"{value:.5g}"
     return str(value)

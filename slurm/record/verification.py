@@ -1,5 +1,6 @@
 """Rehashes what lies on disk against its records, and names what is damaged."""
 
+import difflib
 from pathlib import Path
 
 from pipeline import records
@@ -19,9 +20,25 @@ def verify(reference: str, runs: Path) -> tuple[list[str], list[str]]:
         if sets:
             return [f"data set {directory}" for directory in sets], [damage for directory in sets for damage in records.verify(directory)]
         if not path.is_relative_to(runs):
-            raise UserError(f"{path} holds no {records.MANIFEST} and no job.json: it is neither a finished data set nor a run")
-    run = find(reference, runs)
+            raise UserError(f"{path} is neither a finished data set ({records.MANIFEST}) nor a run (job.json); {_contents(path)}")
+    try:
+        run = find(reference, runs)
+    except UserError:
+        if path.exists() or path.is_relative_to(runs) or "/" not in reference.strip("/") or not path.parent.is_dir():
+            raise
+        raise UserError(
+            f"no run is called {reference!r} under {runs}, and {path} does not exist; {_contents(path.parent, path.name)}"
+        ) from None
     return [f"run {run.path}"], verify_run(run)
+
+
+def _contents(directory: Path, name: str = "", most: int = 8) -> str:
+    """What there is in `directory`; of names like `name` the nearest."""
+    names = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
+    if near := difflib.get_close_matches(name, names, n=1):
+        return f"did you mean {directory / near[0]}?"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{directory} holds {', '.join(names[:most])}{more}" if names else f"{directory} is empty"
 
 
 def verify_run(run: RunDirectory) -> list[str]:

@@ -115,7 +115,8 @@ def table(
     if shown:
         printed.append(Text(layout.header, style="bold"))
     for line, texts in zip(shown, layout.rows, strict=True):
-        first, *rest = [Text(text) for text in texts]
+        is_all_well = line.rows[0].state == "finished"  # when it ended is worth no line of its own
+        first, *rest = [Text(text) for text in (texts[:1] if is_all_well else texts)]
         first.stylize(COLORS.get(line.rows[0].state, ""), *layout.columns["STATE"])
         if line.rows[0].warning:
             for text in (first, *rest):
