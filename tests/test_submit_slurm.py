@@ -79,6 +79,14 @@ def test_a_chain_runs_in_order_and_binds_what_it_makes(queue: Queue) -> None:
     assert queue.said.count("skipped") == 2
 
 
+def test_a_chain_may_be_looked_at_before_any_of_it_is_there(queue: Queue) -> None:
+    first, second = queue.project.config("first", output="data/first"), queue.project.config("second", data="data/first")
+    queue.submit(first, second, "--dry-run")
+    assert re.search(r"^#SBATCH --dependency='?afterok:<toy/first/\S+>'?$", queue.said, re.M)
+    assert queue.cluster.command("squeue", "-h", "-n", "toy-first,toy-second") == ""
+    assert list(queue.project.runs.glob("toy/*/*")) == []
+
+
 def test_a_failed_stage_cancels_what_waits_for_it(queue: Queue) -> None:
     first = queue.project.config("first", fail_at=1, output="data/first")
     second = queue.project.config("second", data="data/first")

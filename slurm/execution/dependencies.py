@@ -9,8 +9,10 @@ from slurm.record import backlog
 from slurm.record.run_directory import Json, RunDirectory, list_runs
 
 
-def dependency(parents: Sequence[RunDirectory]) -> str | None:
+def dependency(parents: Sequence[RunDirectory], *, planned: bool = False) -> str | None:
     """Slurm's dependency on what of `parents` has not finished; None if all has.
+
+    planned : the parents may not be queued yet; the job that one will be is then named by its run.
 
     Raises `UserError` for a parent that Slurm can't wait for.
     """
@@ -21,6 +23,9 @@ def dependency(parents: Sequence[RunDirectory]) -> str | None:
         if not waiting:
             continue
         known = [entry["id"] for entry in job["jobs"] if set(entry["tasks"]) & set(waiting)]
+        if planned and job["executor"] == "slurm" and not job["jobs"]:
+            ids.append(f"<{parent.reference}>")
+            continue
         if job["executor"] != "slurm" or not known:
             raise UserError(
                 f"{parent.reference} has not finished and is no job of Slurm, so a job can't wait for it; finish or submit it first"

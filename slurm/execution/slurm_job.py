@@ -34,15 +34,15 @@ itself in its grace time is failed for Slurm 22.05, and not requeued. Then queue
 that outlives a worker that is killed."""
 
 
-def slurm_executor(run: RunDirectory, job: Json) -> Any:
-    """submitit's executor with every parameter of the run's job."""
+def slurm_executor(run: RunDirectory, job: Json, *, planned: bool = False) -> Any:
+    """submitit's executor with every parameter of the run's job. `planned`: of a job that is only shown (see `dependency`)."""
     import submitit
 
     resources = build(Resources, job["resources"], f"{run.path / 'job.json'}: resources")
     if not slurm_commands.is_installed("srun"):
         raise UserError("Slurm is not installed on this machine (no srun on PATH); use --executor local, or submit from a login node")
     executor = submitit.SlurmExecutor(folder=run.path / SUBMITIT_FOLDER, python=_python(run))
-    executor.update_parameters(**slurm_parameters(run, job, resources))
+    executor.update_parameters(**slurm_parameters(run, job, resources, planned=planned))
     return executor
 
 
@@ -59,7 +59,7 @@ def _end_of_job(run: RunDirectory) -> str:
     return END_OF_JOB.format(backlog=shlex.quote(str(root / backlog.FILE)), waves=waves)
 
 
-def slurm_parameters(run: RunDirectory, job: Json, resources: Resources) -> dict[str, Any]:
+def slurm_parameters(run: RunDirectory, job: Json, resources: Resources, *, planned: bool = False) -> dict[str, Any]:
     """submitit's parameters for a job of this run; those that are None are left to the cluster."""
     frozen = [f"export {name}={shlex.quote(value)}" for name, value in frozen_variables(run).items()]
     gpus = f"gpu:{resources.gpu_type}:{resources.gpus}" if resources.gpu_type else f"gpu:{resources.gpus}"
@@ -79,7 +79,7 @@ def slurm_parameters(run: RunDirectory, job: Json, resources: Resources) -> dict
         "qos": resources.qos,
         "constraint": resources.constraint,
         "nodelist": resources.node,
-        "dependency": dependency([RunDirectory(Path(path)) for path in job["after"]]),
+        "dependency": dependency([RunDirectory(Path(path)) for path in job["after"]], planned=planned),
         "array_parallelism": resources.max_parallel or resources.array_tasks,
         "stderr_to_stdout": True,
         "setup": ["set -e", _end_of_job(run), *job["setup"], *frozen],
@@ -100,7 +100,7 @@ def signal_delay_s(timeout_min: int) -> int:
 def submission_text(run: RunDirectory) -> str:
     """The sbatch script that submitting the run would write, without the array line that submitit adds."""
     with clean_environment({}):
-        executor = slurm_executor(run, run.job())
+        executor = slurm_executor(run, run.job(), planned=True)
         return str(executor._make_submission_file_text(executor._submitit_command_str, "dry-run"))
 
 
