@@ -42,6 +42,40 @@ def test_where_preemption_cancels_the_job_submits_itself_anew_and_is_waited_for(
         queue.cluster.command("scontrol", "update", "partitionname=low", "preemptmode=requeue", "gracetime=20")
 
 
+def test_where_preemption_cancels_a_run_is_submitted_anew_up_to_a_cap_and_a_bug_not_at_all(queue: Queue) -> None:
+    requeue = queue.project.root / "slurm/execution/requeue.py"
+    requeue.write_text(requeue.read_text().replace("MAX_ATTEMPTS_WITHOUT_PROGRESS = 10", "MAX_ATTEMPTS_WITHOUT_PROGRESS = 3"))
+    place = ("--partition", "low", "--node", "n2", "resources.cpus=8")
+    queue.cluster.command("scontrol", "update", "partitionname=low", "preemptmode=cancel", "gracetime=0")
+    try:
+        (run,) = queue.submit(queue.project.config(steps=3, step_seconds=300.0), *place)
+        for attempt in range(1, 4):
+            wait_until(lambda number=attempt: len(run.attempts()) == 2 * number - 1 and stage_has_begun(run, number), f"attempt {attempt}")  # type: ignore[misc]
+            queue.cluster.command("sbatch", "-p", "main", "-w", "n2", "-c", "8", "-o", "/dev/null", "--wrap", "true")
+            wait_until(lambda number=attempt: len(run.attempts()) >= 2 * number, f"the end of attempt {attempt}")  # type: ignore[misc]
+        wait_until(lambda: not queue.cluster.command("squeue", "-h", "-t", "pending,running"), "an empty queue")
+        ends = [line["next"] for line in run.attempts() if line["event"] == "end"]
+        assert ["submitted anew as job" in end for end in ends] == [True, True, False]
+        reason = "not requeued: its last 3 attempts got no further than the start"
+        assert ends[2].startswith(reason)
+        assert len(run.job()["jobs"]) == 3
+        listed = json.loads(queue.project.crosscoder("jobs", "--json", SLURM_CONF=str(queue.cluster.configuration)).stdout)
+        (row,) = [row for row in listed if row["run"] == run.reference]
+        assert row["state"] == "stopped"
+        assert reason in row["reason"]
+
+        (bug,) = queue.submit(queue.project.config("bug", crash_at=1), *place)
+        wait_until(lambda: queue.slurm_state(queue.job(bug)) == "FAILED", "the bug's end")
+        assert len(bug.job()["jobs"]) == 1
+        assert [line["event"] for line in bug.attempts()] == ["start", "end"]
+    finally:
+        queue.cluster.command("scontrol", "update", "partitionname=low", "preemptmode=requeue", "gracetime=20")
+
+
+def stage_has_begun(run: RunDirectory, times: int) -> bool:
+    return sum("at step 0" in log.read_text() for log in run.log_files()) >= times
+
+
 def test_a_job_whose_node_dies_goes_on_elsewhere(queue: Queue) -> None:
     (run,) = queue.submit(queue.project.config(steps=20, step_seconds=0.2), "resources.constraint=null")
     wait_until(lambda: at_step(run, 2), "the first steps")

@@ -83,11 +83,13 @@ def _attempt(run: RunDirectory, task: int, process: job_process.Process, *, froz
         if ending.status == "stopped":
             view.say(f"stopped after {duration(time.time() - started)}: {ending.error}; what was done is saved")
         record = {"status": ending.status, "started": started, "ended": time.time(), **identity}
-        records.write_json(here / "result.json", record | {"error": ending.error, "result": ending.result})
+        record |= {"error": ending.error, "result": ending.result}
+        records.write_json(here / "result.json", record)
         next_step = "stays as it is"
         if ending.status == "stopped":
             with _children_ignore_signals():
                 next_step = go_on_later(run, task, process)
+                records.write_json(here / "result.json", record | {"next": next_step})
             view.say(next_step)
         append_line(here / "attempts.jsonl", {"event": "end", "time": time.time(), **identity, "status": ending.status, "next": next_step})
     return ending.exit_code

@@ -42,7 +42,7 @@ attempts.jsonl: {"event": "start", "time": 1795424131.2, "job": "1042_0", "resta
 
 result.json, written when an attempt ends by itself: {"status": "finished", "started": ..., "ended": ..., "job": "1042_0",
 "error": null, "result": {...}}. `status` is finished, failed (`error` says why) or stopped; `result` is what the stage
-returned. A task that is killed leaves none: its lock, or the queue, tells.
+returned; one that was stopped has `next`, what becomes of it, too. A task that is killed leaves none: its lock, or the queue, tells.
 """
 
 import difflib

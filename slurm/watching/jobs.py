@@ -213,7 +213,8 @@ def _state(task: Task, job: Job | None) -> tuple[str, str]:
     if status == "stopped" and task.is_kept and not task.was_cancelled:
         return "waiting", activity.CLUSTER_STOPPED
     if status in ("failed", "stopped"):
-        return str(status), _first_line((task.result or {}).get("error"))
+        ended = _first_line((task.result or {}).get("error"))
+        return str(status), "; ".join(part for part in (ended, (task.result or {}).get("next")) if part)
     if job is not None:
         state = slurm_state_in_words(job)
         if state == "finished":  # Slurm saw it end well, but there is no result: its process was not ours, or the disk was full
