@@ -208,7 +208,7 @@ def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(tmp_path: Pa
     make_run(tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     for reference in ("count/dmo", "runs/count/dem"):
-        with pytest.raises(UserError, match="no run is called .* under .*; did you mean count/demo\\?"):
+        with pytest.raises(UserError, match=r"no run is called .* under .*; did you mean count/demo\?"):
             run_directory.find(reference, tmp_path / "runs")
 
 
