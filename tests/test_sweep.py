@@ -97,11 +97,6 @@ def test_tasks_that_have_not_ended_show_their_last_metrics(tmp_path: Path) -> No
     assert rows == [{"task": 1, "state": "new", "a": 2, "step": 2, "loss": 2.5}, {"task": 0, "state": "new", "a": 1}]
 
 
-def test_the_table_shows_the_columns_wished_for_before_others_that_differ() -> None:
-    rows = [{"task": task, "state": "finished", "seed": task, "score": task, **{f"x{i}": task + i for i in range(9)}} for task in range(2)]
-    assert sweep_results.table_columns(rows, ["seed"], "score", ["x7"]) == ["task", "state", "seed", "score", "x7", "x0", "x1", "x2"]
-
-
 def test_every_shipped_sweep_reads() -> None:
     for path in sorted((Path(__file__).parent.parent / "configs/sweeps").glob("*.yaml")):
         assert path.read_text().startswith(f"# crosscoder sweep configs/sweeps/{path.name}")

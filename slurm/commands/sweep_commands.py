@@ -63,29 +63,24 @@ def results(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Collect a sweep's results as far as they are there, best first: a table, results.csv and results.png."""
-    from slurm.commands.command_line import print_json
+    from slurm.commands.command_line import print_json, print_lines, terminal_width
     from slurm.record.run_directory import find
     from slurm.submission import sweep_results
+    from slurm.watching import job_listing, sweep_figure, sweep_table
 
     run = find(reference, load_site().runs.absolute())
-    rows = sweep_results.gather(run)
+    rows = sweep_results.gather(run, {task: state for task, (state, _) in job_listing.standing_of(run).items()})
     values = run.config_values()
-    varied = list(dict.fromkeys(key for member in values["members"] for key in member))
+    metric, maximize, wished = values["metric"], values["maximize"], values.get("columns", [])
+    varied = sweep_results.varied_fields(values["members"])
     sweep_results.write_csv(rows, run.path / "results.csv")
-    drawn = bool(values["metric"]) and sweep_results.plot(rows, varied, values["metric"], run.path / "results.png")
+    picture = run.path / "results.png"
+    drawn = metric is not None and sweep_figure.draw(rows, varied, metric, picture, title=run.reference, maximize=maximize, columns=wished)
     if as_json:
         print_json(rows)
         return
-    print_rows(rows, sweep_results.table_columns(rows, varied, values["metric"], values.get("columns", [])))
-    print(run.path / "results.csv", *([run.path / "results.png"] if drawn else []), sep="\n")
-
-
-def print_rows(rows: list[dict[str, object]], names: list[str]) -> None:
-    """Prints the named columns of `rows` as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*names)
-    for row in rows:
-        table.add_row(*(f"{value:.6g}" if isinstance(value := row.get(name, ""), float) else str(value) for name in names))
-    Console().print(table)
+    table = sweep_table.table(rows, varied, sweep_table.result_columns(rows, varied, metric, wished), terminal_width())
+    print_lines([sweep_table.summary(run.reference, rows, metric, maximize=maximize), "", *table.lines, ""])
+    if table.left_out:
+        print(f"no room for {', '.join(table.left_out)}; results.csv has all columns")
+    print(run.path / "results.csv", *([picture] if drawn else []), sep="\n")

@@ -1,7 +1,9 @@
-"""What a sweep has found so far: a row a task, best first, as a table, as results.csv and as a plot."""
+"""What a sweep has found so far: a row a task, best first, and as results.csv."""
 
 import csv
 import io
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,35 +12,39 @@ from pipeline.config.errors import UserError
 from slurm.record.comparison import flatten
 from slurm.record.run_directory import Json, RunDirectory, read_lines
 
-MOST_COLUMNS = 8
-"""Of results on the terminal; results.csv has them all."""
 
+def gather(run: RunDirectory, states: Mapping[int, str] | None = None) -> list[Json]:
+    """A row a task: its number, state, varied fields, results (those that it ended with, else its last metrics), and its error.
 
-def gather(run: RunDirectory) -> list[Json]:
-    """A row a task: its number, state, varied fields, and results: those that it ended with, else its last metrics.
+    What has finished comes first, sorted by the sweep's metric where it names one, the best on top.
 
-    Sorted by the sweep's metric where it names one, best first, tasks without it last.
+    states : what the queue says of the tasks, where it was asked; the run directory tells of the others.
     """
     if run.stage != "sweep":
         raise UserError(f"{run.reference} is not a sweep; `crosscoder show {run.reference}` shows its result")
     sweep = run.config_values()
     rows = []
     for task, member in enumerate(sweep["members"]):
-        own = {"task": task, "state": run.task_state(task), **member}
+        own = {"task": task, "state": (states or {}).get(task) or run.task_state(task), **member}
         rows.append(own | {name: value for name, value in _results(run, task).items() if name not in own})
-    metric = sweep["metric"]
-    if metric is None:
-        return rows
-    sign = -1.0 if sweep["maximize"] else 1.0
-    return sorted(rows, key=lambda row: (not is_number(row.get(metric)), sign * row[metric] if is_number(row.get(metric)) else 0.0))
+    metric, sign = sweep["metric"], -1.0 if sweep["maximize"] else 1.0
+
+    def place(row: Json) -> tuple[bool, bool, float]:
+        value = row.get(metric) if metric else None
+        known = float(value) if value is not None and is_number(value) and not math.isnan(value) else None
+        return row["state"] != "finished", known is None, sign * (known or 0.0)
+
+    return sorted(rows, key=place)
 
 
 def _results(run: RunDirectory, task: int) -> Json:
     result = run.result(task)
+    is_failed = result is not None and result["status"] == "failed"
+    error = {"error": str((result or {})["error"]).strip().splitlines()[-1]} if is_failed else {}
     if result is not None and result["result"] is not None:
-        return {name: value for name, value in flatten(result["result"]).items() if not isinstance(value, list)}
+        return {name: value for name, value in flatten(result["result"]).items() if not isinstance(value, list)} | error
     lines = read_lines(run.task_directory(task) / "metrics.jsonl")
-    return {name: value for name, value in flatten(lines[-1]).items() if is_number(value)} if lines else {}
+    return ({name: value for name, value in flatten(lines[-1]).items() if is_number(value)} if lines else {}) | error
 
 
 def is_number(value: Any) -> bool:
@@ -61,33 +67,19 @@ def write_csv(rows: list[Json], path: Path) -> None:
         file.write(text.getvalue().encode())
 
 
-def table_columns(rows: list[Json], varied: list[str], metric: str | None, wished: list[str]) -> list[str]:
-    """The columns for a terminal: task, state, what was varied, the metric, what is `wished`, and a few other numbers that differ."""
-    first = ["task", "state", *varied, *([metric] if metric else []), *wished]
-
-    def tells(name: str) -> bool:
-        values = {row[name] for row in rows if is_number(row.get(name))}
-        return len(values) > 1 and name not in first
-
-    others = [name for name in columns(rows) if tells(name)]
-    return [*first, *others[: max(0, MOST_COLUMNS - len(first))]]
+def varied_fields(members: Sequence[Json]) -> list[str]:
+    """The fields that are not the same in every task, in the sweep's order; all of them where nothing differs."""
+    fields = list(dict.fromkeys(name for member in members for name in member))
+    return [name for name in fields if len({repr(member.get(name)) for member in members}) > 1] or fields
 
 
-def plot(rows: list[Json], varied: list[str], metric: str, path: Path) -> bool:
-    """Draws the metric over each varied field that has numbers; False if there is nothing to draw yet."""
-    drawn = [name for name in varied if any(is_number(row.get(name)) and is_number(row.get(metric)) for row in rows)]
-    if not drawn:
-        return False
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.0 * len(drawn), 3.2), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
-        points = sorted((row[name], row[metric]) for row in rows if is_number(row.get(name)) and is_number(row.get(metric)))
-        axes.plot([x for x, _ in points], [y for _, y in points], "o")
-        positive = all(x > 0 for x, _ in points)
-        if positive and points[-1][0] >= 20 * points[0][0]:
-            axes.set_xscale("log")
-        axes.set(xlabel=name, ylabel=metric)
-    with records.atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=120)
-    return True
+def short_names(fields: Sequence[str]) -> dict[str, str]:
+    """Each dotted field by as few of its last parts as tell it from the others; `kind` alone would say nothing."""
+    short = {}
+    for field in fields:
+        parts = field.split(".")
+        for count in range(2 if parts[-1] == "kind" else 1, len(parts) + 1):
+            short[field] = ".".join(parts[-count:])
+            if not any(other != field and f".{other}".endswith("." + short[field]) for other in fields):
+                break
+    return short
