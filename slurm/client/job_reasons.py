@@ -1,5 +1,6 @@
 """Why a job waits, or how it ended, in words. Pure functions."""
 
+import re
 import time
 from collections.abc import Sequence
 
@@ -26,7 +27,6 @@ WORDS = {
     "InvalidQOS": "its qos is not valid here",
     "Cleaning": "is being cleaned up after a requeue",
     "NonZeroExitCode": "its process ended with an error",
-    "RaisedSignal": "its process was ended by a signal",
     "JobLaunchFailure": "could not be launched on its node",
     "TimeLimit": "reached its time limit",
     "OutOfMemory": "used more memory than it asked for",
@@ -72,6 +72,8 @@ def in_words(job: Job, waits_for: Sequence[str] = ()) -> str:
         return "waits until " + (time.strftime("%H:%M:%S", time.localtime(job.started)) if job.started else "its time has come")
     if job.reason.startswith("AssocGrp") or job.reason.startswith("AssocMax") or "QOS" in job.reason[:4]:
         return f"a limit of your account or qos is reached ({job.reason})"
+    if signal := re.fullmatch(r"RaisedSignal:(\d+)\((.*)\)", job.reason):
+        return f"its process was ended by signal {signal[1]} ({signal[2]})"
     key = job.reason.replace(" ", "_").partition(",")[0].strip("()")
     for text in (WORDS.get(key), STATE_WORDS.get(job.state) if not job.reason or key == "None" else None):
         if text:

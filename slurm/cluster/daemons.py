@@ -93,6 +93,8 @@ class PrivateCluster:
         # In tenths of a second, so that clusters started one after another don't share ids.
         first_job_id = 1000 + int(time.time() * 10) % 60_000_000
         self.configuration.write_text(configuration.slurm_conf(layout, place, first_job_id))
+        if layout.accounting:  # the database gives the cluster its number; a state that was without one has made up another
+            (d / "state" / "clustername").unlink(missing_ok=True)
         (d / "cgroup.conf").write_text(configuration.cgroup_conf(packages.version()))
         (d / "gres.conf").write_text(configuration.gres_conf(layout, self._devices(layout)))
         self.place = place
