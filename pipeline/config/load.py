@@ -43,10 +43,10 @@ def load(path: Path, changes: list[str] | None = None, site: Site | None = None)
 def from_values(values: dict[str, Any], *, where: str, site: Site) -> StageConfig:
     """`values` as read from YAML, as the configuration of the stage that they name."""
     stage = values.get("stage")
-    if stage not in STAGES:
+    if not isinstance(stage, str) or stage not in STAGES:
         near = difflib.get_close_matches(str(stage), STAGES, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"stages are {', '.join(STAGES)}"
-        raise UserError(f"{where}: stage is {stage!r}; {hint}")
+        raise UserError(f"{where}: stage is {stage!r}; {hint}" if stage is not None else f"{where}: stage is missing; {hint}")
     model = config_class(stage)
     values = _expand(values, site, where)
     given = values.get("resources", {})

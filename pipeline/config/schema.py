@@ -1,7 +1,5 @@
 """The typed model that every configuration builds on: strict values, unknown keys refused with the nearest key."""
 
-import difflib
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -9,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field
 
+from pipeline.config import faults
 from pipeline.config.errors import UserError
 
 
@@ -85,45 +84,4 @@ def build(model: type[C], values: dict[str, Any], where: str) -> C:
     try:
         return model.model_validate(values)
     except pydantic.ValidationError as error:
-        raise UserError("\n".join(_sentence(model, fault, where) for fault in error.errors())) from None
-
-
-def _sentence(model: type[Config], fault: Any, where: str) -> str:
-    place = _place(fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        known = _known_keys(model, fault["loc"][:-1])
-        near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}"
-        return f"{where}: {place} is not a setting; {hint}"
-    if fault["type"] == "missing":
-        return f"{where}: {place} is missing; give it a value"
-    message = fault["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    if not fault["loc"]:
-        return f"{where}: {message}"
-    found = json.dumps(fault["input"], default=str)
-    return f"{where}: {place} is {found if len(found) <= 80 else found[:77] + '...'}: {message}"
-
-
-def _place(loc: tuple[int | str, ...]) -> str:
-    text = ""
-    for part in loc:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
-    return text or "the file"
-
-
-def _known_keys(model: type[Config], loc: tuple[int | str, ...]) -> list[str]:
-    """The keys of the group at `loc`; a union's tag in `loc` and list positions lead on into the group they stand for."""
-    groups: list[type[Config]] = [model]
-    for part in loc:
-        fields = [g.model_fields[part] for g in groups if isinstance(part, str) and part in g.model_fields]
-        nested = [c for field in fields for c in _configs_in(field.annotation)]
-        tagged = [g for g in groups if any(f.default == part for f in g.model_fields.values())]
-        groups = nested or tagged or groups
-    return sorted({key for g in groups for key in g.model_fields})
-
-
-def _configs_in(annotation: Any) -> list[type[Config]]:
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return [annotation]
-    return [c for inner in getattr(annotation, "__args__", ()) for c in _configs_in(inner)]
+        raise UserError("\n".join(faults.sentence(model, fault, where) for fault in error.errors())) from None
