@@ -19,8 +19,8 @@ DEMO := $(foreach stage,tokenize count cache train evaluate,configs/demo/$(stage
 .PHONY: help install demo test end-to-end check format lint types tokenize count cache train evaluate chain jobs accelerators tensorboard cluster cluster-stop sweep clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
-	@echo '  stages take CONFIG=file.yaml EXECUTOR=slurm|local|debug SET="key=value ..."'
+	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1 ~ / / ? "STAGE" : $$1, $$2}'
+	@echo '  STAGE, chain and sweep take EXECUTOR=slurm|local|debug (sweep: no debug) and SET="key=value ..."'
 
 HAS_TORCH := import importlib.metadata as m; v = m.version("torch").split("."); raise SystemExit((int(v[0]), int(v[1])) < (2, 6))
 
@@ -60,10 +60,10 @@ format: install  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-tokenize count cache train evaluate: install  ## submit that stage: CONFIG=... EXECUTOR=slurm|local|debug SET="..."
+tokenize count cache train evaluate: install  ## submit one stage, tokenize, count, cache, train or evaluate: CONFIG=file.yaml
 	@$(CROSSCODER) submit $(or $(CONFIG),configs/demo/$@.yaml) --executor $(EXECUTOR) $(SET)
 
-chain: install  ## submit several stages, each waiting for what it reads: CONFIG="a.yaml b.yaml", by default the five of the demo
+chain: install  ## submit several, each waiting for what it reads: CONFIG="a.yaml b.yaml"; else the demo's five
 	@$(if $(CONFIG),,test -e data/text/demo || $(BIN)/python -m pipeline.demo.standard_library_text data/text/demo)
 	@$(CROSSCODER) submit $(or $(CONFIG),$(DEMO)) --executor $(EXECUTOR) $(SET)
 
@@ -79,7 +79,7 @@ cluster: install  ## start a private Slurm over this machine's cores and GPUs
 cluster-stop: install  ## stop it; what was queued waits for the next start
 	@$(CROSSCODER) cluster stop
 
-sweep: install  ## submit a sweep: CONFIG=configs/sweeps/... SET="..."
+sweep: install  ## submit a sweep: CONFIG=configs/sweeps/file.yaml
 	@$(CROSSCODER) sweep $(CONFIG) --executor $(EXECUTOR) $(SET)
 
 tensorboard: install  ## TensorBoard over all runs
