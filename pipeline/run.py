@@ -70,11 +70,11 @@ class Run:
 
         The rate is of this phase since its first report, so a resumed run does not count what it skipped.
         """
-        now = time.time()
+        now = time.monotonic()  # the clock of the day may be put back
         with self._lock:
             if phase != self._phase:
                 self._phase, self._phase_started, self._phase_first_step = phase, now, int(step)
-                self._last_heartbeat, self._line_interval = 0.0, FIRST_LINE_SECONDS
+                self._last_heartbeat, self._line_interval = now - HEARTBEAT_SECONDS, FIRST_LINE_SECONDS
                 self._last_line = now
             seconds = now - self._phase_started
             rate = (step - self._phase_first_step) / seconds if seconds > 0 else 0.0
@@ -82,7 +82,7 @@ class Run:
             if done or now - self._last_heartbeat >= HEARTBEAT_SECONDS:
                 self._last_heartbeat = now
                 beat = {"stage": self.stage, "task": self.task, "num_tasks": self.num_tasks, "phase": phase, "step": step, "total": total}
-                beat |= {"unit": unit, "rate": rate, "seconds_left": left, "time": now, "started": self._started, "note": note}
+                beat |= {"unit": unit, "rate": rate, "seconds_left": left, "time": time.time(), "started": self._started, "note": note}
                 records.write_json(self.directory / "progress.json", beat)
                 if self._on_terminal:
                     self._output.write("\r\x1b[2K" + _line(self.stage, phase, step, total, unit, rate, left, note)[:160])

@@ -72,7 +72,7 @@ def test_the_terminal_shows_every_table_within_100_columns(pieces: Pieces, train
     output = io.StringIO()
     evaluate_crosscoder.run(pieces.config(trained_run), Run(tmp_path, output=output))
     lines = output.getvalue().splitlines()
-    assert max(map(len, lines)) <= 100
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= 100  # a path is as long as it is
     text = output.getvalue()
     for phrase in ("L0 ", "dense: ", "Reconstruction", "Cross-entropy", "all layers, from one encode", "than switching layers"):
         assert phrase in text

@@ -18,7 +18,7 @@ class Terminal(io.StringIO):
 
 def test_a_log_file_gets_whole_lines_ever_more_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
-    monkeypatch.setattr(run_module.time, "time", lambda: clock[0])
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: clock[0])
     log = io.StringIO()
     run = Run(tmp_path, stage="cache", output=log)
     for second in range(600):
@@ -42,7 +42,7 @@ def test_a_terminal_gets_one_line_rewritten_in_place(tmp_path: Path) -> None:
 
 def test_the_heartbeat_holds_step_total_rate_and_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
-    monkeypatch.setattr(run_module.time, "time", lambda: clock[0])
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: clock[0])
     run = Run(tmp_path, stage="train", output=io.StringIO())
     run.report("train", 500, 1000, unit="steps")  # resumed at 500: what was skipped is not counted in the rate
     clock[0] += 10

@@ -14,7 +14,8 @@ Jobs = list[dict[str, object]]
 
 def make(runs: Path, stage: str = "train", name: str = "demo", *, num_tasks: int = 1, jobs: Jobs | None = None) -> RunDirectory:
     run = run_directory.create(runs, stage, name)
-    run.write_job({"id": run.id, "stage": stage, "name": name, "executor": "slurm", "num_tasks": num_tasks, "jobs": jobs or []})
+    job = {"id": run.id, "stage": stage, "name": name, "executor": "slurm", "submitted": 0.0, "num_tasks": num_tasks, "after": []}
+    run.write_job(job | {"jobs": jobs or []})
     return run
 
 
@@ -98,8 +99,7 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
 
 
 def test_the_end_of_an_id_names_a_run_from_four_letters_on(tmp_path: Path) -> None:
-    run = run_directory.create(tmp_path, "train", "demo")
-    run.write_job({"jobs": [], "num_tasks": 1})
+    run = make(tmp_path)
     assert run_directory.find(run.id[-4:], tmp_path) == run
     assert run_directory.find(f"train/demo/{run.id[-4:]}", tmp_path) == run
     with pytest.raises(UserError, match="no run is called"):

@@ -190,3 +190,21 @@ def test_a_process_that_dies_ends_the_others_where_the_cluster_would_let_them_wa
     (run,) = queue.submit(queue.project.config(), "resources.tasks_per_node=2")
     wait_until(lambda: finished(run), "the second attempt")
     assert [line["status"] for line in run.attempts() if line["event"] == "end"] == ["stopped", "finished"]
+
+
+def test_a_number_that_slurm_gave_anew_is_the_new_runs_alone(queue: Queue) -> None:
+    """Slurm begins to count at its first number again when it has lost its state."""
+    old, new = (queue.submit(queue.project.config(name), "--node", "n3", "resources.cpus=8")[0] for name in ("old", "new"))
+    wait_until(lambda: finished(old) and finished(new), "both jobs")
+    (new,) = queue.submit(queue.project.config("new", steps=100, step_seconds=0.2))
+    wait_until(lambda: at_step(new, 1), "its first step")
+    record = old.job()
+    record["jobs"][0]["id"] = queue.job(new)
+    old.write_job(record)
+    (old.path / "result.json").unlink()
+    assert (row_of(queue, old).state, row_of(queue, new).state) == ("lost", "running")
+    refused = queue.project.crosscoder("cancel", "--yes", old.reference, SLURM_CONF=str(queue.cluster.configuration))
+    assert "has no job that is waiting or running" in refused.stderr
+    queue.submit("--resume", old.reference)
+    wait_until(lambda: finished(old), "the old run, taken up")
+    assert queue.slurm_state(queue.job(new)) == "RUNNING"

@@ -19,7 +19,7 @@ EMPTY_NAMES = {"utils", "util", "common", "helpers", "misc", "manager", "base"}
 def imported_modules(path: Path) -> set[str]:
     """Every module that the file imports, at its top or inside a function."""
     modules: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -81,11 +81,11 @@ def test_login_side_modules_load_neither_torch_nor_transformers(modules: str) ->
 
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_file_has_a_purpose_a_name_that_says_it_and_a_readable_length(path: Path) -> None:
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     assert ast.get_docstring(tree), "a module opens with one sentence of purpose"
     assert path.stem not in EMPTY_NAMES
     assert path.stem not in sys.stdlib_module_names or path.stem == "__main__", "a module named like the standard library's breaks imports"
-    assert len(path.read_text().splitlines()) <= 400
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or 0) - node.lineno < 80, f"{node.name} is too long"
@@ -93,9 +93,10 @@ def test_a_file_has_a_purpose_a_name_that_says_it_and_a_readable_length(path: Pa
 
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_nothing_is_unpickled(path: Path) -> None:
-    calls = {n.func.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    calls = {n.func.attr for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)}
     assert not {m for m in imported_modules(path) if m.split(".")[0] in ("pickle", "cloudpickle", "dill", "joblib")}
-    source = path.read_text()
+    source = path.read_text(encoding="utf-8")
     assert "torch.load(" not in source
     assert "np.load(" not in source or "allow_pickle=True" not in source
     assert "unsafe_load" not in calls

@@ -111,7 +111,7 @@ def test_every_line_is_accounted_for_and_bad_ones_are_named_in_the_side_file(cor
     (corpus / "s0.jsonl").write_bytes(b"\n".join(mixed))
     result = tokenize(corpus, max_bad_fraction=0.9, max_line_bytes=4000, part_bytes=300, chunk_bytes=100)
     reasons = ["not_json", "no_text_field", "not_a_string", "invalid_utf8", "empty", "too_long"]
-    rejects = [json.loads(line) for line in (corpus / "tokens/rejects/s0.jsonl").read_text().splitlines()]
+    rejects = [json.loads(line) for line in (corpus / "tokens/rejects/s0.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(r["line"], r["reason"]) for r in rejects] == list(zip(range(2, 13, 2), reasons, strict=True))
     assert sorted(path.name for path in (corpus / "tokens/rejects").iterdir()) == ["s0.jsonl"]
     for split in ("train", "validation"):
@@ -141,7 +141,7 @@ def test_a_text_that_the_tokenizer_makes_nothing_of_is_empty(corpus):
     own.save(str(corpus / "tokenizer.json"))
     (corpus / "s0.jsonl").write_bytes(json_lines(["a", "   ", "b"]))
     tokenize(corpus, max_bad_fraction=0.5, validation_fraction=0.0)
-    (reject,) = (corpus / "tokens/rejects/s0.jsonl").read_text().splitlines()
+    (reject,) = (corpus / "tokens/rejects/s0.jsonl").read_text(encoding="utf-8").splitlines()
     assert (json.loads(reject)["line"], json.loads(reject)["reason"]) == (2, "empty")
     assert documents_of(corpus / "tokens/train")[:2] == [own.encode("a").ids, own.encode("b").ids]
 

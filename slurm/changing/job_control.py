@@ -61,7 +61,8 @@ def _target(reference: str, runs: Path, queue: Sequence[job_output.Job]) -> Targ
     if run.job()["executor"] == "local":
         return _local_target(run)
     mine = {task_id for task in range(run.num_tasks) if (task_id := run.job_of_task(task))}
-    ids = [job.id for job in active if job.id in mine]
+    # Slurm gives numbers anew when it has lost its state: a job that names another run is that run's.
+    ids = [job.id for job in active if job.id in mine and run_directory.directory_in(job.comment) in (None, run.path)]
     if not ids and not backlog.tasks_of(run):
         raise UserError(f"{run.reference} has no job that is waiting or running; it is {run.state()}")
     return Target(ids, run, is_whole=True)
@@ -170,7 +171,7 @@ def _children(pid: int) -> list[int]:
     found = []
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
-            fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+            fields = Path(f"/proc/{entry}/stat").read_text(errors="replace").rpartition(")")[2].split()
         except OSError:
             continue
         if int(fields[1]) == pid and fields[0] not in ("Z", "X"):

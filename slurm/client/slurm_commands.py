@@ -64,6 +64,13 @@ def private_configuration(directory: Path) -> Path | None:
     return configuration if controller and processes.belongs_to(controller, configuration) else None
 
 
+def check_configuration(variables: Mapping[str, str] | None = None) -> None:
+    """Raises `UserError` if SLURM_CONF names a file that is missing: every command of Slurm would try again for 60 s."""
+    configuration = (os.environ if variables is None else variables).get("SLURM_CONF")
+    if configuration and not Path(configuration).exists():
+        raise UserError(f"SLURM_CONF is {configuration}, which does not exist; unset it, or start that cluster")
+
+
 def is_installed(program: str = "squeue") -> bool:
     """Whether `program` can be called here; without argument, whether Slurm can."""
     return shutil.which(program) is not None
@@ -76,10 +83,7 @@ def run(*command: str, timeout_s: float = TIMEOUT_S, variables: Mapping[str, str
     killed), `CommandMissing` where it is not installed.
     """
     variables = environment() if variables is None else variables
-    configuration = variables.get("SLURM_CONF")
-    # With SLURM_CONF naming a missing file every command of Slurm tries again for 60 s before it says so.
-    if configuration and not Path(configuration).exists():
-        raise UserError(f"SLURM_CONF is {configuration}, which does not exist; unset it, or start that cluster")
+    check_configuration(variables)
     text = shlex.join(command)
     try:
         done = subprocess.run(

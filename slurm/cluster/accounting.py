@@ -23,7 +23,7 @@ def start(cluster: "PrivateCluster", layout: Layout) -> None:
     path = directory / "slurmdbd.conf"
     path.unlink(missing_ok=True)
     path.touch(mode=0o600)  # slurmdbd refuses a file that others may read
-    path.write_text(configuration.slurmdbd_conf(layout, cluster.place))
+    path.write_text(configuration.slurmdbd_conf(layout, cluster.place), encoding="utf-8")
     cluster.spawn("slurmdbd", packages.path("slurmdbd"), "-D")
     cluster.wait_until("slurmdbd", lambda: _answers(port), PATIENCE_S)
     known = cluster.command("sacctmgr", "-n", "-P", "list", "cluster", "format=cluster").split()

@@ -92,11 +92,11 @@ class PrivateCluster:
         place = Place(d, hardware.host_name(), hardware.user_name(), tuple(free_ports(3 + len(layout.nodes))))
         # In tenths of a second, so that clusters started one after another don't share ids.
         first_job_id = 1000 + int(time.time() * 10) % 60_000_000
-        self.configuration.write_text(configuration.slurm_conf(layout, place, first_job_id))
+        self.configuration.write_text(configuration.slurm_conf(layout, place, first_job_id), encoding="utf-8")
         if layout.accounting:  # the database gives the cluster its number; a state that was without one has made up another
             (d / "state" / "clustername").unlink(missing_ok=True)
         (d / "cgroup.conf").write_text(configuration.cgroup_conf(packages.version()))
-        (d / "gres.conf").write_text(configuration.gres_conf(layout, self._devices(layout)))
+        (d / "gres.conf").write_text(configuration.gres_conf(layout, self._devices(layout)), encoding="utf-8")
         self.place = place
 
     def _devices(self, layout: Layout) -> dict[str, tuple[str, ...]]:
@@ -148,7 +148,8 @@ class PrivateCluster:
         key.write_bytes(random.SystemRandom().randbytes(128))
         files = [f"--{name}-file={d}/run/munge.{name}" for name in ("key", "pid", "seed")]
         options = [f"--socket={socket_path}", *files, f"--log-file={d}/log/munged.log", "--num-threads=4"]
-        self.spawn("munged", packages.path("munged"), "--foreground", *options)
+        # Forced: it would refuse a socket that not everybody can reach, and this one is for one user alone.
+        self.spawn("munged", packages.path("munged"), "--foreground", "--force", *options)
         self.wait_until("munge's socket", socket_path.exists)
 
     # -- daemons, for the parts of this package -------------------------------------------------------------------

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pipeline.config.errors import UserError
+from pipeline.config.errors import UserError, sentence_of
+from slurm.execution.terminal import print_any_letter
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -45,14 +46,20 @@ def build_app() -> typer.Typer:
 
 def main() -> None:
     """Runs the command line. Exit code 0: done; 1: the user's input, said in one sentence; 2: wrong usage."""
+    print_any_letter()
     try:
         build_app()()
     except UserError as error:
         print(f"crosscoder: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except BrokenPipeError:
-        _drop_output()
-        raise SystemExit(0) from None
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            _drop_output()
+            raise SystemExit(0) from None
+        if (sentence := sentence_of(error)) is None:
+            raise
+        print(f"crosscoder: {sentence}", file=sys.stderr)
+        raise SystemExit(1) from None
     finally:
         try:
             sys.stdout.flush()

@@ -15,6 +15,8 @@ def frozen_variables(run: RunDirectory) -> dict[str, str]:
 
     PYTHONSAFEPATH keeps the current directory out of `sys.path`, where it would come before PYTHONPATH.
     """
+    if os.pathsep in str(run.code):
+        raise UserError(f"{run.code} has a {os.pathsep} in its path, where PYTHONPATH would end it; use a root of runs without")
     others = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part and not (Path(part) / "pipeline").is_dir()]
     return {"PYTHONPATH": os.pathsep.join([str(run.code), *others]), "PYTHONSAFEPATH": "1"}
 

@@ -9,6 +9,13 @@ from pathlib import Path
 from typing import TextIO
 
 
+def print_any_letter() -> None:
+    """Letters that the terminal's or the log's encoding lacks are printed as `\\u0107` from now on, instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 class TerminalAndLog(io.TextIOBase):
     """Writes to a terminal and, line by line, to a log; of a line that was rewritten in place the log gets the last form."""
 

@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 import pipeline
 from pipeline import records
 from pipeline.config import load
-from pipeline.config.errors import UserError
+from pipeline.config.errors import UserError, sentence_of
 from pipeline.config.stage import StageConfig
 from pipeline.run import Run, Stopped, duration
 from slurm.execution import job_process
 from slurm.execution.requeue import go_on_later, place
-from slurm.execution.terminal import OutputThatMayBeLost, logged_to
+from slurm.execution.terminal import OutputThatMayBeLost, logged_to, print_any_letter
 from slurm.record import environment, run_inputs, snapshot
 from slurm.record.holder import Holder
 from slurm.record.run_directory import RunDirectory, append_line
@@ -63,8 +63,11 @@ def work(directory: Path, task: int = 0, *, frozen: bool = True, interactive: bo
     try:
         with Holder(here, job=process.job, restart=process.restart):
             return _attempt(run, task, process, frozen=frozen, interactive=interactive)
-    except UserError as error:  # somebody else holds it
-        print(f"crosscoder: {error}", file=sys.stderr, flush=True)
+    except (UserError, OSError) as error:  # somebody else holds it, or the disk is too full for the record of the attempt
+        sentence = str(error) if isinstance(error, UserError) else sentence_of(error)
+        if sentence is None:
+            raise
+        print(f"crosscoder: {sentence}", file=sys.stderr, flush=True)
         return USER_ERROR_CODE
 
 
@@ -101,10 +104,11 @@ def _guarded(stage: Callable[[], dict[str, Any]]) -> Ending:
         return Ending("finished", 0, result=stage())
     except Stopped as stopped:
         return Ending("stopped", STOPPED_CODE, error=str(stopped))
-    except UserError as error:
-        print(f"crosscoder: {error}", file=sys.stderr, flush=True)
-        return Ending("failed", USER_ERROR_CODE, error=str(error))
     except Exception as error:
+        sentence = str(error) if isinstance(error, UserError) else sentence_of(error) if isinstance(error, OSError) else None
+        if sentence is not None:
+            print(f"crosscoder: {sentence}", file=sys.stderr, flush=True)
+            return Ending("failed", USER_ERROR_CODE, error=sentence)
         traceback.print_exc()
         sys.stderr.flush()
         return Ending("failed", CRASH_CODE, error=f"{type(error).__name__}: {error}")
@@ -114,7 +118,7 @@ def _view(run: RunDirectory, task: int, directory: Path) -> Run:
     """What the stage gets. A sweep's tasks are whole stages; another run's divide one."""
     record = run.record_of_task(task)
     place = (0, 1) if run.stage == "sweep" else (task, run.num_tasks)
-    return Run(directory, stage=record.config_values()["stage"], task=place[0], num_tasks=place[1])
+    return Run(directory, stage=record.stage, task=place[0], num_tasks=place[1])
 
 
 def _run_stage(run: RunDirectory, task: int, view: Run, *, frozen: bool) -> dict[str, Any]:
@@ -196,6 +200,7 @@ def _children_ignore_signals() -> Iterator[None]:
 def work_logged(directory: Path, task: int) -> int:
     """`work`, with all that this process and its children print going to the task's own log."""
     here = RunDirectory(directory).task_directory(task)
+    print_any_letter()
     process = job_process.this_process()
     name = process.job + (f"-rank{process.rank}" if process.rank else "")
     with _printing_to(here / "log" / f"{name}.log"):

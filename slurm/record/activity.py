@@ -7,13 +7,12 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from pipeline.config.errors import UserError
 from slurm.client import slurm_commands
+from slurm.client.job_output import FINAL_STATES
 from slurm.cluster.configuration import CLUSTER_NAME
 from slurm.record import holder
-from slurm.record.run_directory import RunDirectory, list_runs
-
-WAITING_STATES = ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "STOPPED")
-"""Of jobs that Slurm has not done with."""
+from slurm.record.run_directory import RunDirectory, directory_in, list_runs
 
 SUBMISSION_LOCK = ".submission.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -47,17 +46,19 @@ def is_busy(run: RunDirectory, task: int) -> bool:
     if executor_name == "local":
         result = run.result(task)
         return result is None and holder.process_started(int(identity.partition("_")[0])) is not None
-    return executor_name == "slurm" and _slurm_has(identity)
+    return executor_name == "slurm" and _slurm_has(identity, run)
 
 
-def _slurm_has(job: str) -> bool:
+def _slurm_has(job: str, run: RunDirectory) -> bool:
+    """Whether Slurm still has the run's job: one of that number that names another run is another's, the number was given anew."""
     try:
-        states = slurm_commands.run("squeue", "-h", "-a", "-r", "-t", "all", "-j", job, "-o", "%T").split()
+        lines = slurm_commands.run("squeue", "-h", "-a", "-r", "-t", "all", "-j", job, "-o", "%T %k").splitlines()
     except slurm_commands.CommandFailed as error:
         if "Invalid job id" in error.stderr:
             return False
         raise
-    return any(state in WAITING_STATES for state in states)
+    found = [line.partition(" ") for line in lines]
+    return any(state not in FINAL_STATES and directory_in(comment) in (None, run.path) for state, _, comment in found)
 
 
 def stopped_private_cluster(directory: Path | None = None) -> Path | None:
@@ -84,13 +85,21 @@ CLUSTER_STOPPED = "the private cluster is stopped; `make cluster` takes it up ag
 
 def writer_of(paths: Iterable[Path], runs: Path, stage: str) -> RunDirectory | None:
     """A queued or running run of `stage` that writes one of `paths`, or None."""
-    wanted = {path.absolute() for path in paths}
+    wanted = {path.resolve() for path in paths}  # through links: two names of one directory are one output
     if not wanted:
         return None
     for run in reversed(list_runs(runs, stage)):
         open_tasks = [task for task in range(run.num_tasks) if run.task_state(task) in ("queued", "running")]
-        if not open_tasks or not wanted & {path.absolute() for path in run.config().outputs().values()}:
+        if not open_tasks or not wanted & {path.resolve() for path in _outputs(run)}:
             continue
         if any(is_busy(run, task) for task in open_tasks):
             return run
     return None
+
+
+def _outputs(run: RunDirectory) -> list[Path]:
+    """What the run writes; nothing where its config.yaml was damaged since it was frozen: its job will refuse to start."""
+    try:
+        return list(run.config().outputs().values())
+    except UserError:
+        return []

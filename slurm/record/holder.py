@@ -77,7 +77,11 @@ class Holder:
         except FileExistsError:
             return False
         os.close(descriptor)
-        records.write_json(self.path, self.lock)
+        try:
+            records.write_json(self.path, self.lock)
+        except BaseException:  # a full disk: an empty lock would keep others waiting
+            self.path.unlink(missing_ok=True)
+            raise
         return True
 
     def _take_from(self, other: Lock) -> None:
@@ -104,10 +108,13 @@ class Holder:
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):
-            lock = read_lock(self.path)
-            if lock is None or lock["token"] != self.lock["token"]:
-                self._lost(lock)
-            os.utime(self.path)
+            try:
+                lock = read_lock(self.path)
+                if lock is None or lock["token"] != self.lock["token"]:
+                    self._lost(lock)
+                os.utime(self.path)
+            except OSError:  # a file system that fails for a moment, or a lock deleted this instant: the next beat looks again
+                continue
 
     def _lost(self, lock: Lock | None) -> NoReturn:
         by = f"process {lock['pid']} on {lock['host']} (job {lock['job']}) took it over" if lock else "its lock was deleted"
@@ -115,9 +122,9 @@ class Holder:
         os._exit(LOST_EXIT_CODE)
 
 
-def read_lock(path: Path) -> Lock | None:
-    """The lock at `path`; None where there is none. An empty one, just being made, is waited for."""
-    deadline = time.monotonic() + HALF_MADE_SECONDS
+def read_lock(path: Path, *, patience_seconds: float | None = None) -> Lock | None:
+    """The lock at `path`; None where there is none. An empty one, just being made, is waited for; then nobody holds it."""
+    deadline = time.monotonic() + (HALF_MADE_SECONDS if patience_seconds is None else patience_seconds)
     while True:
         try:
             return dict(records.read_json(path))
@@ -125,16 +132,7 @@ def read_lock(path: Path) -> Lock | None:
             if not path.exists():
                 return None
             if time.monotonic() > deadline:
-                return {
-                    "token": "",
-                    "host": "",
-                    "pid_namespace": "",
-                    "pid": 0,
-                    "process_started": None,
-                    "job": "",
-                    "restart": 0,
-                    "time": 0.0,
-                }
+                return dict(_NOBODY)
             time.sleep(0.02)
 
 
@@ -155,19 +153,20 @@ def is_dead(path: Path, lock: Lock) -> bool:
 
 def looks_held(path: Path) -> bool:
     """Whether the lock at `path` was touched lately or its process lives; a quick look that never waits."""
-    lock = read_lock(path) if path.exists() else None
+    lock = read_lock(path, patience_seconds=0.0) if path.exists() else None
     if lock is None:
         return False
     if _is_here(lock):
         return _lives(lock)
     touched = _touched(path)
-    return touched is not None and time.time() - touched < 4 * STALE_SECONDS
+    # A touch from the future is of a clock that was put back since: it says no more than one from as long ago.
+    return touched is not None and abs(time.time() - touched) < (4 * STALE_SECONDS if lock["token"] else HALF_MADE_SECONDS)
 
 
 def process_started(pid: int) -> int | None:
     """When the process began, in clock ticks since boot; None if it has ended. With the pid it names a process for good."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")  # a name is cut at 15 bytes, in the middle of a letter
     except OSError:
         return None
     fields = stat.rpartition(")")[2].split()

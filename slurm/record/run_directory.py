@@ -47,8 +47,10 @@ returned; one that was stopped has `next`, what becomes of it, too. A task that 
 
 import difflib
 import json
+import os
 import re
 import secrets
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +68,8 @@ Json = dict[str, Any]
 STATES = ("new", "queued", "running", "stopped", "cancelled", "failed", "finished")
 """new: frozen, not queued. queued: submitted, no process has it now. running: a process holds it. stopped: it was asked to, or
 its process was killed. cancelled: taken by `crosscoder cancel` out of the queue, or of what waits for room in it, before it began."""
+
+_ALWAYS_RECORDED = ("stage", "name", "executor", "submitted", "num_tasks", "after", "jobs")
 
 _ID = re.compile(r"\d{8}-\d{6}-[0-9a-z]{4}")
 _ID_LETTERS = "0123456789abcdefghijkmnpqrstvwxyz"
@@ -112,7 +116,12 @@ class RunDirectory:
         return build(load.config_class(values["stage"]), values, str(self.path / "config.yaml"))
 
     def job(self) -> Json:
-        return dict(records.read_json(self.path / "job.json"))
+        return _read_object(self.path / "job.json")
+
+    def check_record(self) -> None:
+        """Raises `UserError` where job.json can't be read, or lacks what every listing needs."""
+        if missing := [key for key in _ALWAYS_RECORDED if key not in self._job()]:
+            raise UserError(f"{self.path / 'job.json'} lacks {', '.join(missing)}: the file is damaged")
 
     def _job(self) -> Json:
         """job.json to read from only; parsed again when it was replaced: the thousand tasks of an array ask for it often."""
@@ -155,11 +164,11 @@ class RunDirectory:
 
     def progress(self, task: int = 0) -> Json | None:
         """The last heartbeat (see `pipeline.run.Run.report`), or None before the first."""
-        return _read_or_none(self.task_directory(task) / "progress.json")
+        return read_heartbeat(self.task_directory(task) / "progress.json")
 
     def result(self, task: int = 0) -> Json | None:
         """How the task ended, or None while it hasn't."""
-        return _read_or_none(self.task_directory(task) / "result.json")
+        return read_result(self.task_directory(task) / "result.json")
 
     def attempts(self, task: int = 0) -> list[Json]:
         """The lines of attempts.jsonl, oldest first; a half-written last line is left out."""
@@ -228,20 +237,50 @@ def read_lines(path: Path) -> list[Json]:
     values = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            values.append(json.loads(line))
+            value = json.loads(line)
         except ValueError:
             continue
+        values += [value] if isinstance(value, dict) else []
     return values
 
 
 def append_line(path: Path, value: Json) -> None:
-    """Appends one JSON line in one write, so that two processes never mix theirs."""
-    with open(path, "ab", buffering=0) as file:
-        file.write((json.dumps(value) + "\n").encode())
+    """Appends one JSON line in one write, so that two processes never mix theirs; on a line of its own after one cut short."""
+    with open(path, "a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        torn = file.read(1) not in (b"", b"\n")
+        file.write((("\n" if torn else "") + json.dumps(value) + "\n").encode())
+
+
+def _read_object(path: Path) -> Json:
+    value = records.read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object: the file is damaged")
+    return value
 
 
 def _read_or_none(path: Path) -> Json | None:
-    return dict(records.read_json(path)) if path.exists() else None
+    return _read_object(path) if path.exists() else None
+
+
+def read_heartbeat(path: Path) -> Json | None:
+    """What progress.json tells; None where it is missing or damaged: the next heartbeat replaces it."""
+    try:
+        return _read_or_none(path)
+    except UserError:
+        return None
+
+
+def read_result(path: Path) -> Json | None:
+    """What result.json tells; of a damaged one, that the task failed for that reason: taken up again, it ends anew."""
+    try:
+        result = _read_or_none(path)
+        if result is not None and not isinstance(result.get("status"), str):
+            raise UserError(f"{path} has no status: the file is damaged")
+    except UserError as error:
+        return {"status": "failed", "error": str(error), "result": None}
+    return result
 
 
 # -- creating, finding, listing ---------------------------------------------------------------------------------------
@@ -265,9 +304,24 @@ def create(runs: Path, stage: str, name: str) -> RunDirectory:
 
 
 def list_runs(runs: Path, stage: str = "*", name: str = "*") -> list[RunDirectory]:
-    """Every run under the root `runs`, oldest first."""
+    """Every run under the root `runs`, oldest first. One whose job.json is damaged is left out, which stderr hears of, once."""
     paths = [path.parent for path in runs.glob(f"{stage}/{name}/*/job.json") if _ID.fullmatch(path.parent.name)]
-    return [RunDirectory(path) for path in sorted(paths, key=lambda path: (path.name, path))]
+    found = [RunDirectory(path) for path in sorted(paths, key=lambda path: (path.name, path))]
+    return [run for run in found if _has_record(run)]
+
+
+_named_as_damaged: set[Path] = set()
+
+
+def _has_record(run: RunDirectory) -> bool:
+    try:
+        run.check_record()
+    except UserError as error:
+        if run.path not in _named_as_damaged:
+            print(f"crosscoder: left out: {error}", file=sys.stderr)
+        _named_as_damaged.add(run.path)
+        return False
+    return True
 
 
 def find(reference: str, runs: Path) -> RunDirectory:
@@ -277,7 +331,9 @@ def find(reference: str, runs: Path) -> RunDirectory:
     """
     path = Path(reference).expanduser()
     if (path / "job.json").exists():
-        return RunDirectory(path)
+        run = RunDirectory(path)
+        run.check_record()
+        return run
     parts = [part for part in reference.strip("/").split("/") if part]
     found = [] if path.is_absolute() else list(_matching(parts, runs))
     if not found and path.absolute().is_relative_to(runs):

@@ -273,8 +273,10 @@ def _was_run(config: StageConfig, now: dict[str, Any], runs: Path) -> bool:
     """Whether a finished run of the same settings read what is there now."""
 
     def same(run: RunDirectory) -> bool:
-        inputs = run.inputs()
-        return all(inputs.get(f) == entry for f, entry in now.items()) and run.config().identity() == config.identity()
+        try:
+            return all(run.inputs().get(f) == entry for f, entry in now.items()) and run.config().identity() == config.identity()
+        except UserError:  # a damaged record says nothing
+            return False
 
     return any(same(run) for run in reversed(run_directory.list_runs(runs, config.stage)) if run.state() == "finished")
 

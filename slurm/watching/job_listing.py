@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline import records
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
 from slurm.client import slurm_queries
@@ -154,7 +153,7 @@ def _job_ids(job: dict[str, Any]) -> dict[int, str]:
 def _read_task(
     directory: Path, task: int, job_id: str | None, *, was_cancelled: bool, not_queued: str | None, shared: dict[str, Any]
 ) -> Task:
-    lock, result = directory / "lock.json", _read(directory / "result.json")
+    lock, result = directory / "lock.json", run_directory.read_result(directory / "result.json")
     is_locked = lock.exists()
     otherwise = "cancelled" if was_cancelled else "new" if job_id is None else "queued"
     return Task(
@@ -162,13 +161,9 @@ def _read_task(
         job_id=job_id,
         file_state="running" if is_locked else str(result["status"]) if result else otherwise,
         is_held=is_locked and holder.looks_held(lock),
-        progress=_read(directory / "progress.json"),
+        progress=run_directory.read_heartbeat(directory / "progress.json"),
         result=result,
         not_queued=not_queued,
         was_cancelled=was_cancelled,
         **shared,
     )
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    return dict(records.read_json(path)) if path.exists() else None

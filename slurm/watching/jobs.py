@@ -4,7 +4,7 @@ The truth about success is the run's own record; about waiting, place and time i
 forgotten (MinJobAge after its end) lives on in its run directory; one that died without a result is told as lost.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipeline.config.errors import UserError
@@ -12,6 +12,7 @@ from pipeline.run import duration
 from slurm.client import job_reasons
 from slurm.client.job_output import Job
 from slurm.record import activity
+from slurm.record.run_directory import directory_in
 
 STALE_HEARTBEAT_S = 120.0
 """A stage reports every few seconds; silence this long is worth a word."""
@@ -95,11 +96,12 @@ def join(jobs: Sequence[Job] | None, tasks: Sequence[Task], *, now: float, remem
     """
     queue = jobs or []
     by_id = {job.id: job for job in remembered} | {job.id: job for job in queue}
-    rows = [_row_of_task(task, by_id.get(task.job_id or ""), now) for task in tasks]
+    own_jobs = [_job_of(task, by_id) for task in tasks]
+    rows = [_row_of_task(task, job, now) for task, job in zip(tasks, own_jobs, strict=True)]
     if jobs is None:
         pairs = zip(rows, tasks, strict=True)
         rows = [row._replace(reason=NO_SLURM) if row.state == "lost" and task.executor == "slurm" else row for row, task in pairs]
-    known = {task.job_id for task in tasks}
+    known = {job.id for job in own_jobs if job is not None}
     rows = [_of_backlog(row, task) if task.not_queued else row for row, task in zip(rows, tasks, strict=True)]
     replaced = frozenset().union(*{task.replaced_jobs for task in tasks})
     rows += [_row_of_foreign_job(job) for job in queue if job.id not in known and not _is_past(job, replaced)]
@@ -124,6 +126,13 @@ def _is_past(job: Job, replaced: frozenset[str]) -> bool:
 def _place(row: Row) -> tuple[int, float, int]:
     state = STATES.index(row.state)
     return (state, 0.0, 0) if row.state in ACTIVE else (len(ACTIVE), -(row.ended or row.submitted or 0.0), state)
+
+
+def _job_of(task: Task, by_id: Mapping[str, Job]) -> Job | None:
+    """The task's job. One of its number that names another run is not: Slurm gives numbers anew when it has lost its state."""
+    job = by_id.get(task.job_id or "")
+    named = directory_in(job.comment) if job is not None else None
+    return job if named is None or "/".join(named.parts[-3:]) == task.run else None
 
 
 def forgotten(jobs: Sequence[Job], tasks: Sequence[Task]) -> list[str]:
