@@ -1,6 +1,8 @@
 """Arrays and chains where the accounting lets me have three jobs in the queue: a real Slurm with slurmdbd and MariaDB."""
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from waiting import finished, wait_until
 from slurm.client import processes
 from slurm.cluster import hardware, layout
 from slurm.cluster.daemons import PrivateCluster
+from slurm.execution import waves
 from slurm.record import backlog
 from slurm.record.run_directory import RunDirectory
 
@@ -73,6 +76,7 @@ def rows(queue: Queue, run: RunDirectory) -> list[dict[str, object]]:
 def test_all_tasks_of_an_array_run_once_though_few_may_be_queued_and_what_waits_for_it_waits_for_all(queue: Queue) -> None:
     program = queue.project.root / "pipeline/stages/toy.py"
     program.write_text(program.read_text().replace("if config.output is not None:", "if config.output is not None and run.task == 7:"))
+    hold = hold_tasks(queue)
     first = queue.project.config("first", steps=1, output="data/first", resources="{array_tasks: 8}")
     second = queue.project.config("second", steps=1, data="data/first")
     with Most(queue.cluster) as most:
@@ -83,6 +87,8 @@ def test_all_tasks_of_an_array_run_once_though_few_may_be_queued_and_what_waits_
         assert all(
             "not queued yet: your submit limit is 3" in str(row["reason"]) for row in listed if row["state"] == "waiting" and not row["job"]
         )
+        wait_until(lambda: all(starts(array, task) for task in range(LIMIT)), "the first wave")
+        hold.unlink()  # the first three end at once: each of them still counts when the others look for room
         wait_until(lambda: finished(child), "the chain")
     assert finished(array)
     assert [starts(array, task) for task in range(8)] == [1] * 8
@@ -106,6 +112,25 @@ def num_queued(queue: Queue) -> int:
     return len(queue.cluster.command("squeue", "-h", "-r", "-t", OPEN).splitlines())
 
 
+def test_of_jobs_that_end_together_the_last_to_look_stays_until_there_is_room(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CONF", str(queue.cluster.configuration))
+    hold = hold_tasks(queue)
+    (run,) = queue.submit(queue.project.config(steps=1, resources="{array_tasks: 4}"))
+    wait_until(lambda: all(starts(run, task) for task in range(LIMIT)), "the first wave")
+    *earlier, last = queue.cluster.command("squeue", "-h", "-r", "-t", "running", "-o", "%A").split()
+    for job in earlier:
+        waves.look_at_end_of_job(queue.project.runs, job, patience_seconds=0.0)
+    variables = queue.project.environment(SLURM_CONF=str(queue.cluster.configuration), SLURM_JOB_ID=last)
+    look = [sys.executable, "-m", "slurm.execution.waves", str(queue.project.runs)]
+    with subprocess.Popen(look, cwd=queue.project.root, env=variables) as staying:
+        with pytest.raises(subprocess.TimeoutExpired):
+            staying.wait(3.0)
+        assert backlog.tasks_of(run) == [3]
+        hold.unlink()
+        wait_until(lambda: finished(run), "all tasks")
+        assert staying.wait(20.0) == 0
+
+
 def test_a_failed_task_and_a_killed_one_do_not_break_the_chain_of_waves(queue: Queue) -> None:
     program = queue.project.root / "pipeline/stages/toy.py"
     faults = "    if run.task == 1:\n        raise UserError('as it was told')\n    if run.task == 3:\n        os.kill(os.getpid(), 9)\n"
@@ -123,12 +148,16 @@ def test_a_failed_task_and_a_killed_one_do_not_break_the_chain_of_waves(queue: Q
     assert not (queue.project.runs / backlog.FILE).exists()
 
 
-def test_cancelling_a_run_stops_its_waves(queue: Queue) -> None:
+@pytest.mark.parametrize("way", ["crosscoder", "scancel"])
+def test_cancelling_a_run_stops_its_waves(queue: Queue, way: str) -> None:
     hold_tasks(queue)
     (run,) = queue.submit(queue.project.config(resources="{array_tasks: 5}"))
     wait_until(lambda: starts(run, 0), "the first task")
-    done = queue.project.crosscoder("cancel", run.reference, "--yes", SLURM_CONF=str(queue.cluster.configuration))
-    assert f"2 task(s) of {run.reference} that were not queued yet cancelled" in done.stdout, done.stderr
+    if way == "scancel":
+        queue.cluster.command("scancel", queue.job(run))
+    else:
+        done = queue.project.crosscoder("cancel", run.reference, "--yes", SLURM_CONF=str(queue.cluster.configuration))
+        assert f"2 task(s) of {run.reference} that were not queued yet cancelled" in done.stdout, done.stderr
     wait_until(lambda: not num_queued(queue), "an empty queue")
     assert [len(entry["tasks"]) for entry in run.job()["jobs"]] == [3]
     assert [run.task_state(task) for task in (3, 4)] == ["cancelled"] * 2

@@ -3,10 +3,11 @@
     python -m slurm.execution.waves ROOT_OF_RUNS
 
 The shell of every job runs this last, if there is a backlog (see `slurm.record.backlog`), so also when its worker failed or was
-killed. The job itself still counts as queued then: what it can queue is what earlier jobs made room for. So that a run does
-not come to rest when the last jobs end at once, the last of them to look (no other is left that will) stays until those
-before it are gone. What nothing queues any more, because the last job's node was lost or others' jobs keep the room for longer
-than that, `crosscoder jobs` says, and `crosscoder submit --resume`, or any other submission, goes on with it.
+killed; of a run whose job somebody cancelled nothing more is queued. The job itself still counts as queued then: what it can
+queue is what earlier jobs made room for. So that a run does not come to rest when the last jobs end at once, the last of them
+to look (no other is left that will) stays until those before it are gone. What nothing queues any more, because the last job's
+node was lost or others' jobs keep the room for longer than that, `crosscoder jobs` says, and `crosscoder submit --resume`, or
+any other submission, goes on with it.
 """
 
 import os
@@ -15,11 +16,12 @@ import time
 from pathlib import Path
 
 from pipeline.config.errors import UserError
-from slurm.execution import executor
+from slurm.client import slurm_commands, slurm_queries
+from slurm.execution import executor, requeue
 from slurm.record import backlog
 from slurm.record.activity import one_submission_at_a_time
 from slurm.record.environment import user_name
-from slurm.record.run_directory import RunDirectory
+from slurm.record.run_directory import RunDirectory, directory_in
 
 PATIENCE_SECONDS = 120.0
 POLL_SECONDS = 1.0
@@ -64,16 +66,7 @@ def _failed_parent(run: RunDirectory) -> RunDirectory | None:
 def look_at_end_of_job(root: Path, job_id: str, patience_seconds: float = PATIENCE_SECONDS) -> None:
     """Queues what fits while the job `job_id` ends, and stays as long as there is something left and nobody else to queue it."""
     deadline = time.monotonic() + patience_seconds
-    while True:
-        with one_submission_at_a_time(root):
-            known = backlog.read(root)
-            queued = {job.raw_id for job in backlog.queued_jobs(root) if job.is_running}
-            ended = [*(other for other in known.ended if other in queued and other != job_id), job_id]
-            backlog.write(root, known._replace(ended=ended))
-            for sentence in queue_what_fits(root):
-                print(sentence, flush=True)
-            if not backlog.read(root).runs or {job.raw_id for job in backlog.queued_jobs(root)} - set(ended):
-                return
+    while _look(root, job_id):
         if time.monotonic() > deadline:
             runs = ", ".join(run.reference for run in backlog.read(root).runs)
             print(f"no room in the queue for {patience_seconds:.0f} s; `crosscoder submit --resume` goes on with {runs}", flush=True)
@@ -81,9 +74,41 @@ def look_at_end_of_job(root: Path, job_id: str, patience_seconds: float = PATIEN
         time.sleep(POLL_SECONDS)
 
 
+def _look(root: Path, job_id: str) -> bool:
+    """Queues what fits; whether the job `job_id` has to stay and look again."""
+    with one_submission_at_a_time(root):
+        before = backlog.read(root)
+        running = {job.raw_id for job in backlog.queued_jobs(root) if job.is_running}
+        ended = [*(other for other in before.ended if other in running and other != job_id), job_id]
+        backlog.write(root, before._replace(ended=ended))
+        for sentence in queue_what_fits(root):
+            print(sentence, flush=True)
+        after = backlog.read(root)
+        is_last = bool(after.runs) and not {job.raw_id for job in backlog.queued_jobs(root)} - set(ended)
+        # Only one stays: two would keep from each other the room that they wait for.
+        stays = is_last and (after.staying in (None, job_id) or after.staying not in running)
+        if stays or after.staying == job_id:
+            backlog.write(root, after._replace(staying=job_id if stays else None))
+        return stays
+
+
+def stop_if_cancelled(root: Path, job_id: str, restart: int) -> None:
+    """Takes the run of the job `job_id` out of the backlog if somebody cancelled the job: who calls scancel wants it to stop."""
+    fate = requeue.fate_of(slurm_commands.run("scontrol", "-o", "show", "job", job_id), restart)
+    if fate is not requeue.Fate.CANCELLED:
+        return
+    with one_submission_at_a_time(root):
+        path = next((directory_in(job.comment) for job in slurm_queries.my_jobs() if job.raw_id == job_id), None)
+        for run in backlog.read(root).runs:
+            if run.path == path:
+                print(give_up(run, f"job {job_id} was cancelled"), flush=True)
+
+
 def main() -> None:
     """`python -m slurm.execution.waves ROOT_OF_RUNS`, in a job's shell."""
-    look_at_end_of_job(Path(sys.argv[1]), os.environ["SLURM_JOB_ID"])
+    root, job_id = Path(sys.argv[1]), os.environ["SLURM_JOB_ID"]
+    stop_if_cancelled(root, job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+    look_at_end_of_job(root, job_id)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 The tasks stand in their run's job.json, under `not_queued`: `{"tasks": [5, 6, 7], "why": "your submit limit is 5"}`; the runs that
 have some, oldest first, in `.backlog.json` under the root of runs, which is there as long as there are any:
 
-    {"format": "backlog/1", "runs": ["/runs/tokenize/demo/20261123-091530-k3f9"], "ended": ["1042"]}
+    {"format": "backlog/1", "runs": ["/runs/tokenize/demo/20261123-091530-k3f9"], "ended": ["1042"], "staying": "1042"}
 
-`ended` are jobs (Slurm's raw ids) that have had their look at the backlog, and may still count as queued. Who writes holds
-`one_submission_at_a_time`. See `slurm.execution.waves` for how the tasks get into the queue.
+`ended` are jobs (Slurm's raw ids) that have had their look at the backlog, and may still count as queued; `staying` is the one of
+them, or null, that stays until the others are gone. Who writes holds `one_submission_at_a_time`. See `slurm.execution.waves` for
+how the tasks get into the queue.
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ class Backlog(NamedTuple):
 
     runs: list[RunDirectory]
     ended: list[str]
+    staying: str | None
 
 
 def root_of(run: RunDirectory) -> Path:
@@ -36,8 +38,8 @@ def root_of(run: RunDirectory) -> Path:
 def read(root: Path) -> Backlog:
     """The backlog under `root`; empty where there is no file."""
     path = root / FILE
-    facts = records.read_json(path) if path.exists() else {"runs": [], "ended": []}
-    return Backlog([RunDirectory(Path(run)) for run in facts["runs"]], list(facts["ended"]))
+    facts = records.read_json(path) if path.exists() else {"runs": [], "ended": [], "staying": None}
+    return Backlog([RunDirectory(Path(run)) for run in facts["runs"]], list(facts["ended"]), facts["staying"])
 
 
 def write(root: Path, backlog: Backlog) -> None:
@@ -45,7 +47,7 @@ def write(root: Path, backlog: Backlog) -> None:
     if not backlog.runs:
         (root / FILE).unlink(missing_ok=True)
         return
-    facts = {"format": "backlog/1", "runs": [str(run.path) for run in backlog.runs], "ended": backlog.ended}
+    facts = {"format": "backlog/1", "runs": [str(run.path) for run in backlog.runs], "ended": backlog.ended, "staying": backlog.staying}
     records.write_json(root / FILE, facts)
 
 
