@@ -140,3 +140,19 @@ def test_text_serves_where_slurm_was_built_without_json(cluster: PrivateCluster,
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     by_text = accelerators.gather(Site())
     assert [row._replace(partitions=[]) for row in by_text] == [row._replace(partitions=[]) for row in with_json]
+
+
+def test_the_table_fits_a_narrow_terminal_with_every_node_whole_and_the_sums_below() -> None:
+    why = "Kill task failed; the fan of the second GPU is broken, and parts are ordered"
+    rows = [
+        accelerators.Row("node-with-a-long-name-1", "h200", 141.0, 8, 3, 5, "mixed", ["main", "low"], ""),
+        accelerators.Row("node-with-a-long-name-2", "h200", 141.0, 8, 0, 0, "down+drain", ["main", "low"], why),
+        accelerators.Row("box", "rtx4090", None, 1, 1, 0, "up", [], "", in_slurm=False),
+    ]
+    for width in (64, 80, 120, None):
+        lines = accelerators.table(rows, width)
+        assert all(line == line.rstrip() and len(line) <= (width or 1000) for line in lines)
+        text = " ".join(" ".join(lines).split())
+        assert "node-with-a-long-name-2" in text
+        assert why in text
+        assert [line.split() for line in lines[-2:]] == [["all", "h200", "16", "3", "5"], ["all", "rtx4090", "1", "1", "0"]]

@@ -113,6 +113,20 @@ def test_the_private_cluster_is_examined_as_it_is_configured(cluster: PrivateClu
     assert found["grace in low"].fact == "20 s"
     assert found["requeue delay"].fact == "5 s"
     assert found["KillWait"].fact == "3 s"
-    assert found["partition short"].fact.startswith("time up to 01:00:00, default 00:10:00, at most 1 nodes a job")
+    assert found["partition short"].fact.startswith("time up to 01:00:00, default 00:10:00, at most 1 node a job")
     assert found["memory"].fact == "counted, default 1000 MiB"
     assert found["accounting"].fact == "none (none)"
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, None])
+def test_every_finding_is_told_whole_in_any_width(width: int | None) -> None:
+    findings = [
+        doctor.Finding(
+            "KillWait", "3 s", "between SIGTERM (cancel, requeue, time limit) and SIGKILL a run has 3 s to save", is_concern=True
+        ),
+        doctor.Finding("partition main (default)", "no time limit", "takes jobs"),
+    ]
+    for finding, lines in doctor.table(findings, width):
+        assert max(map(len, lines)) <= (width or 1000)
+        assert lines[0].startswith("!" if finding.is_concern else " ")
+        assert f"{finding.subject} {finding.fact}: {finding.meaning}" in " ".join(" ".join(lines).split())

@@ -61,7 +61,7 @@ def watch(
 def accelerators(as_json: AsJson = False) -> None:
     """GPUs by type, memory, total, used and free, on every node of every partition and on the site file's other machines."""
     from pipeline.config.site_file import load_site
-    from slurm.commands.command_line import print_json
+    from slurm.commands.command_line import print_json, print_lines, terminal_width
     from slurm.watching import accelerators as listing
 
     try:
@@ -72,27 +72,22 @@ def accelerators(as_json: AsJson = False) -> None:
     if as_json:
         print_json([row._asdict() for row in rows])
         return
-    print_table(listing.table(rows))
+    print_lines(listing.table(rows, terminal_width()))
 
 
 def doctor(as_json: AsJson = False) -> None:
     """What this cluster will do to a job (preemption, limits, requeue, accounting), and what it means for these runs."""
-    from slurm.commands.command_line import print_json
+    from rich.text import Text
+
+    from slurm.commands.command_line import print_json, print_lines, terminal_width
     from slurm.watching import doctor as examination
 
     findings = examination.gather()
     if as_json:
         print_json([finding._asdict() for finding in findings])
         return
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for name in ("", "WHAT", "IS", "MEANS"):
-        table.add_column(name, overflow="fold")
-    for finding in findings:
-        table.add_row(Text("!" if finding.is_concern else "", style="yellow"), finding.subject, finding.fact, finding.meaning)
-    print_table(table)
+    rows = examination.table(findings, terminal_width())
+    print_lines(Text(line, style="yellow" if finding.is_concern else "") for finding, lines in rows for line in lines)
 
 
 Directory = Annotated[Path, typer.Option(help="Where the cluster keeps its files.")]
@@ -124,14 +119,3 @@ def cluster_status(directory: Directory = DEFAULT_DIRECTORY) -> None:
     from slurm.cluster import control
 
     print(control.status(directory))
-
-
-def print_table(table: object) -> None:
-    """Prints a table of rich; where output is no terminal, as wide as it needs."""
-    import shutil
-    import sys
-
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else max(shutil.get_terminal_size((200, 24)).columns, 200)
-    Console(width=width).print(table)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 GAP = "  "
 LEAST_FREE = 20
 """Columns that are `dropped` 2 and up go to leave the last column so many characters; others only where a row would not fit."""
+LEAST_PROSE = 40
+"""Width of a column in which prose is broken."""
 MOST_LINES = 2
 """Of free text below a row."""
 INDENT = 4
@@ -41,16 +43,18 @@ class Layout(NamedTuple):
         return [self.header, *(line for row in self.rows for line in row)]
 
 
-def lay_out(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int | None = None, *, least_free: int = LEAST_FREE) -> Layout:
+def lay_out(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int | None = None, *, is_prose: bool = False) -> Layout:
     """The table of `rows`, each with a text for every column, in at most `width` characters (None: as wide as it needs).
 
-    A column that is empty in every row is not shown.
+    A column that may be dropped and is empty in every row is not shown.
+
+    is_prose : the free text is what the table is there for; it is broken within its column, where that is wide enough.
     """
     *fixed, free = range(len(columns))
     sizes = [max(len(columns[i].name), *(len(row[i]) for row in rows)) if rows else len(columns[i].name) for i in range(len(columns))]
     shown = [i for i in fixed if columns[i].dropped == 0 or any(row[i] for row in rows)]
     has_free = any(row[free] for row in rows)
-    wanted = min(sizes[free], least_free) if has_free else 0
+    wanted = min(sizes[free], LEAST_FREE) if has_free else 0
     left_out = []
     while width is not None:
         last = max(shown, key=lambda i: (columns[i].dropped, i))
@@ -73,6 +77,9 @@ def lay_out(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int
     def lines(texts: Sequence[str]) -> list[str]:
         if room is None or width is None or len(texts[free]) <= room:
             return [line(texts, texts[free])]
+        if is_prose and room >= LEAST_PROSE:
+            first, *rest = textwrap.wrap(texts[free], room)
+            return [line(texts, first), *(" " * start + part for part in rest)]
         return [line(texts, ""), *below(texts[free], width)]
 
     fits_name = has_free and (room is None or len(names[free]) <= room)

@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
@@ -10,11 +10,9 @@ from slurm.client import slurm_commands, slurm_queries
 from slurm.client.node_output import Node
 from slurm.cluster import hardware
 from slurm.cluster.hardware import NvidiaGpu
+from slurm.record.text_table import Column, lay_out
 from slurm.watching import machines
 from slurm.watching.machines import Machine
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 # GB as NVIDIA counts them, 2**30 bytes (an H200 of 141 GB shows 143,771 MiB). Only types that come in one size: an a100 or
 # h100 comes in several. The site file's figures win.
@@ -139,17 +137,27 @@ def totals(rows: Sequence[Row]) -> list[Total]:
     return [Total(k, *(sum(getattr(row, field) for row in rows if row.type == k) for field in ("total", "used", "free"))) for k in kinds]
 
 
-def table(rows: Sequence[Row]) -> "Table":
-    from rich.table import Table
+COLUMNS = (
+    *(Column("NODE"), Column("TYPE"), Column("MEMORY", is_right=True, dropped=1)),
+    *(Column("TOTAL", is_right=True), Column("USED", is_right=True), Column("FREE", is_right=True)),
+    *(Column("STATE"), Column("PARTITIONS", dropped=2), Column("NOTE")),
+)
 
-    shown = Table(box=None, pad_edge=False)
-    for name in ("NODE", "TYPE", "MEMORY", "TOTAL", "USED", "FREE", "STATE", "PARTITIONS", "NOTE"):
-        shown.add_column(name, overflow="fold", justify="right" if name in ("MEMORY", "TOTAL", "USED", "FREE") else "left")
-    for row in rows:
-        memory = f"{row.memory_gb:g} GB" if row.memory_gb is not None else "" if row.note and not row.type else "?"
-        place = ",".join(row.partitions) if row.in_slurm else "(outside Slurm)"
-        shown.add_row(row.node, row.type, memory, str(row.total), str(row.used), str(row.free), row.state, place, row.note)
-    shown.add_section()
-    for total in totals(rows):
-        shown.add_row("all", total.type, "", str(total.total), str(total.used), str(total.free))
-    return shown
+
+def table(rows: Sequence[Row], width: int | None = None) -> list[str]:
+    """The lines to print: a row a node and type, then the sums by type."""
+    texts = [_cells(row) for row in rows]
+    sums = [["all", total.type, "", str(total.total), str(total.used), str(total.free), "", "", ""] for total in totals(rows)]
+    layout = lay_out(COLUMNS, [*texts, *sums], width)
+    return [
+        layout.header,
+        *(line for lines in layout.rows[: len(rows)] for line in lines),
+        "",
+        *(line for (line,) in layout.rows[len(rows) :]),
+    ]
+
+
+def _cells(row: Row) -> list[str]:
+    memory = f"{row.memory_gb:g} GB" if row.memory_gb is not None else "" if row.note and not row.type else "?"
+    place = ",".join(row.partitions) if row.in_slurm else "(outside Slurm)"
+    return [row.node, row.type, memory, str(row.total), str(row.used), str(row.free), row.state, place, row.note]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from slurm.client import slurm_queries, submit_limits
 from slurm.client.slurm_values import seconds
 from slurm.client.submit_limits import SubmitLimit
+from slurm.record.text_table import Column, lay_out
 
 REQUEUE_DELAY_S = 120
 """What Slurm uses where AuthInfo names no cred_expire: the lifetime of a job's credential."""
@@ -202,7 +203,7 @@ def _partition(partition: Mapping[str, str]) -> Finding:
     nodes, state = partition.get("MaxNodes", "UNLIMITED"), partition.get("State", "UP")
     words = [f"time up to {limit}" if limit != "UNLIMITED" else "no time limit"]
     words += [f"default {default}"] if default not in ("NONE", "") else []
-    words += [f"at most {nodes} nodes a job"] if nodes not in ("UNLIMITED", "") else []
+    words += [f"at most {nodes} {'node' if nodes == '1' else 'nodes'} a job"] if nodes not in ("UNLIMITED", "") else []
     words += [f"priority tier {partition.get('PriorityTier', '1')}", f"nodes {partition.get('Nodes', '')}"]
     default_words = " (default)" if partition.get("Default") == "YES" else ""
     return Finding(
@@ -217,3 +218,9 @@ def _seconds(text: str | None) -> int | None:
     """`30 sec`, as scontrol writes durations of its configuration."""
     match = re.match(r"(\d+) sec$", text or "")
     return int(match[1]) if match else seconds(text or "")
+
+
+def table(findings: Sequence[Finding], width: int | None = None) -> list[tuple[Finding, list[str]]]:
+    """Each finding with the lines to print of it; `!` marks a concern."""
+    rows = [["!" if f.is_concern else " ", f.subject, f"{f.fact}: {f.meaning}"] for f in findings]
+    return list(zip(findings, lay_out((Column(""), Column("WHAT"), Column("IS AND MEANS")), rows, width, is_prose=True).rows, strict=True))
