@@ -41,12 +41,17 @@ def slurm_executor(run: RunDirectory, job: Json, *, planned: bool = False) -> An
     resources = build(Resources, job["resources"], f"{run.path / 'job.json'}: resources")
     if not slurm_commands.is_installed("srun"):
         raise UserError("Slurm is not installed on this machine (no srun on PATH); use --executor local, or submit from a login node")
-    if "%" in str(run.path):
-        raise UserError(f"{run.path} has a % in its path, which Slurm and submitit replace by job numbers; use a root of runs without")
+    check_path(run)
     slurm_commands.check_configuration()
     executor = submitit.SlurmExecutor(folder=run.path / SUBMITIT_FOLDER, python=_python(run))
     executor.update_parameters(**slurm_parameters(run, job, resources, planned=planned))
     return executor
+
+
+def check_path(run: RunDirectory) -> None:
+    """Raises `UserError` for a path that would be another's in the job: of `%a` submitit learns after sbatch has succeeded."""
+    if "%" in str(run.path):
+        raise UserError(f"{run.path} has a % in its path, which Slurm and submitit replace by job numbers; use a root of runs without")
 
 
 def _python(run: RunDirectory) -> str:
