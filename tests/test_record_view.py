@@ -204,6 +204,12 @@ def test_a_run_is_found_by_its_path_without_id_from_anywhere(tmp_path: Path, mon
         assert run_directory.find(reference, runs) == run
 
 
+def test_of_runs_of_one_second_the_one_that_was_submitted_last_is_the_newest(tmp_path: Path) -> None:
+    for letters, submitted in (("aaaa", NOW), ("bbbb", NOW + 0.5), ("cccc", NOW + 0.1)):
+        make_run(tmp_path, submitted=submitted).path.rename(tmp_path / "count/demo" / f"20261123-091530-{letters}")
+    assert run_directory.find("count/demo", tmp_path).id.endswith("bbbb")
+
+
 def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(tmp_path / "runs")
     monkeypatch.chdir(tmp_path)

@@ -26,7 +26,7 @@ def start(
     seconds = cluster.start(replace(chosen, munge=munge, accounting=accounting), fresh=fresh)
     offers = "\n".join(f"#   {_offer(node)}" for node in chosen.nodes)
     waiting = cluster.command("squeue", "-h", "-o", "%i").split()
-    kept = f"\n# {len(waiting)} jobs of its last time are queued" if waiting else ""
+    kept = f"\n# {_jobs(len(waiting))} of its last time {'is' if len(waiting) == 1 else 'are'} queued" if waiting else ""
     return f"# up in {seconds:.2f} s, in {cluster.directory}:\n{offers}{kept}\nexport SLURM_CONF={cluster.configuration}"
 
 
@@ -38,7 +38,8 @@ def stop(directory: Path = slurm_commands.PRIVATE_CLUSTER) -> str:
         return f"# no cluster runs in {cluster.directory}"
     running = cluster.command("squeue", "-h", "-t", "running", "-o", "%i").split() if cluster.is_running() else []
     seconds = cluster.stop()
-    stopped = f"; {len(running)} running jobs were ended and will be requeued at the next start" if running else ""
+    was = "was" if len(running) == 1 else "were"
+    stopped = f"; {_jobs(len(running), 'running ')} {was} ended and will be requeued at the next start" if running else ""
     return f"# down in {seconds:.2f} s{stopped}"
 
 
@@ -52,6 +53,10 @@ def status(directory: Path = slurm_commands.PRIVATE_CLUSTER) -> str:
     counts = ", ".join(f"{queue.count(state)} {state.lower()}" for state in sorted(set(queue))) or "empty"
     daemons = ", ".join(f"{name} {pid}" for name, pid in pids.items())
     return f"# up in {cluster.directory}: {daemons}\n# queue: {counts}\nexport SLURM_CONF={cluster.configuration}"
+
+
+def _jobs(count: int, kind: str = "") -> str:
+    return f"{count} {kind}{'job' if count == 1 else 'jobs'}"
 
 
 def _offer(node: layout.Node) -> str:

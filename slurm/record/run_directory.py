@@ -346,7 +346,8 @@ def find(reference: str, runs: Path) -> RunDirectory:
         raise UserError(f"no run is called {reference!r} under {runs}; {hint}")
     if len(parts) == 1 and len(found) > 1:
         raise UserError(f"{reference!r} fits {len(found)} runs: {', '.join(run.reference for run in found[-5:])}; name one")
-    return found[-1]
+    at_once = [run for run in found if run.id[:15] == found[-1].id[:15]]  # ids of one second are in no order
+    return max(at_once, key=lambda run: run.submitted) if len(at_once) > 1 else found[-1]
 
 
 def _matching(parts: list[str], runs: Path) -> Iterator[RunDirectory]:
