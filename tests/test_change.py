@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toy_project import ToyProject
@@ -13,7 +14,7 @@ from pipeline.config.errors import UserError
 from pipeline.config.resources import Resources
 from pipeline.config.site_file import Site
 from slurm.changing import change, job_control, job_updates
-from slurm.client import slurm_queries
+from slurm.client import slurm_commands, slurm_queries
 from slurm.client.job_output import Job
 from slurm.cluster.daemons import PrivateCluster
 from slurm.record.run_directory import RunDirectory
@@ -102,6 +103,27 @@ def test_resources_of_a_waiting_job_change_on_the_spot_and_are_recorded(queue: Q
     assert (made["how"], made["what"]["timeout_min"], made["what"]["nice"]) == ("scontrol", [60, 20], 50)
     wait_until(lambda: run.state() == "finished", "the job")
     assert (run.result() or {})["result"]["gpus"] == "0,1"
+
+
+def test_a_change_that_slurm_refuses_for_the_moment_is_asked_for_again(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Slurm 26.05 without accounting does with a new partition, every other time."""
+    run_command, refusals = slurm_commands.run, ["once", "twice"]
+
+    def refusing(*command: str, **options: Any) -> str:
+        if "Partition=low" in command and refusals:
+            refusals.pop()
+            raise slurm_commands.CommandFailed("scontrol exited 1", 1, "Resource temporarily unavailable for job 7")
+        return run_command(*command, **options)
+
+    monkeypatch.setattr(slurm_commands, "run", refusing)
+    run = queue.waiting()
+    queue.change(run, "partition=low")
+    assert (queue.details(run).partition, refusals) == ("low", [])
+    monkeypatch.setattr(job_updates, "MAX_TRIES", 2)
+    refusals[:] = ["for good"] * 3
+    with pytest.raises(slurm_commands.CommandFailed, match="scontrol exited 1"):
+        job_updates.update(queue.job(run), {"Partition": "low"}, is_running=False)
+    assert len(refusals) == 1
 
 
 def test_a_job_waits_for_the_run_that_it_is_told_to_and_for_none_again(queue: Queue) -> None:

@@ -209,6 +209,7 @@ def test_accounting_tells_how_a_job_ended_that_the_queue_has_forgotten(
     cluster.start(layout.pretended(accounting=True), fresh=True)
     assert slurm_queries.my_jobs() == []
     (row,) = job_listing.gather(Site(runs=project.runs)).rows()
-    assert (row.job, row.state, row.reason) == (job, "failed", "exit code 9")
+    assert (row.job, row.state) == (job, "failed")
+    assert row.reason in ("exit code 9", "exit code 137")  # of srun when its process is killed: 137 from some release after 24.11 on
     (unexplained,) = job_listing.gather(Site(runs=project.runs), ask_accounting=False).rows()
     assert unexplained.state == "lost"

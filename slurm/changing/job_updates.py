@@ -1,6 +1,7 @@
 """What `scontrol update` changes on a job, in its words, and whether it really did: every update is read back."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.config.errors import UserError
@@ -8,6 +9,8 @@ from pipeline.config.resources import Resources
 from slurm.client import slurm_commands, slurm_queries
 from slurm.client.job_output import Job
 from slurm.watching.jobs import parse_ranges
+
+MAX_TRIES = 30
 
 
 def resource_updates(before: Resources, after: Resources, *, is_array: bool) -> dict[str, str]:
@@ -58,14 +61,31 @@ def update(name: str, updates: Mapping[str, str], *, is_running: bool) -> None:
 
 
 def _scontrol_update(name: str, updates: Mapping[str, str], *, is_running: bool) -> None:
+    command = ("scontrol", "update", f"jobid={name}", *(f"{attribute}={value}" for attribute, value in updates.items()))
     try:
-        slurm_commands.run("scontrol", "update", f"jobid={name}", *(f"{attribute}={value}" for attribute, value in updates.items()))
+        _run_again_while_refused(command)
     except slurm_commands.CommandFailed as error:
         if is_running and "TimeLimit" in updates and "denied" in error.stderr:
             raise UserError(
                 f"{name} is running: its time limit can be lowered; to raise it takes an administrator of the cluster"
             ) from error
         raise
+
+
+def _run_again_while_refused(command: Sequence[str]) -> None:
+    """Slurm 26.05 without slurmdbd refuses a new partition every other time, as "temporarily unavailable", and changes nothing then.
+
+    Its controller takes an errno that is left over from reading the request for that of its search for the job's account.
+    """
+    for _ in range(MAX_TRIES - 1):
+        try:
+            slurm_commands.run(*command)
+            return
+        except slurm_commands.CommandFailed as error:
+            if "temporarily unavailable" not in error.stderr:
+                raise
+            time.sleep(0.1)
+    slurm_commands.run(*command)
 
 
 def _is_concerned(job: Job, tasks: str) -> bool:
