@@ -343,7 +343,7 @@ def test_the_end_of_a_long_log_is_read_in_its_last_form(tmp_path: Any) -> None:
 
 
 def test_a_runs_tasks_are_read_as_the_run_directory_tells_them(tmp_path: Path) -> None:
-    parent, run = run_directory.create(tmp_path, "cache", "demo"), run_directory.create(tmp_path, "train", "demo")
+    parent, done, run = (run_directory.create(tmp_path, stage, "demo") for stage in ("cache", "count", "train"))
     entries = [
         {"id": "70", "tasks": [0, 1, 2, 3, 4], "array": True},
         {"id": "80", "tasks": [1, 3], "array": True},
@@ -351,9 +351,11 @@ def test_a_runs_tasks_are_read_as_the_run_directory_tells_them(tmp_path: Path) -
     ]
     plain = {"stage": "train", "name": "demo", "executor": "slurm", "resources": {"timeout_min": 5}, "changes": [], "after": []}
     parent.write_job({**plain, "num_tasks": 1, "jobs": entries[2:]})
-    records.write_json(parent.path / "result.json", {"status": "failed"})
+    done.write_job({**plain, "num_tasks": 1, "jobs": []})
+    for other, status in ((parent, "failed"), (done, "finished")):
+        records.write_json(other.path / "result.json", {"status": status})
     changes = [{"what": {"cancelled": ["80_1"]}, "how": "scancel"}, {"what": {"nice": 5}, "how": "scontrol"}]
-    run.write_job({**plain, "num_tasks": 6, "jobs": entries, "changes": changes, "after": [str(parent.path)]})
+    run.write_job({**plain, "num_tasks": 6, "jobs": entries, "changes": changes, "after": [str(parent.path), str(done.path)]})
     for task_number, status in ((0, "finished"), (2, "failed"), (4, "stopped")):
         records.write_json(run.task_directory(task_number) / "result.json", {"status": status})
     with Holder(run.task_directory(4), job="90", restart=0):

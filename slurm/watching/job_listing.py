@@ -109,7 +109,7 @@ def read_tasks(run: RunDirectory, *, is_stopped: bool = False, is_served: bool =
     """
     job = run.job()
     num_tasks = int(job["num_tasks"])
-    parents = [RunDirectory(Path(path)) for path in job["after"]]
+    parents = {parent: set(parent.states()) if parent.path.exists() else set() for parent in map(RunDirectory, map(Path, job["after"]))}
     minutes = job["resources"].get("timeout_min")
     cancelled, cancelled_tasks = run.cancelled_jobs(), run.cancelled_tasks()
     not_queued = job.get("not_queued") or {"tasks": [], "why": None}
@@ -119,8 +119,8 @@ def read_tasks(run: RunDirectory, *, is_stopped: bool = False, is_served: bool =
         "name": job["name"],
         "num_tasks": num_tasks,
         "executor": job["executor"],
-        "waits_for": tuple(parent.reference for parent in parents),
-        "failed_parents": tuple(p.reference for p in parents if p.path.exists() and {"failed", "stopped", "cancelled"} & set(p.states())),
+        "waits_for": tuple(parent.reference for parent, states in parents.items() if states != {"finished"}),
+        "failed_parents": tuple(parent.reference for parent, states in parents.items() if states & {"failed", "stopped", "cancelled"}),
         "limit_s": minutes * 60 if minutes else None,
         "is_served": is_served,
         "is_kept": is_stopped and job["executor"] == "slurm" and job["cluster"] == CLUSTER_NAME,
