@@ -215,7 +215,7 @@ def test_hundreds_of_running_tasks_are_one_line_and_one_that_needs_a_warning_sta
     assert job_table.cells(lines[0], NOW)[2] == "99 running"
     assert job_table.cells(lines[0], NOW)[6:] == [
         "0-99 %",
-        f"49.5/s together, the last ends {job_table.moment(NOW + 1498, NOW)} (in 25 min)",
+        f"49.5/s together, the last ends {job_table.moment(NOW + 1498, NOW)} (25 min)",
     ]
 
 
@@ -243,13 +243,19 @@ def test_the_table_shows_a_line_as_a_person_reads_it() -> None:
     assert header.split() == ["JOB", "RUN", "STATE", "NODE", "TIME", "LIMIT", "DONE", "DETAIL"]
     first, second = (" ".join(line.split()) for line in lines)
     ends = time.strftime("%H:%M", time.localtime(NOW + 1498))
-    assert first == f"1042 train/demo/k3f9 running n1 0:10:00 1:00:00 25 % 250/1000 steps, 0.5/s, ends {ends} (in 25 min)"
+    assert first == f"1042 train/demo/k3f9 running n1 0:10:00 1:00:00 25 % 250/1000 steps, 0.5/s, ends {ends} (25 min)"
     assert second == "1050 train/demo/k3f9 waiting 1-1:00:00 jobs of higher priority come first"
 
 
 def test_a_phase_is_named_where_it_says_more_than_the_stage() -> None:
     (row,) = jobs.join([job()], [task(progress=beat(phase="validate"))], now=NOW)
     assert job_table.cells(job_table.Line([row]), NOW)[-1].startswith("validate 250/1000 steps")
+
+
+def test_a_task_is_named_where_the_id_of_its_job_does_not_tell_it() -> None:
+    first, again = (only([job(i)], [task(i, task=7, num_tasks=9)]) for i in ("1042_7", "1050_0"))
+    assert job_table.run_text(first) == "train/demo/k3f9"
+    assert job_table.run_text(again) == "train/demo/k3f9 task 7"
 
 
 def test_other_runs_are_named_in_the_short_form_that_commands_take() -> None:
@@ -275,7 +281,7 @@ def test_a_terminal_of_any_width_shows_whole_ids_and_the_whole_reason(width: int
     text = text_of(jobs.join(queue, tasks, now=NOW), width=width)
     assert max(len(line) for line in text.splitlines()) <= width
     assert "14364237_[1-299]" in text
-    assert "/k3f9 task 0" in text
+    assert "/k3f9" in text
     assert "299 waiting" in text
     words = " ".join(text.split())
     assert "a limit of your account or qos is reached (QOSMaxGRESPerUser)" in words

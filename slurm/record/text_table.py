@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 GAP = "  "
-LEAST_FREE = 20
-"""Columns that are `dropped` 2 and up go to leave the last column so many characters; others only where a row would not fit."""
+LEAST_FREE = 21
+"""Columns that are `dropped` 2 go to leave the last column so many characters, `dropped` 3 twice as many, and so on."""
 LEAST_PROSE = 40
 """Width of a column in which prose is broken."""
 MOST_LINES = 2
@@ -25,7 +25,7 @@ class Column(NamedTuple):
     is_right: bool = False
     """Whether its texts end at the column's right edge: numbers."""
     dropped: int = 0
-    """Where there is too little room, the column with the highest number goes first; 0 always stays."""
+    """Where there is too little room, the column with the highest number goes first; 1 goes only where a row would not fit, 0 never."""
 
 
 class Layout(NamedTuple):
@@ -54,11 +54,11 @@ def lay_out(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int
     sizes = [max(len(columns[i].name), *(len(row[i]) for row in rows)) if rows else len(columns[i].name) for i in range(len(columns))]
     shown = [i for i in fixed if columns[i].dropped == 0 or any(row[i] for row in rows)]
     has_free = any(row[free] for row in rows)
-    wanted = min(sizes[free], LEAST_FREE) if has_free else 0
     left_out = []
     while width is not None:
         last = max(shown, key=lambda i: (columns[i].dropped, i))
-        needed = sum(sizes[i] + len(GAP) for i in shown) + (wanted if columns[last].dropped > 1 else -len(GAP))
+        wanted = min(sizes[free], LEAST_FREE * (columns[last].dropped - 1)) if has_free else 0
+        needed = sum(sizes[i] + len(GAP) for i in shown) + (wanted or -len(GAP))
         if needed <= width or columns[last].dropped == 0:
             break
         shown.remove(last)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.config.load import STAGES
 from pipeline.run import duration, quantity
 from slurm.record.text_table import Column, lay_out
 from slurm.watching import jobs
@@ -146,11 +147,12 @@ def cells(line: Line, now: float, width: int | None = None) -> list[str]:
 
 
 def run_text(row: Row, count: int = 1, width: int | None = None) -> str:
-    """`train/demo/k3f9`, as commands take it, with the task of a divided run; a long name loses its end."""
+    """`train/demo/k3f9`, as commands take it, with the task of a divided run where its job does not tell it; a long name loses its end."""
     if not row.run:
         return f"({row.name})"
     stage, name, identity = row.run.rsplit("/", 2)
-    task = f" task {row.task}" if row.task is not None and count == 1 else ""
+    is_told = row.task is None or count > 1 or row.job.partition("_")[2] == str(row.task)  # the job's id says it
+    task = "" if is_told else f" task {row.task}"
     most = None if width is None else 26 if width < NARROW else 38 if width < WIDE else 60
     room = None if most is None else max(9, most - len(f"{stage}//{identity[-4:]}{task}"))
     if room is not None and len(name) > room:
@@ -200,7 +202,8 @@ def _pace(rows: Sequence[Row], now: float) -> str:
     parts = []
     if row.step is not None and len(rows) == 1:
         of = f"/{quantity(row.total)}" if row.total else ""
-        phase = f"{row.phase} " if row.phase and row.phase != row.stage else ""
+        says_nothing = row.phase == row.stage or (row.stage == "sweep" and row.phase in STAGES)
+        phase = f"{row.phase} " if row.phase and not says_nothing else ""
         parts.append(f"{phase}{quantity(row.step)}{of} {row.unit}".rstrip())
     if rate := sum(r.rate or 0.0 for r in rows):
         pace = f"{quantity(rate)}/s" if rate >= 0.1 else f"{quantity(60 * rate)}/min"
@@ -208,7 +211,7 @@ def _pace(rows: Sequence[Row], now: float) -> str:
     ends = [r.ends for r in rows if r.ends is not None]
     if ends:
         left = max(0.0, max(ends) - now)
-        parts.append(("ends" if len(rows) == 1 else "the last ends") + f" {moment(max(ends), now)} (in {roughly(left)})")
+        parts.append(("ends" if len(rows) == 1 else "the last ends") + f" {moment(max(ends), now)} ({roughly(left)})")
     return ", ".join(parts)
 
 
