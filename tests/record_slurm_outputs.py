@@ -11,9 +11,10 @@ slurm-wlm-mysql-plugin and mariadb-server besides), no root, and about two minut
       squeue.txt       what that command printed, to the byte; of JSON only the spaces between values are left out
       ...
 
-The tests read every directory of that kind, so those of a newer Slurm are tested as soon as they lie there. Without the
+`test_recorded_outputs.py` reads every directory there, so a newer Slurm is tested as soon as its own lies there. Without the
 daemons, `--here` asks the cluster in reach the questions that need no situation: its nodes, configuration, partitions and
-your own jobs. Read the files before you pass them on: they name your cluster's nodes and your jobs.
+your own jobs. That goes to `slurm_outputs/` in the current directory, to be sent with a report of a wrong reading; no test
+reads it. Look through the files before: they name your cluster's nodes and your jobs.
 """
 
 import argparse
@@ -240,7 +241,10 @@ def record_here(outputs: Path) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", nargs="?", type=Path, default=OUTPUTS)
+    parser.add_argument("directory", nargs="?", type=Path)
     parser.add_argument("--here", action="store_true", help="ask the cluster in reach instead of a private one")
     given = parser.parse_args()
-    print((record_here if given.here else record_private_cluster)(given.directory))
+    if given.here:
+        print(record_here(given.directory or Path("slurm_outputs")))
+    else:
+        print(record_private_cluster(given.directory or OUTPUTS))

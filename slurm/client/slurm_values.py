@@ -1,6 +1,6 @@
 """Values and records as Slurm's commands print them, from 22.05 to 26.05. Pure functions; nothing is asked here.
 
-Text, in a format that we choose, is the same in every version and is what polling uses. JSON differs: in 22.05 a state is a
+Text, in a format that we choose, hardly differs between versions and is what polling uses. JSON does: in 22.05 a state is a
 string, an unset number null and `sinfo --json` lists `nodes`; from 23.02 on numbers are `{set, infinite, number}` and sinfo
 groups its rows under `sinfo`; from 23.11 states are lists. Unknown keys are ignored, missing ones are empty.
 """
