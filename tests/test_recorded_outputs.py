@@ -240,7 +240,7 @@ def test_the_doctor_finds_the_same_facts_in_every_version(recorded: Recorded) ->
         "failed rank": "ends its job",
         "partition main (default)": "no time limit, priority tier 10, nodes c1,n[1-4]",
         "partition low": "no time limit, priority tier 1, nodes c1,n[1-4]",
-        "partition short": "time up to 01:00:00, default 00:10:00, at most 1 nodes a job, priority tier 5, nodes c1,n[1-4]",
+        "partition short": "time up to 01:00:00, default 00:10:00, at most 1 node a job, priority tier 5, nodes c1,n[1-4]",
     }
 
 
