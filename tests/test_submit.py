@@ -128,6 +128,26 @@ def test_a_rerun_runs_the_old_code_and_a_resumed_run_refuses_changed_code(projec
     assert "is not the code that was frozen: pipeline/stages/toy.py was changed; submit a new run" in resumed.stderr
 
 
+def test_a_dry_rerun_says_what_would_differ_and_leaves_nothing(project: ToyProject) -> None:
+    assert project.crosscoder("run", project.config(steps=2)).returncode == 0
+    before = sorted(project.runs.glob("toy/toy/*"))
+    done = project.crosscoder("rerun", "toy/toy", "steps=5", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert f"# differs from toy/toy/{before[0].name} in:\n#   config: steps: 2 -> 5\n\n" in done.stdout
+    assert sorted(project.runs.glob("toy/toy/*")) == before
+
+
+def test_a_run_frozen_by_code_that_todays_commands_cannot_start_is_refused_in_one_sentence(project: ToyProject) -> None:
+    done = project.crosscoder("run", project.config(fail_at=1))
+    run = RunDirectory(project.only_run())
+    (run.code / "slurm/execution/worker.py").unlink()
+    for command in (("submit", "--resume", str(run.path)), ("rerun", str(run.path))):
+        done = project.crosscoder(*command)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"{run.reference} was frozen with another version of this code, which has no slurm/execution/worker.py" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_a_chain_runs_in_order_here_and_what_is_there_is_skipped(project: ToyProject) -> None:
     first = project.config("first", output="data/first", source="text")
     second = project.config("second", data="data/first", output="data/second")

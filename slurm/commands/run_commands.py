@@ -14,6 +14,7 @@ from pipeline.config.site_file import Site, load_site
 from pipeline.config.stage import StageConfig
 
 if TYPE_CHECKING:
+    from slurm.record.run_directory import RunDirectory
     from slurm.submission.freezing import Planned
 
 
@@ -37,7 +38,7 @@ def register(app: typer.Typer) -> None:
 
 def run(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A configuration file.")],
-    changes: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE...]", help="Changes to it.")] = None,
+    changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to it.")] = None,
 ) -> None:
     """Run the stage that CONFIG names, in this process. Ctrl-C saves and stops; twice, it ends at once."""
     from slurm.submission.foreground import run_here
@@ -60,14 +61,14 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be queued, and what differs from the last run.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Freeze a run and queue it. Several configurations are a chain: each waits for what it reads.
+    """Freeze a run and queue it. Several configurations are a chain: each waits for what it reads, in whatever order they are given.
 
     In a chain, `train.seed=1` changes the configuration of that stage, `seed=1` all of them.
     """
     from slurm.execution import waves
     from slurm.record.activity import one_submission_at_a_time
     from slurm.record.run_directory import find
-    from slurm.submission import input_preflight, resuming
+    from slurm.submission import chain_order, input_preflight, resuming
     from slurm.submission.foreground import run_here
     from slurm.submission.freezing import Freezer
 
@@ -81,7 +82,9 @@ def submit(
         raise typer.BadParameter("name a configuration, for example configs/demo/train.yaml")
     chosen = {"partition": partition, "node": node}
     given = [f"resources.{key}={value}" for key, value in chosen.items() if value is not None]
-    parsed = parse_configs([*arguments, *given], site)
+    parsed, moved = chain_order.in_order(parse_configs([*arguments, *given], site), site.runs.absolute())
+    if moved:
+        print("\n".join(moved), file=sys.stderr)
     parents = [find(reference, site.runs.absolute()) for reference in after or []]
     input_preflight.check(parsed, site.runs)
     cluster = check_queue(parsed) if executor is Executor.slurm else None
@@ -99,15 +102,25 @@ def submit(
 
 def rerun(
     reference: Annotated[str, typer.Argument(metavar="RUN", help="A run: path, stage/name, id or job id.")],
-    changes: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE...]", help="Changes to its configuration.")] = None,
+    changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to its configuration.")] = None,
     executor: Annotated[Executor | None, typer.Option(help="Default: the run's own.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be queued, and what differs from RUN.")] = False,
 ) -> None:
     """Run a run again from its frozen code and configuration, as a new run; the same hardware gives the same bytes."""
+    from slurm.record.activity import one_submission_at_a_time
     from slurm.record.run_directory import find
     from slurm.submission import resuming
+    from slurm.submission.freezing import Planned
 
     site = load_site()
-    resuming.rerun(find(reference, site.runs.absolute()), changes or [], executor.value if executor else None, site)
+    origin = find(reference, site.runs.absolute())
+    name = executor.value if executor else origin.job()["executor"]
+    if not dry_run:
+        resuming.rerun(origin, changes or [], name, site)
+        return
+    with one_submission_at_a_time(site.runs.absolute()):
+        run = resuming.freeze_again(origin, changes or [], name, site)
+        show_dry_run([Planned(run.config(), run, None, [])], site, against=origin)
 
 
 # -- configurations -----------------------------------------------------------------------------------------------
@@ -189,8 +202,11 @@ def _print_row(row: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def show_dry_run(planned: "Sequence[Planned]", site: Site) -> None:
-    """Prints the sbatch text of each planned run and what differs from the last run of its name, then deletes the plan."""
+def show_dry_run(planned: "Sequence[Planned]", site: Site, *, against: "RunDirectory | None" = None) -> None:
+    """Prints the sbatch text of each planned run and what differs from the last run of its name, then deletes the plan.
+
+    against : compare with this run instead.
+    """
     from slurm.execution import slurm_job
     from slurm.record import snapshot
     from slurm.record.comparison import compare_runs, phrases
@@ -206,12 +222,14 @@ def show_dry_run(planned: "Sequence[Planned]", site: Site) -> None:
             if job["executor"] == "slurm":
                 print(slurm_job.submission_text(item.run))
             own = {other.run for other in planned}
-            earlier = [run for run in list_runs(site.runs.absolute(), item.config.stage, item.config.name) if run not in own]
+            same_name = list_runs(site.runs.absolute(), item.config.stage, item.config.name)
+            earlier = [against] if against else [run for run in same_name if run not in own]
             if not earlier:
                 print("# the first run of this name\n")
                 continue
             print(f"# differs from {earlier[-1].reference} in:")
-            print("\n".join(f"#   {line}" for line in phrases(compare_runs(earlier[-1], item.run))) or "#   nothing", end="\n\n")
+            differences = compare_runs(earlier[-1], item.run) | {"results": [], "speed": []}  # it has none yet
+            print("\n".join(f"#   {line}" for line in phrases(differences)) or "#   nothing", end="\n\n")
     finally:
         for item in planned:
             if item.run is not None:

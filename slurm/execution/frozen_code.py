@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline.config.errors import UserError
 from slurm.record.run_directory import RunDirectory
 
-STARTED_BY_NAME = ("start_with_signals_kept.py", "frozen_task.py", "local_queue.py", "worker.py", "waves.py")
+STARTED_BY_NAME = ("start_with_signals_kept.py", "frozen_task.py", "local_queue.py", "worker.py")
 """Files of slurm/execution/ that a submission names: the code of today submits, the frozen code runs."""
 
 

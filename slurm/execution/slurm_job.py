@@ -20,7 +20,7 @@ SUBMITIT_FOLDER = "submitit"
 """Without %a: submitit fails on it after sbatch has succeeded. Without %j: it would make a folder for each array element."""
 
 END_OF_JOB = """end_of_job() {{
-  case $? in 138|140|143) ended_by_signal=1 ;; esac
+  case $? in 138|140|143) ended_by_signal=1 ;; *) ended_by_signal= ;; esac
   set +e
   trap '' TERM USR1 USR2
   if [ -n "$ended_by_signal" ] && scontrol -o show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
@@ -64,6 +64,8 @@ def _end_of_job(run: RunDirectory) -> str:
     root = backlog.root_of(run)
     variables = [f"{name}={value}" for name, value in frozen_variables(run).items()]
     waves = shlex.join(["env", *variables, sys.executable, "-m", "slurm.execution.waves", str(root)])
+    if not (run.code / "slurm" / "execution" / "waves.py").is_file():
+        waves = ":"  # frozen before there was a backlog
     return END_OF_JOB.format(backlog=shlex.quote(str(root / backlog.FILE)), waves=waves)
 
 

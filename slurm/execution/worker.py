@@ -31,6 +31,7 @@ from slurm.execution.requeue import go_on_later, place
 from slurm.execution.terminal import OutputThatMayBeLost, logged_to, print_any_letter
 from slurm.record import environment, run_inputs, snapshot
 from slurm.record.holder import Holder
+from slurm.record.output_writer import only_writer
 from slurm.record.run_directory import RunDirectory, append_line
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -130,7 +131,8 @@ def _run_stage(run: RunDirectory, task: int, view: Run, *, frozen: bool) -> dict
     records.write_json(seeded, {**inputs, **{field: entry for field, entry in before.items() if field not in inputs}})
     view.check_stop()
     program = importlib.import_module(load.STAGES[config.stage].program)
-    result: dict[str, Any] = program.run(config, view)
+    with only_writer(config.outputs().values(), run, job_process.this_process().job):
+        result: dict[str, Any] = program.run(config, view)
     return result
 
 

@@ -6,6 +6,7 @@ from pipeline.config import load
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
 from slurm.execution import executor, waves
+from slurm.execution.frozen_code import check_startable
 from slurm.record import backlog
 from slurm.record.activity import is_busy, one_submission_at_a_time
 from slurm.record.run_directory import RunDirectory
@@ -17,6 +18,7 @@ def resume(run: RunDirectory, site: Site) -> None:
 
     Raises `UserError` when all has finished, or when a task is queued or being worked on: one at a time.
     """
+    check_startable(run)
     with one_submission_at_a_time(site.runs.absolute()):
         left = _unfinished(run)
         if run.job()["executor"] not in ("run", "debug"):
@@ -52,19 +54,26 @@ def _where(run: RunDirectory, task: int) -> str:
     return f"queued or being worked on as job {job_id}" if job_id else "being worked on by a process that was started here"
 
 
-def rerun(origin: RunDirectory, changes: Sequence[str], executor_name: str | None, site: Site) -> None:
-    """A new run with the configuration and the frozen code of `origin`, its inputs checked to be the same."""
+def freeze_again(origin: RunDirectory, changes: Sequence[str], executor_name: str, site: Site) -> RunDirectory:
+    """A new run with the configuration and the frozen code of `origin`, its inputs checked to be the same; not queued yet."""
     values = origin.config_values()
     for change in changes:
         load.set_value(values, change, where=origin.reference)
     config = load.from_values(values, where=origin.reference, site=site)
-    name = executor_name or origin.job()["executor"]
+    return freezing.Freezer(site, executor=executor_name).freeze(config, where=origin.reference, code_of=origin)
+
+
+def rerun(origin: RunDirectory, changes: Sequence[str], executor_name: str, site: Site) -> None:
+    """Makes a run again (see `freeze_again`), and queues it or works on it here."""
+    check_startable(origin)
     with one_submission_at_a_time(site.runs.absolute()):
-        run = freezing.Freezer(site, executor=name).freeze(config, where=origin.reference, code_of=origin)
+        run = freeze_again(origin, changes, executor_name, site)
         print(f"run {run.path}", flush=True)
-        if name not in ("run", "debug"):
+        if executor_name not in ("run", "debug"):
             entries = executor.launch(run, range(run.num_tasks))
             print(f"job {' '.join(str(entry['id']) for entry in entries)}", flush=True)
+            if waiting := backlog.in_words(run):
+                print(waiting, flush=True)
             return
     from slurm.submission.foreground import run_frozen_here
 
