@@ -112,6 +112,18 @@ def test_what_was_cancelled_stays_cancelled_when_slurm_has_forgotten_it() -> Non
     assert (row.state, row.reason) == ("cancelled", "cancelled: it needed cache/demo/20261123-091529-x2aa, which failed or was cancelled")
 
 
+def test_what_was_stopped_or_cancelled_says_by_what_and_how_to_go_on() -> None:
+    again = "`crosscoder submit --resume train/demo/20261123-091530-k3f9` goes on from there"
+    stopped = task(file_state="stopped", result={"status": "stopped", "error": "SIGTERM"})
+    assert only([], [stopped]).state == "stopped"
+    assert only([], [stopped]).reason == f"was stopped (SIGTERM); {again}"
+    assert only([], [stopped._replace(was_cancelled=True)]).reason == f"was cancelled (SIGTERM); {again}"
+    told = {"status": "stopped", "error": "SIGTERM", "next": "was cancelled; `crosscoder submit --resume x` goes on from there"}
+    assert only([], [task(file_state="stopped", result=told)]).reason == told["next"]
+    # The same words whether Slurm still knows the job or not, so that tasks of one array share a line.
+    assert only([job(state="CANCELLED")], [task()]).reason == only([], [task(was_cancelled=True)]).reason == f"was cancelled; {again}"
+
+
 def test_a_run_of_this_machine_is_running_only_while_its_process_lives() -> None:
     assert only([], [task(None, "running", executor="run", is_held=True, progress=beat())]).state == "running"
     gone = only([], [task(None, "running", executor="run", progress=beat())])

@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 def jobs(
     wanted: Annotated[
-        list[str] | None, typer.Argument(metavar="[WORD...]", help="Only these: a stage, a name, stage/name, an id, or a job id.")
+        list[str] | None, typer.Argument(metavar="WORD", help="Only these: a stage, a name, stage/name, an id, or a job id.")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All that ever ended too, not only the newest.")] = False,
     as_json: AsJson = False,
@@ -48,10 +48,10 @@ def jobs(
 
 
 def watch(
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Show the last lines of this run's log too.")] = None,
+    run: Annotated[str | None, typer.Argument(metavar="RUN", help="Show the last lines of this run's log too.")] = None,
     interval: Annotated[float, typer.Option(min=1.0, help="Seconds between two looks; one squeue each.")] = 5.0,
 ) -> None:
-    """My jobs, refreshed, and the last lines of a log. Ctrl-C ends it; the jobs go on."""
+    """My jobs, refreshed, and the last lines of a log. q or Ctrl-C ends it; the jobs go on."""
     from pipeline.config.site_file import load_site
     from slurm.watching import watch as watching
 

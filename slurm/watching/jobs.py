@@ -222,18 +222,32 @@ def _state(task: Task, job: Job | None) -> tuple[str, str]:
     if status == "stopped" and task.is_kept and not task.was_cancelled:
         return "waiting", activity.CLUSTER_STOPPED
     if status in ("failed", "stopped"):
-        ended = _first_line((task.result or {}).get("error"))
-        return str(status), "; ".join(part for part in (ended, (task.result or {}).get("next")) if part)
+        return str(status), _how_it_ended(task, is_stopped=status == "stopped")
     if job is not None:
         state = slurm_state_in_words(job)
         if state == "finished":  # Slurm saw it end well, but there is no result: its process was not ours, or the disk was full
             return "failed", "ended without a result; its log may say why"
-        return state, job_reasons.in_words(job, task.waits_for)
+        words = job_reasons.in_words(job, task.waits_for)
+        return state, f"{words}; {_again(task)}" if words == job_reasons.STATE_WORDS["CANCELLED"] else words
     return _state_without_job(task)
 
 
+def _again(task: Task) -> str:
+    return f"`crosscoder submit --resume {task.run}` goes on from there"
+
+
+def _how_it_ended(task: Task, *, is_stopped: bool) -> str:
+    """The error, or what stopped it, and what becomes of it: what was stopped saved what it had."""
+    result = task.result or {}
+    error, following = _first_line(result.get("error")), result.get("next") or (_again(task) if is_stopped else "")
+    if is_stopped and following.startswith("was "):  # it says so itself
+        return str(following)
+    words = f"{'was cancelled' if task.was_cancelled else 'was stopped'}{f' ({error})' if error else ''}" if is_stopped else error
+    return "; ".join(part for part in (words, following) if part)
+
+
 def _state_without_job(task: Task) -> tuple[str, str]:
-    again = f"`crosscoder submit --resume {task.run}` goes on from there"
+    again = _again(task)
     if task.file_state == "new":
         return "new", "was never submitted"
     if task.is_held:
