@@ -245,6 +245,9 @@ def test_an_array_works_locally_a_few_at_a_time_and_resumes_what_is_missing(proj
     assert [(run.result(task) or {})["result"]["task"] for task in range(3)] == [0, 1, 2]
     moments = sorted((line["time"], 1 if line["event"] == "start" else -1) for task in range(3) for line in run.attempts(task))
     assert max(itertools.accumulate(change for _, change in moments)) <= 2
+    (log,) = run.path.glob("submitit/*_0_log.out")
+    cores = len(os.sched_getaffinity(0))
+    assert f"3 tasks, {min(2, cores)} at a time, OMP_NUM_THREADS=1" in log.read_text()
     wait_until(lambda: not Path(f"/proc/{run.job()['jobs'][0]['id']}").exists(), "the controller's end")
     (run.task_directory(1) / "result.json").unlink()
     again = project.crosscoder("submit", "--resume", run.reference)

@@ -13,6 +13,7 @@ from pipeline.config.errors import UserError
 from pipeline.config.resources import Resources
 from slurm.client.node_output import GpuCount, Node
 from slurm.execution import dependencies, frozen_code, job_process, requeue, slurm_job
+from slurm.execution.local_queue import share_of
 from slurm.execution.requeue import Fate
 from slurm.execution.terminal import TerminalAndLog
 from slurm.record import environment, run_inputs, verification
@@ -211,6 +212,21 @@ def test_a_log_gets_the_last_form_of_a_line_that_was_rewritten_in_place() -> Non
 
 def test_nested_settings_are_compared_by_dotted_key() -> None:
     assert flatten({"a": {"b": 1, "c": [1, 2]}, "d": None}) == {"a.b": 1, "a.c": [1, 2], "d": None}
+
+
+def test_tasks_on_one_machine_share_its_cores_and_gpus() -> None:
+    def share(num_tasks: int, **resources: object) -> tuple[int, int]:
+        return tuple(share_of(Resources.model_validate(resources), num_tasks, 8))  # type: ignore[return-value]
+
+    assert share(3) == (3, 2)
+    assert share(20) == (8, 1)
+    assert share(20, max_parallel=2) == (2, 4)
+    assert share(20, cpus=3) == (2, 4)
+    assert share(20, cpus=16, max_parallel=4) == (1, 8)
+    assert share(20, tasks_per_node=2) == (4, 1)
+    assert share(20, gpus=1) == (1, 8)
+    assert share(20, gpus=1, max_parallel=2) == (2, 4)
+    assert share(1) == (1, 8)
 
 
 def test_a_dependency_waits_for_what_has_not_finished_and_for_nothing_else(tmp_path: Path) -> None:

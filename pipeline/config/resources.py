@@ -34,4 +34,4 @@ class Resources(Config):
     array_tasks: PositiveCount = 1
     """Into how many tasks of one job array the stage is divided (tokenize: source files, cache: slices)."""
     max_parallel: PositiveCount | None = None
-    """At most so many tasks of the array run at once; None means no throttle."""
+    """At most so many tasks of the array run at once; None means no throttle in Slurm, and what the cores allow on this machine."""

@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep's file, for example configs/sweeps/sparsity.yaml.")],
     changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to every task.")] = None,
-    executor: Annotated[Executor, typer.Option(help="slurm; local: processes of this machine, max_parallel at once.")] = Executor.slurm,
+    executor: Annotated[Executor, typer.Option(help="slurm; local: processes of this machine, as its cores allow.")] = Executor.slurm,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the tasks and queue nothing.")] = False,
 ) -> None:
     """Freeze a sweep and queue it as one array, a directory a task."""

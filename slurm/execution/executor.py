@@ -4,6 +4,7 @@ The executor's own folder, `submitit/` in the run directory, holds what submitit
 truth about a run is in its run directory.
 """
 
+import os
 import re
 import subprocess
 import time
@@ -51,20 +52,23 @@ def _record(run: RunDirectory, entry: Json) -> Json:
 
 
 def _launch_local(run: RunDirectory, tasks: list[int], job: Json) -> list[Json]:
-    """One process of submitit's local executor, which works on the tasks `max_parallel` (default 1) at a time.
+    """One process of submitit's local executor, which works on as many tasks at a time as the cores allow (see `share_of`).
 
     submitit would start all tasks of an array at once.
     """
     import submitit
 
-    from slurm.execution.local_queue import LocalQueue
+    from slurm.execution.local_queue import THREADS, LocalQueue, share_of
 
     resources = build(Resources, job["resources"], f"{run.path / 'job.json'}: resources")
     if resources.nodes > 1:
         raise UserError(f"resources.nodes is {resources.nodes}, but the local executor has this machine alone; use 1, or --executor slurm")
     parents = [str(parent) for parent in job["after"]]
-    work = LocalQueue(str(run.path), tasks, resources.max_parallel or 1, parents, 60.0 * resources.timeout_min)
+    share = share_of(resources, len(tasks), len(os.sched_getaffinity(0)))
+    work = LocalQueue(str(run.path), tasks, share.num_parallel, parents, 60.0 * resources.timeout_min)
     variables = variables_after(job["setup"]) | frozen_variables(run)
+    if len(tasks) > 1 and THREADS not in os.environ | variables:
+        variables[THREADS] = str(share.num_threads)
     with clean_environment(variables), detached(run.path / SUBMITIT_FOLDER / "controller_log.out"):
         executor = submitit.LocalExecutor(folder=run.path / SUBMITIT_FOLDER)
         executor.update_parameters(

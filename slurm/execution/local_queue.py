@@ -8,14 +8,36 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from pipeline import records
+from pipeline.config.resources import Resources
 from slurm.execution.frozen_task import FrozenTask
 from slurm.record.holder import process_started
 from slurm.record.run_directory import RunDirectory
 
 POLL_SECONDS = 0.2
+THREADS = "OMP_NUM_THREADS"
+"""What torch, and whatever else uses OpenMP, takes as its number of threads; all cores where it is not set."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Share(NamedTuple):
+    """How the tasks of a run share this machine: so many at once, each with so many threads a process."""
+
+    num_parallel: int
+    num_threads: int
+
+
+def share_of(resources: Resources, num_tasks: int, num_cores: int) -> Share:
+    """As many tasks at once as the cores allow at `cpus` a process, and `max_parallel` at most; each gets its part of the cores.
+
+    Tasks with GPUs would all see the same ones: one at a time, unless `max_parallel` says more.
+    """
+    allowed = max(1, num_cores // (resources.cpus * resources.tasks_per_node))
+    wanted = resources.max_parallel or (1 if resources.gpus else num_tasks)
+    num_parallel = min(num_tasks, allowed, wanted)
+    return Share(num_parallel, max(1, num_cores // (num_parallel * resources.tasks_per_node)))
 
 
 class LocalQueue:
@@ -47,6 +69,7 @@ class LocalQueue:
 
     def _work_beside(self) -> list[int]:
         """Exit codes of a process a task. A signal to stop goes to those that run; the others are not started."""
+        print(f"{len(self.tasks)} tasks, {self.max_parallel} at a time, {THREADS}={os.environ.get(THREADS, 'all')}", flush=True)
         stopping: list[int] = []
         former = {number: signal.signal(number, lambda n, _: stopping.append(n)) for number in STOP_SIGNALS}
         waiting, codes = list(self.tasks), list[int]()
