@@ -20,6 +20,7 @@ from toy_project import ToyProject
 from waiting import wait_until
 
 from pipeline.config.errors import UserError
+from slurm.execution import terminal, worker
 from slurm.record import activity, holder, run_directory
 from slurm.record.holder import Holder
 from slurm.record.run_directory import RunDirectory
@@ -209,6 +210,22 @@ def test_a_file_system_that_fails_for_a_moment_does_not_end_the_watch_over_the_l
         wait_until(lambda: len(failures) == 3, "the failures")
         before = mine.path.stat().st_mtime_ns
         wait_until(lambda: mine.path.stat().st_mtime_ns > before, "a beat after them")
+
+
+def test_a_full_disk_under_the_log_or_a_thread_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "tensorboard/events")
+
+    with terminal.logged_to(Path("/dev/full")), worker.threads_say_what_can_be_mended():
+        print("a line")
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+        print("another")
+    said = capsys.readouterr()
+    assert said.out == "a line\nanother\n"
+    sentence = "no space left on device; free some space and start the same command again, what is finished is kept"
+    assert said.err == f"crosscoder: tensorboard/events: {sentence}\n"
 
 
 def test_the_heartbeat_goes_on_when_the_clock_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

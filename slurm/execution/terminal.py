@@ -19,7 +19,7 @@ def print_any_letter() -> None:
 class TerminalAndLog(io.TextIOBase):
     """Writes to a terminal and, line by line, to a log; of a line that was rewritten in place the log gets the last form."""
 
-    def __init__(self, terminal: TextIO, log: TextIO) -> None:
+    def __init__(self, terminal: TextIO, log: io.TextIOBase | TextIO) -> None:
         self._terminal = terminal
         self._log = log
         self._line = ""
@@ -92,11 +92,10 @@ def _last_form(line: str) -> str:
 
 @contextlib.contextmanager
 def logged_to(path: Path) -> Iterator[None]:
-    """While the block runs, what is printed to stdout and stderr goes to the log at `path` too."""
+    """While the block runs, what is printed to stdout and stderr goes to the log at `path` too, as far as its disk has room."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        open(path, "a", encoding="utf-8") as log,
-        contextlib.redirect_stdout(TerminalAndLog(sys.stdout, log)),
-        contextlib.redirect_stderr(TerminalAndLog(sys.stderr, log)),
-    ):
-        yield
+    # Without a buffer: what did not fit would be tried again at the end, and fail there.
+    with io.TextIOWrapper(open(path, "ab", buffering=0), encoding="utf-8", write_through=True) as file:
+        log = OutputThatMayBeLost(file)
+        with contextlib.redirect_stdout(TerminalAndLog(sys.stdout, log)), contextlib.redirect_stderr(TerminalAndLog(sys.stderr, log)):
+            yield

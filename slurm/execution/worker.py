@@ -78,7 +78,7 @@ def _attempt(run: RunDirectory, task: int, process: job_process.Process, *, froz
     identity = {"job": process.job, "restart": process.restart}
     begin = {"event": "start", "time": started, **identity, "host": socket.gethostname(), "pid": os.getpid(), **environment.gpus()}
     view = _view(run, task, here)
-    with _stop_on_signals(view, interactive=interactive):
+    with _stop_on_signals(view, interactive=interactive), threads_say_what_can_be_mended():
         append_line(here / "attempts.jsonl", {**begin, "place": place(run.progress(task))})
         (here / "result.json").unlink(missing_ok=True)
         ending = _guarded(lambda: _run_stage(run, task, view, frozen=frozen))
@@ -183,6 +183,25 @@ def _stop_on_signals(view: Run, *, interactive: bool) -> Iterator[None]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def threads_say_what_can_be_mended() -> Iterator[None]:
+    """While the block runs, a full disk that a thread meets is one sentence; TensorBoard's dies of it, and the stage hears of that."""
+    former = threading.excepthook
+
+    def say(failure: threading.ExceptHookArgs) -> None:
+        sentence = sentence_of(failure.exc_value) if isinstance(failure.exc_value, OSError) else None
+        if sentence is None:
+            former(failure)
+        else:
+            print(f"crosscoder: {sentence}", file=sys.stderr, flush=True)
+
+    threading.excepthook = say
+    try:
+        yield
+    finally:
+        threading.excepthook = former
 
 
 @contextmanager
