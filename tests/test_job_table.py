@@ -111,11 +111,19 @@ def test_what_ended_is_listed_newest_first_and_only_the_last_ten_unless_asked() 
     tasks = [task(str(i), "finished", result={"status": "finished", "ended": NOW - 100 * i}) for i in range(1, 31)]
     rows = jobs.join([job("99")], [*reversed(tasks), task("99")], now=NOW)
     lines = text_of(rows, num_older=5).splitlines()
-    assert [line.split()[0] for line in lines[3:14]] == ["99", *map(str, range(1, 11))]
-    assert (len(lines), lines[0]) == (3 + 11 + 2, "1 running, 30 finished")
+    first = [line.split()[0] if line else "" for line in lines]
+    assert first == ["1", "", "JOB", "99", "", "JOB", *map(str, range(1, 11)), "", "25"]
+    assert lines[0] == "1 running, 30 finished"
     assert lines[-1] == "25 more have ended: crosscoder jobs --all"
     everything = text_of(rows, most_ended=None).splitlines()
-    assert len(everything) == 3 + 31
+    assert len(everything) == len(lines) + 20 - 2  # without the last line and the empty one before it
+
+
+def test_what_ended_with_a_long_name_takes_no_room_from_what_runs() -> None:
+    long = task("1", "failed", run=f"train/{'x' * 60}/20261123-091530-k3f9", result={"status": "failed", "error": "e", "ended": NOW})
+    alone = text_of(jobs.join([job("99")], [task("99", progress=beat())], now=NOW), width=100).splitlines()
+    beside = text_of(jobs.join([job("99")], [task("99", progress=beat()), long], now=NOW), width=100).splitlines()
+    assert beside[1:4] == alone[1:4]
 
 
 def test_a_table_cut_to_the_screens_height_says_how_much_it_leaves_out() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 GAP = "  "
-LEAST_FREE = 21
+LEAST_FREE = 24
 """Columns that are `dropped` 2 go to leave the last column so many characters, `dropped` 3 twice as many, and so on."""
 LEAST_PROSE = 40
 """Width of a column in which prose is broken."""

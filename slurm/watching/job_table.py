@@ -19,7 +19,7 @@ MOST_ENDED = 10
 """Lines of what has ended, unless more are asked for."""
 MOST_APART = 6
 """Running tasks of one run that have a line each; of more of them one line tells."""
-LONGEST_RANGES = 24
+LONGEST_RANGES = 12
 """Of the JOB column: an array whose tasks take more to name is named without them, and the text tells which."""
 NARROW, WIDE = 100, 140
 """Terminals below and from here on give a run's name less and more room."""
@@ -110,25 +110,33 @@ def table(
     lines = fold(rows)
     active = [line for line in lines if line.rows[0].state in ACTIVE]
     ended = [line for line in lines if line.rows[0].state not in ACTIVE]
-    shown = active + ended[:most_ended]
-    layout = lay_out(COLUMNS, [cells(line, now, width) for line in shown], width)
-    printed = [Text(summary(rows)), Text()]
-    if shown:
-        printed.append(Text(layout.header, style="bold"))
-    for line, texts in zip(shown, layout.rows, strict=True):
-        is_all_well = line.rows[0].state == "finished"  # when it ended is worth no line of its own
-        first, *rest = [Text(text) for text in (texts[:1] if is_all_well else texts)]
-        first.stylize(COLORS.get(line.rows[0].state, ""), *layout.columns["STATE"])
-        if line.rows[0].warning:
-            for text in (first, *rest):
-                text.stylize("yellow", 4 if text is not first else max(end for _, end in layout.columns.values()))
-        printed += [first, *rest]
+    printed = [Text(summary(rows))]
+    for part in (active, ended[:most_ended]):  # each as wide as it needs: what ended long ago takes no room from what runs
+        printed += _part(part, now, width) if part else []
     if max_lines is not None and len(printed) > max_lines:
         cut = len(printed) - (max_lines - 1)
         printed = [*printed[: max_lines - 1], Text(f"... {cut} lines more", style="dim")]
     elif more := len(ended) - len(ended[:most_ended]) + num_older:
         printed += [Text(), Text(f"{more} more {'has' if more == 1 else 'have'} ended: crosscoder jobs --all", style="dim")]
-    return printed if shown or len(printed) > 2 else printed[:1]
+    return printed
+
+
+def _part(lines: Sequence[Line], now: float, width: int | None) -> "list[Text]":
+    """An empty line, the header, and the lines."""
+    from rich.text import Text
+
+    layout = lay_out(COLUMNS, [cells(line, now, width) for line in lines], width)
+    printed = [Text(), Text(layout.header, style="bold")]
+    for line, texts in zip(lines, layout.rows, strict=True):
+        is_all_well = line.rows[0].state == "finished"  # when it ended is worth no line of its own
+        first, *rest = [Text(text) for text in (texts[:1] if is_all_well else texts)]
+        first.stylize(COLORS.get(line.rows[0].state, ""), *layout.columns["STATE"])
+        if line.rows[0].warning:
+            first.stylize("yellow", max(end for _, end in layout.columns.values()))
+            for text in rest:
+                text.stylize("yellow")
+        printed += [first, *rest]
+    return printed
 
 
 def cells(line: Line, now: float, width: int | None = None) -> list[str]:
