@@ -173,8 +173,10 @@ def test_other_names_are_results(name: str) -> None:
 
 
 def test_a_run_without_a_result_differs_in_its_state_and_not_in_every_number(tmp_path: Path) -> None:
-    first, second = make_run(tmp_path, {"loss": 1.0, "l0": 3}), make_run(tmp_path)
-    assert comparison.compare_runs(first, second)["results"] == [{"name": "state", "first": "finished", "second": "new"}]
+    first, planned = make_run(tmp_path, {"loss": 1.0, "l0": 3}), make_run(tmp_path)
+    second = make_run(tmp_path, jobs=[{"id": "1042", "tasks": [0], "array": False}])
+    assert comparison.compare_runs(first, second)["results"] == [{"name": "state", "first": "finished", "second": "queued"}]
+    assert comparison.compare_runs(first, planned)["results"] == []  # a dry run's plan
 
 
 def test_differences_are_listed_by_place_with_hashes_cut_short(tmp_path: Path) -> None:

@@ -109,11 +109,12 @@ def _identities(run: RunDirectory) -> dict[str, Any]:
 
 
 def _result_rows(first: RunDirectory, second: RunDirectory) -> list[Row]:
-    """Of a run that has no result yet only that: not each number that it lacks."""
+    """Of a run that has no result yet only its state, not each number that it lacks; nothing of one that was never submitted."""
     one, other = _results(first), _results(second)
     if one and other:
         return _differing(one, other)
-    return [{"name": "state", "first": first.state(), "second": second.state()}] if one or other else []
+    states = first.state(), second.state()
+    return [{"name": "state", "first": states[0], "second": states[1]}] if (one or other) and "new" not in states else []
 
 
 def _results(run: RunDirectory) -> dict[str, Any]:
