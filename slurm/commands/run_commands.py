@@ -41,11 +41,13 @@ def run(
     changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to it.")] = None,
 ) -> None:
     """Run the stage that CONFIG names, in this process. Ctrl-C saves and stops; twice, it ends at once."""
+    from slurm.submission import input_preflight
     from slurm.submission.foreground import run_here
     from slurm.submission.freezing import Freezer
 
     site = load_site()
     parsed = parse_configs([config, *(changes or [])], site)
+    input_preflight.check(parsed, site.runs)
     planned = Freezer(site, executor="run").plan(parsed, again=True)
     run_here(planned)
 
@@ -68,7 +70,7 @@ def submit(
     from slurm.execution import waves
     from slurm.record.activity import one_submission_at_a_time
     from slurm.record.run_directory import find
-    from slurm.submission import chain_order, input_preflight, resuming
+    from slurm.submission import chain_order, input_preflight, model_preflight, resuming
     from slurm.submission.foreground import run_here
     from slurm.submission.freezing import Freezer
 
@@ -87,6 +89,8 @@ def submit(
         print("\n".join(moved), file=sys.stderr)
     parents = [find(reference, site.runs.absolute()) for reference in after or []]
     input_preflight.check(parsed, site.runs)
+    for notice in model_preflight.notices([config for _, config in parsed]):
+        print(notice, file=sys.stderr)
     cluster = check_queue(parsed) if executor is Executor.slurm else None
     freezer = Freezer(site, executor=executor.value)
     with one_submission_at_a_time(site.runs.absolute()):

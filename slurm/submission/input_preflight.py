@@ -18,6 +18,7 @@ from pipeline.config.evaluate_crosscoder import EvaluateConfig
 from pipeline.config.language_model import LanguageModelConfig
 from pipeline.config.stage import StageConfig
 from pipeline.config.train_crosscoder import TrainConfig
+from slurm.submission import model_preflight
 
 Facts = dict[str, Any]
 
@@ -99,7 +100,8 @@ def _is_pending(path: Path, pending: Sequence[Path]) -> bool:
 
 
 def _harvest_faults(settings: Harvest, shape: ModelShape, tokens: Facts | None) -> list[str]:
-    name, faults = settings.language_model.model, _reading_faults(settings.context_tokens, settings.language_model, shape, tokens)
+    name, faults = settings.language_model.model, model_preflight.faults_of(settings.language_model)
+    faults += _reading_faults(settings.context_tokens, settings.language_model, shape, tokens)
     for index, layer in enumerate(settings.layers):
         number = layer.rpartition(".")[2]
         if shape.num_blocks is not None and number.isdigit() and int(number) >= shape.num_blocks:
@@ -123,7 +125,8 @@ def _reading_faults(context_tokens: int, model: LanguageModelConfig, shape: Mode
 
 def _evaluate_faults(config: EvaluateConfig, pending: Sequence[Path]) -> list[str]:
     shape, tokens = model_shape(config.language_model), _manifest(config.tokens, pending, "token-set")
-    faults = _reading_faults(config.context_tokens, config.language_model, shape, tokens)
+    faults = model_preflight.faults_of(config.language_model)
+    faults += _reading_faults(config.context_tokens, config.language_model, shape, tokens)
     trained = _crosscoder(config.crosscoder)
     if trained is None or _is_pending(config.crosscoder, pending):
         return faults

@@ -1,0 +1,69 @@
+"""A language model that isn't there is refused on the login node, before a run directory is made."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load
+from pipeline.config.language_model import LanguageModelConfig
+from pipeline.config.site_file import Site
+from slurm.submission import input_preflight, model_preflight
+
+
+def model(name: str, revision: str | None = None) -> LanguageModelConfig:
+    return LanguageModelConfig(model=name, revision=revision)
+
+
+def put_in_cache(cache: Path, folder: str, commit: str, branch: str | None = None) -> None:
+    (cache / folder / "snapshots" / commit).mkdir(parents=True)
+    (cache / folder / "snapshots" / commit / "config.json").write_text("{}")
+    if branch:
+        (cache / folder / "refs").mkdir()
+        (cache / folder / "refs" / branch).write_text(commit)
+
+
+def test_a_directory_needs_a_config_and_a_path_a_directory(tmp_path: Path) -> None:
+    assert model_preflight.faults_of(model("demo")) == []
+    assert model_preflight.faults_of(model(str(tmp_path))) == [f"language_model.model is {tmp_path}, a directory without a config.json"]
+    (tmp_path / "config.json").write_text("{}")
+    assert model_preflight.faults_of(model(str(tmp_path))) == []
+    for missing in (str(tmp_path / "no"), "./no", "~/no-such-model"):
+        (fault,) = model_preflight.faults_of(model(missing))
+        assert f"language_model.model is {missing}, but there is no such directory" in fault
+    (fault,) = model_preflight.faults_of(model("a/b/c"))
+    assert "neither a directory here nor a name on the hub" in fault
+
+
+@pytest.mark.parametrize("place", ["HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"])
+def test_offline_only_what_the_cache_holds_is_let_through(tmp_path: Path, place: str) -> None:
+    cache = tmp_path / {"HF_HUB_CACHE": "", "HF_HOME": "hub", "XDG_CACHE_HOME": "huggingface/hub"}[place]
+    put_in_cache(cache, "models--gpt2", "abc123", branch="main")
+    put_in_cache(cache, "models--EleutherAI--pythia-70m", "def456")
+    offline = {place: str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    assert model_preflight.faults_of(model("gpt2"), offline) == []
+    assert model_preflight.faults_of(model("EleutherAI/pythia-70m", "def456"), offline) == []
+    for absent in (model("gpt3"), model("gpt2", "other"), model("EleutherAI/pythia-70m")):
+        (fault,) = model_preflight.faults_of(absent, offline)
+        assert f"language_model.model is {absent.model}, which is not in the local cache {cache}, and HF_HUB_OFFLINE forbids" in fault
+        assert model_preflight.faults_of(absent, {place: str(tmp_path)}) == []
+
+
+def test_what_a_job_will_download_is_said(tmp_path: Path) -> None:
+    values = {"stage": "cache", "name": "x", "tokens": "/tokens", "output": "/acts", "layers": ["h.0"], "language_model": {"model": "gpt3"}}
+    config = load.from_values(values, where="cache.yaml", site=Site())
+    (notice,) = model_preflight.notices([config, config], {"HF_HUB_CACHE": str(tmp_path)})
+    assert notice.startswith(f"language_model.model gpt3 is not in the local cache {tmp_path}: the job will download it")
+    put_in_cache(tmp_path, "models--gpt3", "abc", branch="main")
+    assert model_preflight.notices([config], {"HF_HUB_CACHE": str(tmp_path)}) == []
+
+
+def test_the_preflight_of_a_stage_refuses_a_model_that_is_not_there(tmp_path: Path) -> None:
+    for stage in (
+        {"stage": "cache", "tokens": "/tokens", "output": str(tmp_path / "a"), "layers": ["h.0"], "language_model": {"model": "/no/model"}},
+        {"stage": "evaluate", "crosscoder": "/runs/train/x", "tokens": "/tokens", "language_model": {"model": "/no/model"}},
+    ):
+        config = load.from_values({"name": "x", **stage}, where="x.yaml", site=Site())
+        faults = input_preflight.faults_of(config, tmp_path)
+        assert (
+            "language_model.model is /no/model, but there is no such directory; give a model's directory or its name on the hub" in faults
+        )
