@@ -111,7 +111,7 @@ def test_of_an_array_of_hundreds_only_tasks_that_run_or_need_a_look_are_listed(t
 @pytest.mark.parametrize(
     ("what", "how", "expected"),
     [
-        ({"timeout_min": [5, 7], "partition": [None, "low"]}, "scontrol", "timeout_min 5 -> 7, partition none -> low"),
+        ({"timeout_min": [5, 7], "partition": [None, "low"]}, "scontrol", "timeout_min 5 -> 7, partition null -> low"),
         ({"optimizer.lr": [1e-3, 1e-4], "dependants": []}, "1 submitted anew as 2", "optimizer.lr 0.001 -> 0.0001 (1 submitted anew as 2)"),
         ({"seed": [0, 1], "dependants": ["7"]}, "1 submitted anew as 2", "seed 0 -> 1, 7 now waits for it (1 submitted anew as 2)"),
         ({"cancelled": [f"9_{i}" for i in range(300)]}, "scancel", "cancelled 9_0, 9_1, 9_2, 9_3 and 296 more"),

@@ -97,7 +97,7 @@ def below(text: str, width: int) -> list[str]:
 def figure(value: object, *, is_grouped: bool = True) -> str:
     """A value for reading: floats with five significant digits, whole numbers in groups of three (settings: as they are typed)."""
     if value is None:
-        return "none"
+        return "none" if is_grouped else "null"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int) and is_grouped:
