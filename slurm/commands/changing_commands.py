@@ -27,9 +27,12 @@ def change(
     """
     from pipeline.config.site_file import load_site
     from slurm.changing import change as changing
+    from slurm.record.activity import one_submission_at_a_time
 
-    for sentence in changing.change(job, changes, load_site()):
-        print(sentence)
+    site = load_site()
+    with one_submission_at_a_time(site.runs.absolute()):
+        sentences = changing.change(job, changes, site)
+    print("\n".join(sentences))
 
 
 def hold(references: JobsArgument) -> None:
@@ -61,6 +64,7 @@ def cancel(
     from pipeline.config.site_file import load_site
     from slurm.changing import job_control
     from slurm.client import slurm_queries
+    from slurm.record import backlog
 
     if bool(references) == all_mine:
         raise typer.BadParameter("name jobs or runs, or give --all")
@@ -74,6 +78,8 @@ def cancel(
     for target in targets:
         counts = [states.get(job_id, "running") for job_id in target.ids]
         told = ", ".join(f"{counts.count(state)} {state}" for state in dict.fromkeys(counts))
+        if target.run is not None and target.is_whole and (beyond := backlog.tasks_of(target.run)):
+            told += f"{', ' if told else ''}{len(beyond)} not queued yet"
         print(f"{', '.join(job_control.slurm_names(target.ids))}  {target.run.reference if target.run else ''}  {told}")
     if not yes:
         typer.confirm("cancel these?", abort=True)
