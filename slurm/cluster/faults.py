@@ -6,7 +6,7 @@ from slurm.client import processes, slurm_commands
 from slurm.cluster.daemons import PrivateCluster
 
 LAST_WORDS_S = 1.5
-"""The controller reads answers once a second. One of a node that was declared down meanwhile would bring it back into service
+"""The controller reads answers once a second. One of a node that is declared down before that would bring it back into service
 (seen in 24.11: and then the job on it counted twice)."""
 
 
@@ -23,6 +23,7 @@ def crash(cluster: PrivateCluster, node: str, *, declare: bool = True) -> None:
 def lose_contact(cluster: PrivateCluster, node: str) -> None:
     """The node's slurmd dies and its jobs run on: Slurm will run them a second time elsewhere."""
     processes.signal_all([cluster.pids()[f"slurmd-{node}"]])
+    time.sleep(LAST_WORDS_S)
 
 
 def revive(cluster: PrivateCluster, node: str) -> None:
