@@ -211,6 +211,7 @@ def show_dry_run(planned: "Sequence[Planned]", site: Site, *, against: "RunDirec
 
     against : compare with this run instead.
     """
+    from slurm.client import submit_limits
     from slurm.execution import slurm_job
     from slurm.record import snapshot
     from slurm.record.comparison import compare_runs, phrases
@@ -224,6 +225,9 @@ def show_dry_run(planned: "Sequence[Planned]", site: Site, *, against: "RunDirec
             job = item.run.job()
             print(f"# {item.config.stage} {item.config.name}: {job['num_tasks']} task(s), executor {job['executor']}")
             if job["executor"] == "slurm":
+                limits = submit_limits.of_me(job["resources"]["account"], job["resources"]["qos"])
+                if limits and min(limits).num_jobs < job["num_tasks"]:
+                    print(f"# {min(limits).in_words}: what doesn't fit is queued as earlier jobs end")
                 print(slurm_job.submission_text(item.run))
             own = {other.run for other in planned}
             same_name = list_runs(site.runs.absolute(), item.config.stage, item.config.name)
