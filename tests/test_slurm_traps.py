@@ -11,6 +11,7 @@ from slurm_queue import Queue
 from toy_project import ToyProject
 from waiting import at_step, finished, wait_until
 
+from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
 from slurm.cluster import layout
 from slurm.cluster.daemons import PrivateCluster
@@ -93,6 +94,15 @@ def test_a_dependency_of_one_submission_is_not_the_next_ones(queue: Queue) -> No
     entries = [executor.launch(run, [0])[0] for run in (child, lone)]
     shown = [queue.cluster.command("squeue", "-h", "-t", "all", "-j", entry["id"], "-o", "%E").strip() for entry in entries]
     assert shown == [f"afterok:{queue.job(first)}(unfulfilled)", "(null)"]
+
+
+def test_a_submission_to_a_cluster_that_is_gone_is_refused_at_once(queue: Queue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With SLURM_CONF naming a missing file sbatch tries again for a minute."""
+    (run,) = queue.submit(queue.project.config())
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "gone/slurm.conf"))
+    monkeypatch.setattr(executor, "time_limit", pytest.fail)
+    with pytest.raises(UserError, match="which does not exist; unset it, or start that cluster"):
+        executor.launch(run, [0])
 
 
 # -- what becomes of a job --------------------------------------------------------------------------------------------
