@@ -158,6 +158,8 @@ PARTITIONS = {"main": {"Default": "YES", "MaxTime": "1-00:00:00"}, "long": {"Def
         ({"gpus": 1, "gpu_type": "a100"}, "gpus is 1 (a100 GPUs on each of 1 nodes), but main has 2 x h200 on n1"),
         ({"gpus": 1, "nodes": 2}, "gpus is 1 (GPUs on each of 2 nodes), but main has 2 x h200 on n1"),
         ({"node": "n2"}, "node is n2, but that node is down (fan); choose another"),
+        # Slurm would take all of them, and then refuse their number.
+        ({"node": "n1,n2"}, "node is n1,n2, but partition main has no such node; `crosscoder accelerators` lists them"),
         ({"timeout_min": 1441}, "timeout_min is 1441, but jobs in main may take 1440 minutes"),
         ({"cpus": 3, "tasks_per_node": 3}, "cpus is 3 for 3 processes, but nodes of main have 8 cores"),
         ({"partition": "main,gone"}, "partition is gone, but this cluster has main, long"),
