@@ -156,3 +156,27 @@ def test_the_table_fits_a_narrow_terminal_with_every_node_whole_and_the_sums_bel
         assert "node-with-a-long-name-2" in text
         assert why in text
         assert [line.split() for line in lines[-2:]] == [["all", "h200", "16", "3", "5"], ["all", "rtx4090", "1", "1", "0"]]
+
+
+def test_of_a_large_cluster_nodes_that_read_alike_share_a_row_and_nothing_is_lost() -> None:
+    rows = [Row(f"n{i:03d}", "h200", 141.0, 8, 8 if i < 30 else 2, 0 if i < 30 else 6, "mixed", ["main"], "") for i in range(40)]
+    rows[35] = rows[35]._replace(state="down", free=0, note="bad fan")
+    rows.append(Row("login", "t4", 16.0, 1, 0, 1, "idle", ["main"], ""))
+    folded = [(row.node, row.total, row.used, row.free, row.note) for row in accelerators.fold(rows)]
+    assert folded == [
+        ("n[000-029]", 240, 240, 0, ""),
+        ("n[030-034,036-039]", 72, 18, 54, ""),
+        ("n035", 8, 2, 0, "bad fan"),
+        ("login", 1, 0, 1, ""),
+    ]
+    assert accelerators.totals(accelerators.fold(rows)) == accelerators.totals(rows)
+    every_other = accelerators.fold(rows[0:30:2])
+    assert [(row.node, row.total, row.note) for row in every_other] == [
+        ("15 nodes", 120, f"n[{','.join(f'{i:03d}' for i in range(0, 30, 2))}]")
+    ]
+    assert len(accelerators.table(rows, 120)) == len(accelerators.table(accelerators.fold(rows), 120))
+    assert any(line.startswith("n001 ") for line in accelerators.table(rows[:30], 120))
+
+
+def test_names_are_listed_as_slurm_writes_them() -> None:
+    assert accelerators.host_list(["n1", "n2", "n9", "n10", "n11", "login", "gpu-a", "gpu-b7"]) == "n[1-2,9],n[10-11],login,gpu-a,gpu-b7"

@@ -1,5 +1,6 @@
 """Every GPU that a job could go to: by type, memory, total, used and free, on Slurm's nodes and on machines outside it."""
 
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from slurm.cluster import hardware
 from slurm.cluster.hardware import NvidiaGpu
 from slurm.record.text_table import Column, lay_out
 from slurm.watching import machines
+from slurm.watching.jobs import ranges
 from slurm.watching.machines import Machine
 
 # GB as NVIDIA counts them, 2**30 bytes (an H200 of 141 GB shows 143,771 MiB). Only types that come in one size: an a100 or
@@ -27,6 +29,11 @@ KNOWN_MEMORY_GB = {
     "rtxa6000": 48.0,
     "rtx4090": 24.0,
 }
+
+
+MOST_ROWS = 30
+"""Where there are more, nodes that read alike share a row."""
+LONGEST_NAME = 30
 
 
 class Row(NamedTuple):
@@ -144,8 +151,43 @@ COLUMNS = (
 )
 
 
+def fold(rows: Sequence[Row]) -> list[Row]:
+    """The rows of nodes that read alike as one row, with the sums of their GPUs, where the first of them stood."""
+    alike: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        alike.setdefault((row.type, row.total, row.used, row.free, row.state, *row.partitions, row.note, row.in_slurm), []).append(row)
+    return [_together(group) for group in alike.values()]
+
+
+def _together(rows: Sequence[Row]) -> Row:
+    """One row for `rows`, which differ in nothing but their nodes' names; a long list of those stands in the note."""
+    total, used, free = (sum(counts) for counts in zip(*((row.total, row.used, row.free) for row in rows), strict=True))
+    names, note = host_list([row.node for row in rows]), rows[0].note
+    if len(names) > LONGEST_NAME and len(rows) > 1:
+        names, note = f"{len(rows)} nodes", "; ".join(filter(None, (note, names)))
+    return rows[0]._replace(node=names, total=total, used=used, free=free, note=note)
+
+
+def host_list(names: Sequence[str]) -> str:
+    """`n[1-3,7],login`: names as Slurm writes them, numbers of one length after one prefix together."""
+    numbers: dict[tuple[str, int], list[int]] = {}
+    for name in names:
+        prefix = name.rstrip("0123456789")
+        numbers.setdefault((prefix, len(name) - len(prefix)), []).append(int(name[len(prefix) :] or 0))
+    return ",".join(_numbered(prefix, length, of) for (prefix, length), of in numbers.items())
+
+
+def _numbered(prefix: str, length: int, numbers: list[int]) -> str:
+    if not length:
+        return prefix
+    text = re.sub(r"\d+", lambda number: number[0].zfill(length), ranges(numbers))
+    return f"{prefix}[{text}]" if len(numbers) > 1 else f"{prefix}{text}"
+
+
 def table(rows: Sequence[Row], width: int | None = None) -> list[str]:
-    """The lines to print: a row a node and type, then the sums by type."""
+    """The lines to print: a row a node and type, or where there are many, for nodes that read alike; then the sums by type."""
+    if len(rows) > MOST_ROWS:
+        rows = fold(rows)
     texts = [_cells(row) for row in rows]
     sums = [["all", total.type, "", str(total.total), str(total.used), str(total.free), "", "", ""] for total in totals(rows)]
     layout = lay_out(COLUMNS, [*texts, *sums], width)
