@@ -57,7 +57,7 @@ def test_a_look_costs_one_squeue_however_many_jobs_there_are(
         (programs / name).write_text(f'#!/bin/sh\necho {name} >> {calls}\nexec {shutil.which(name)} "$@"\n')
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "400")  # room for the log's whole path
     began = time.monotonic()
     watch.watch(Site(runs=project.runs), run.reference, interval_s=0.5, looks=3)
     assert calls.read_text().split() == ["squeue"] * 3
