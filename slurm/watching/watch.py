@@ -100,7 +100,7 @@ def view(looker: Looker, run: RunDirectory | None, *, width: int, height: int, i
         lines.append(Text("asking Slurm ...", style="dim"))
     log = _log_lines(run, min(LOG_LINES, height // 3)) if run is not None else []
     if looker.gathered is not None:
-        room = max(3, height - len(lines) - 1 - (len(log) + 1 if log else 0))
+        room = max(2, height - len(lines) - 1 - (len(log) + 1 if log else 0))
         table = job_table.table(looker.gathered.rows(now), now=now, width=width, num_older=looker.gathered.num_older, max_lines=room)
         lines += [Text(), *table]
     if log:
