@@ -202,4 +202,9 @@ def _disk_faults(field: str, path: Path, needed: int, what: str, way_out: str) -
     free = shutil.disk_usage(there).free
     if needed + SPARE_BYTES <= free:
         return []
-    return [f"{field} {path} needs {needed / 1e9:,.1f} GB for {what}, but its disk has {free / 1e9:,.1f} GB free; free some{way_out}"]
+    wanted, left = _gigabytes(needed + SPARE_BYTES), _gigabytes(free)
+    return [f"{field} {path} needs {wanted} for {what} and their records, but its disk has {left} free; free some{way_out}"]
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e9:.2f} GB"
