@@ -2,21 +2,32 @@
 
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from slurm.client import slurm_commands
 from slurm.cluster import configuration, hardware, packages
-from slurm.cluster.configuration import CLUSTER_NAME
+from slurm.cluster.configuration import CLUSTER_NAME, Place
 from slurm.cluster.layout import Layout
-
-if TYPE_CHECKING:
-    from slurm.cluster.daemons import PrivateCluster
 
 PATIENCE_S = 60.0
 
 
-def start(cluster: "PrivateCluster", layout: Layout) -> None:
+class Daemons(Protocol):
+    """What of a private cluster its database needs; see `slurm.cluster.daemons.PrivateCluster`."""
+
+    directory: Path
+    place: Place
+
+    def command(self, *command: str, timeout_s: float = ...) -> str: ...
+
+    def spawn(self, name: str, *command: str) -> None: ...
+
+    def wait_until(self, what: str, holds: Callable[[], bool], patience_s: float = ...) -> None: ...
+
+
+def start(cluster: Daemons, layout: Layout) -> None:
     """Starts both and makes the cluster known to them. The database stays between starts."""
     directory, port = cluster.directory, cluster.place.slurmdbd_port
     _start_database(cluster)
@@ -31,7 +42,7 @@ def start(cluster: "PrivateCluster", layout: Layout) -> None:
         cluster.command("sacctmgr", "-i", "add", "cluster", CLUSTER_NAME)
 
 
-def _start_database(cluster: "PrivateCluster") -> None:
+def _start_database(cluster: Daemons) -> None:
     directory, user = cluster.directory, hardware.user_name()
     data, socket_path = directory / "sql", directory / "run" / "sql.sock"
     if not data.exists():
@@ -66,7 +77,7 @@ def _start_database(cluster: "PrivateCluster") -> None:
         query(f"create user if not exists '{name}'@'{host}' identified by '{password}'; grant all on {database}.* to '{name}'@'{host}'")
 
 
-def _install_database(cluster: "PrivateCluster", data: Path, user: str) -> None:
+def _install_database(cluster: Daemons, data: Path, user: str) -> None:
     options = [f"--user={user}", f"--datadir={data}", "--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve"]
     try:
         cluster.command("mariadb-install-db", "--no-defaults", *options, timeout_s=120)
