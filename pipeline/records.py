@@ -158,6 +158,8 @@ def _read_checked(path: Path, wanted_format: str | None) -> Record:
 def read_shard(directory: Path, stem: str, shard_format: str | None) -> Record:
     """The record of a shard, its format, checksum and files' sizes checked. Raises `UserError` naming the file that is wrong."""
     path = directory / f"{stem}.json"
+    if not path.exists():
+        raise UserError(f"{path} does not exist, so its shard does not either; run the stage that makes it again, it redoes only that")
     record = _read_checked(path, shard_format)
     for name, described in record["files"].items():
         file = directory / name
@@ -216,8 +218,11 @@ def read_manifest(directory: Path, set_format: str | None = None) -> Record:
     return _read_checked(directory / MANIFEST, set_format)
 
 
-def read_data_set(directory: Path, set_format: str, shard_format: str) -> tuple[Record, dict[str, Record]]:
-    """Manifest and shard records of a sealed data set, with sizes, shard list and data id checked against each other."""
+def read_data_set(directory: Path, set_format: str | None, shard_format: str | None) -> tuple[Record, dict[str, Record]]:
+    """Manifest and shard records of a sealed data set, with sizes, shard list and data id checked against each other.
+
+    A format that is None may be any.
+    """
     manifest = read_manifest(directory, set_format)
     shards = {stem: read_shard(directory, stem, shard_format) for stem in manifest["shards"]}
     found = data_id(shards.values())

@@ -98,16 +98,21 @@ def test_a_rerun_gives_the_same_bytes(place: Place) -> None:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
-def test_a_flipped_bit_is_named_by_verify(place: Place) -> None:
+def test_a_flipped_bit_is_named_by_verify_and_mended_as_its_sentence_says(place: Place) -> None:
     directory = place.directory / "ssd/activations/demo"
     assert "damaged" not in place.crosscoder("verify", str(directory))
     shard = sorted(directory.glob("*.safetensors"))[0]
-    content = bytearray(shard.read_bytes())
+    whole, others = shard.read_bytes(), {path: path.stat().st_mtime_ns for path in directory.glob("*.safetensors") if path != shard}
+    content = bytearray(whole)
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    assert shard.name in place.crosscoder("verify", str(directory), code=1)
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+    record = shard.with_suffix(".json")
+    assert f"delete {record} and run the stage that makes it again" in place.crosscoder("verify", str(directory), code=1)
+    record.unlink()
+    assert "skipped" not in place.crosscoder("submit", "--executor", "debug", CONFIGS[2], *SMALLER[:2])
+    assert shard.read_bytes() == whole
+    assert {path: path.stat().st_mtime_ns for path in others} == others
+    assert "damaged" not in place.crosscoder("verify", str(directory))
 
 
 def test_a_local_job_trains_from_the_stream(place: Place) -> None:

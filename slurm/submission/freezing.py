@@ -239,7 +239,7 @@ def replace_path(config: C, old: Path, new: Path) -> C:
 
 
 def already_made(config: StageConfig, runs: Path) -> str | None:
-    """Why the stage need not run: all its outputs are sealed and their recipes are its settings and inputs; else None.
+    """Why the stage need not run: all its outputs are sealed and whole, and their recipes are its settings and inputs; else None.
 
     Source files have no data id; for them a finished run must have read the same names, sizes and times. What a recipe
     holds beside the inputs of the configuration, such as a model's hash, is not looked at.
@@ -265,8 +265,17 @@ def _matches(recipe_path: Path, config: StageConfig, now: dict[str, Any]) -> boo
         recipe.get("stage") == config.stage
         and recipe.get("settings") == config.identity()
         and all(made_from.get(field) == entry["data_id"] for field, entry in now.items() if "data_id" in entry)
-        and recipe_path.with_name(records.MANIFEST).exists()
+        and _is_whole(recipe_path.parent)
     )
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether the data set is sealed and every shard of it there; by sizes, not by hashes, which would take minutes."""
+    try:
+        records.read_data_set(directory, None, None)
+    except UserError:
+        return False
+    return True
 
 
 def _was_run(config: StageConfig, now: dict[str, Any], runs: Path) -> bool:
