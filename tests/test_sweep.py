@@ -97,6 +97,22 @@ def test_tasks_that_have_not_ended_show_their_last_metrics(tmp_path: Path) -> No
     assert rows == [{"task": 1, "state": "new", "a": 2, "step": 2, "loss": 2.5}, {"task": 0, "state": "new", "a": 1}]
 
 
+@pytest.mark.parametrize(
+    ("wish", "sentence"),
+    [
+        ("metric: explaned_variance", "metric: explaned_variance is not a result of train; did you mean `explained_variance`?"),
+        ("metric: l0\ncolumns: [seed, ded_features]", "columns: ded_features is not a result of train; did you mean `dead_features`?"),
+        ("metric: seed", "metric: seed is not a result of train; "),
+    ],
+)
+def test_a_metric_or_column_that_no_task_will_have_is_refused_with_the_nearest_name(tmp_path: Path, wish: str, sentence: str) -> None:
+    base = Path(__file__).parent.parent / "configs/demo/train.yaml"
+    (tmp_path / "s.yaml").write_text(f"name: s\nbase: {base}\ngrid: {{seed: [1, 2]}}\n{wish}\n")
+    with pytest.raises(UserError) as refused:
+        sweep.read_sweep(tmp_path / "s.yaml", [], Site())
+    assert str(refused.value).startswith(f"{tmp_path}/s.yaml: {sentence}")
+
+
 def test_every_shipped_sweep_reads() -> None:
     for path in sorted((Path(__file__).parent.parent / "configs/sweeps").glob("*.yaml")):
         assert path.read_text().startswith(f"# crosscoder sweep configs/sweeps/{path.name}")

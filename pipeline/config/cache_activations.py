@@ -1,7 +1,7 @@
 """Settings of the cache stage."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,15 @@ from pipeline.config.stage import StageConfig
 class CacheConfig(Harvest, StageConfig):
     """A language model over a token set to activation shards."""
 
+    RESULT_NAMES: ClassVar[tuple[str, ...]] = (
+        "complete",
+        "output",
+        "data_id",
+        "shards",
+        "positions",
+        "bytes",
+        "peak_memory_gib",
+    )
     stage: Literal["cache"] = "cache"
     output: Annotated[DataPath, Field(json_schema_extra=OPERATIONAL)]
     """Directory of the activation set to be made."""

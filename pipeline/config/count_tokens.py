@@ -1,7 +1,7 @@
 """Configuration of the stage `count`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,6 +10,12 @@ from pipeline.config.stage import StageConfig
 
 
 class CountConfig(StageConfig):
+    RESULT_NAMES: ClassVar[tuple[str, ...]] = (
+        "*.data_id",
+        "*.documents",
+        "*.tokens",
+        "*.num_shards",
+    )
     stage: Literal["count"] = "count"
     tokens: Annotated[DataPath, Field(json_schema_extra=OPERATIONAL)]
     """Directory that `tokenize` wrote: a token set in each of `splits`."""

@@ -1,7 +1,7 @@
 """Settings of the stage that measures a trained crosscoder on held-out text."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,20 @@ from pipeline.config.stage import StageConfig
 
 
 class EvaluateConfig(StageConfig):
+    RESULT_NAMES: ClassVar[tuple[str, ...]] = (
+        "l0",
+        "explained_variance",
+        "explained_variance_by_layer.*",
+        "dead_fraction",
+        "dead_eval_fraction",
+        "dense_fraction",
+        "clean_cross_entropy",
+        "cross_entropy_difference",
+        "recovered_against_zero",
+        "recovered_by_layer.*",
+        "positions",
+        "peak_memory_gib",
+    )
     stage: Literal["evaluate"] = "evaluate"
     crosscoder: Annotated[DataPath, Field(json_schema_extra=OPERATIONAL)]
     """A run of `train`, the folder of all runs of one name (the newest finished one is taken), or one checkpoint."""

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field
 
@@ -21,6 +21,9 @@ Name = Annotated[str, AfterValidator(_plain_name)]
 
 class StageConfig(Config):
     """Base of the five stages' configurations; a subclass sets `stage` to a Literal of its own."""
+
+    RESULT_NAMES: ClassVar[tuple[str, ...]] = ()
+    """What a finished task has a result of, with dotted names; `*` stands for a layer or a set. Empty: not known."""
 
     stage: str
     name: Annotated[Name, Field(json_schema_extra=OPERATIONAL)]

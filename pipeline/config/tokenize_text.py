@@ -1,7 +1,7 @@
 """Configuration of the stage `tokenize`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,23 @@ class TokenizerConfig(Config):
 
 
 class TokenizeConfig(StageConfig):
+    RESULT_NAMES: ClassVar[tuple[str, ...]] = (
+        "sealed",
+        "sources",
+        "encoder",
+        "seconds",
+        "this_run.lines",
+        "this_run.documents",
+        "this_run.tokens",
+        "this_run.empty",
+        "this_run.rejected",
+        "sets.*.data_id",
+        "sets.*.documents",
+        "sets.*.tokens",
+        "sets.*.lines",
+        "sets.*.empty",
+        "sets.*.rejected",
+    )
     stage: Literal["tokenize"] = "tokenize"
     sources: Annotated[list[DataPath], Field(min_length=1, json_schema_extra=OPERATIONAL)]
     """JSON-lines files, plain, `.gz` or `.zst`: paths, directories or glob patterns (`**` goes into directories)."""

@@ -1,7 +1,7 @@
 """Configuration of the stage `train`: activations, a crosscoder, its loss, and the course of its training."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -97,6 +97,25 @@ class Checkpoints(Config):
 
 
 class TrainConfig(StageConfig):
+    RESULT_NAMES: ClassVar[tuple[str, ...]] = (
+        "steps",
+        "tokens",
+        "epochs",
+        "loss",
+        "loss_reconstruction",
+        "loss_sparsity",
+        "loss_auxiliary",
+        "l0",
+        "explained_variance",
+        "dead_features",
+        "dead_fraction",
+        "threshold",
+        "seconds",
+        "tokens_per_second",
+        "peak_memory_gib",
+        "checkpoint",
+        "activations_id",
+    )
     stage: Literal["train"] = "train"
     activations: ActivationSourceConfig
     """Where activations come from: `kind: disk` or `kind: stream`."""

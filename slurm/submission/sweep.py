@@ -11,7 +11,7 @@
       optimizer.learning_rate: [3e-4, 1e-4]
     list:                               whole sets of changes; combined with grid and zip where those are given
       - {crosscoder.activation.kind: relu}
-    metric: explained_variance          what `crosscoder results` sorts by, a key of the stage's result or metrics
+    metric: explained_variance          what `crosscoder results` sorts by, one of the stage's RESULT_NAMES
     maximize: true
     columns: [dead_features]            results that its table shows beside the metric, before others that differ
     max_parallel: 4
@@ -20,6 +20,8 @@ The run directory is `runs/sweep/<name>/<id>/`: config.yaml holds the above with
 and environment are shared; `tasks/<i>/` has its own config.yaml, inputs.json and job.json beside what any task has.
 """
 
+import difflib
+import fnmatch
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,6 +82,7 @@ def read_sweep(path: Path, changes: Sequence[str], site: Site) -> Sweep:
             load.set_value(values, change, where=str(path))
         stage_configs.append(load.from_values(values, where=f"{path}: task {number} ({describe(member)})", site=site))
     _check_alike(stage_configs, str(path))
+    _check_results(config, members, type(stage_configs[0]), str(path))
     return Sweep(config, members, stage_configs)
 
 
@@ -120,6 +123,20 @@ def _check_alike(configs: Sequence[StageConfig], where: str) -> None:
     outputs = [path for config in configs for path in config.outputs().values()]
     if len(set(outputs)) < len(outputs):
         raise UserError(f"{where}: several tasks would write {outputs[0]}; vary the output as well")
+
+
+def _check_results(config: SweepConfig, members: Sequence[Values], stage: type[StageConfig], where: str) -> None:
+    """Raises `UserError` for a metric or column that no task will have: what all that was trained could not be sorted by."""
+    if not (known := stage.RESULT_NAMES):
+        return
+    wished = {"metric": [config.metric] if config.metric is not None else [], "columns": config.columns}
+    for field, names in wished.items():
+        others = [key for member in members for key in member] if field == "columns" else []
+        for name in names:
+            if name not in others and not any(fnmatch.fnmatchcase(name, pattern) for pattern in known):
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean `{near[0]}`?" if near else f"results are {', '.join(known)}"
+                raise UserError(f"{where}: {field}: {name} is not a result of {stage.model_fields['stage'].default}; {hint}")
 
 
 def freeze_sweep(sweep: Sweep, freezer: Freezer, *, where: str, cluster: str | None = None) -> RunDirectory:

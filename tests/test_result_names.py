@@ -1,0 +1,67 @@
+"""Each stage's configuration lists the names of its results, so that a sweep's metric is known to exist before any task trains."""
+
+import fnmatch
+import json
+from typing import Any
+
+import pytest
+from tiny_models import tiny_gpt2
+
+from pipeline.config import load
+from pipeline.config.site_file import Site
+from pipeline.run import Run
+from pipeline.stages import cache_activations, count_tokens, evaluate_crosscoder, tokenize_text, train_crosscoder
+from slurm.record.comparison import flatten
+
+PROGRAMS = {
+    "tokenize": tokenize_text,
+    "count": count_tokens,
+    "cache": cache_activations,
+    "train": train_crosscoder,
+    "evaluate": evaluate_crosscoder,
+}
+ONLY_ON_A_GPU = {"peak_memory_gib"}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """The names in the result of each stage, which ran after one another on a tiny model."""
+    root = tmp_path_factory.mktemp("stages")
+    documents = [{"text": f"def f{number}(x):\n    return x + {number}\n" * 20} for number in range(40)]
+    (root / "text.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    model = {"model": str(tiny_gpt2(root / "model", vocab_size=4096)), "device": "cpu"}
+    tokens = {"tokens": str(root / "tokens/train"), "language_model": model, "context_tokens": 16}
+    values: dict[str, dict[str, Any]] = {
+        "tokenize": {
+            "sources": [str(root / "text.jsonl")],
+            "output": str(root / "tokens"),
+            "tokenizer": {"name": "demo"},
+            "validation_fraction": 0.5,
+            "processes": 1,
+        },
+        "count": {"tokens": str(root / "tokens")},
+        "cache": {**tokens, "output": str(root / "activations"), "layers": ["transformer.h.0"], "max_tokens": 400},
+        "train": {
+            "activations": {"kind": "disk", "path": str(root / "activations")},
+            "crosscoder": {"num_features": 32, "activation_function": {"kind": "batch_topk", "k": 4}},
+            "loss": {"sparsity": {"kind": "none"}, "auxiliary": {"kind": "none"}},
+            "epochs": 1,
+            "batch_positions": 100,
+        },
+        "evaluate": {**tokens, "tokens": str(root / "tokens/validation"), "crosscoder": str(root / "train"), "max_tokens": 200},
+    }
+    names = {}
+    for stage, program in PROGRAMS.items():
+        config = load.from_values({"stage": stage, "name": "x", **values[stage]}, where=stage, site=Site())
+        found = flatten(program.run(config, Run(root / stage, stage=stage)))  # type: ignore[attr-defined]
+        names[stage] = {name for name, value in found.items() if not isinstance(value, list)}
+    return names
+
+
+@pytest.mark.parametrize("stage", list(load.STAGES))
+def test_a_stage_lists_all_its_results_and_no_other(stage: str, results: dict[str, set[str]]) -> None:
+    listed = load.config_class(stage).RESULT_NAMES
+    unlisted = {name for name in results[stage] if not any(fnmatch.fnmatchcase(name, pattern) for pattern in listed)}
+    absent = {pattern for pattern in listed if not fnmatch.filter(results[stage], pattern)}
+    assert unlisted == set()
+    assert absent <= ONLY_ON_A_GPU
