@@ -1,5 +1,7 @@
 """My jobs, joined from Slurm's queue, the run directories and their heartbeats."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -239,3 +241,22 @@ def test_a_runs_tasks_are_read_as_the_run_directory_tells_them(tmp_path: Path) -
     assert [t.was_cancelled for t in tasks] == [False, False, False, True, False, False]
     assert tasks[0].failed_parents == tasks[0].waits_for == (parent.reference,)
     assert (tasks[0].limit_s, tasks[0].num_tasks) == (300, 6)
+
+
+def test_a_local_run_is_not_lost_before_its_process_has_taken_it_up(tmp_path: Path) -> None:
+    run = run_directory.create(tmp_path, "train", "demo")
+    controller = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "submitit"])
+    try:
+        job_record = {"stage": "train", "name": "demo", "executor": "local", "resources": {}, "changes": [], "after": [], "num_tasks": 2}
+        run.write_job({**job_record, "jobs": [{"id": str(controller.pid), "tasks": [0], "array": False}]})
+        first, second = jobs.join(None, job_listing.read_tasks(run), now=NOW)
+        assert (first.state, first.reason) == ("waiting", "is starting, or waits for other tasks of its run to end")
+        assert second.state == "new"
+        waits = job_listing.read_tasks(run)[0]._replace(waits_for=("cache/demo/x",), num_tasks=1)
+        assert only(None, [waits]).reason == "waits for cache/demo/x"
+        assert only(None, [waits._replace(waits_for=())]).reason == "is starting"
+    finally:
+        controller.kill()
+        controller.wait()
+    gone = jobs.join(None, job_listing.read_tasks(run), now=NOW)[0]
+    assert (gone.state, gone.reason.partition(";")[0]) == ("lost", "the process that was to run it is gone")

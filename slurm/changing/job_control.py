@@ -11,8 +11,8 @@ from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
 from slurm.client import job_output, processes, slurm_commands, slurm_queries
 from slurm.execution import waves
-from slurm.record import backlog, environment, holder, run_directory
-from slurm.record.activity import one_submission_at_a_time
+from slurm.record import backlog, environment, run_directory
+from slurm.record.activity import is_local_job, one_submission_at_a_time
 from slurm.record.run_directory import RunDirectory
 from slurm.watching import jobs
 
@@ -82,11 +82,6 @@ def _local_target(run: RunDirectory) -> Target:
     if not ids:
         raise UserError(f"no process works on {run.reference}; it is {run.state()}")
     return Target(ids, run, is_local=True)
-
-
-def is_local_job(pid: int) -> bool:
-    """Whether the process is a controller of submitit's local executor: after a reboot the number may be anyone's."""
-    return holder.process_started(pid) is not None and "submitit" in processes.command_line(pid)
 
 
 def slurm_names(ids: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pipeline.config.errors import UserError
-from slurm.client import slurm_commands
+from slurm.client import processes, slurm_commands
 from slurm.client.job_output import FINAL_STATES
 from slurm.cluster.configuration import CLUSTER_NAME
 from slurm.record import holder
@@ -45,8 +45,13 @@ def is_busy(run: RunDirectory, task: int) -> bool:
     executor_name = run.job()["executor"]
     if executor_name == "local":
         result = run.result(task)
-        return result is None and holder.process_started(int(identity.partition("_")[0])) is not None
+        return result is None and is_local_job(int(identity.partition("_")[0]))
     return executor_name == "slurm" and _slurm_has(identity, run)
+
+
+def is_local_job(pid: int) -> bool:
+    """Whether the process is a controller of submitit's local executor: after a reboot the number may be anyone's."""
+    return holder.process_started(pid) is not None and "submitit" in processes.command_line(pid)
 
 
 def _slurm_has(job: str, run: RunDirectory) -> bool:

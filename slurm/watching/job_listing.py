@@ -127,12 +127,15 @@ def read_tasks(run: RunDirectory, *, is_stopped: bool = False, is_served: bool =
         "submitted": job.get("submitted"),
         "replaced_jobs": frozenset(str(entry["id"]) for entry in job["jobs"]),
     }
+    local_ids = [str(entry["id"]) for entry in job["jobs"]] if job["executor"] == "local" else []
+    started = {job_id for job_id in local_ids if activity.is_local_job(int(job_id))}
     job_ids = {task: job_id for task, job_id in _job_ids(job).items() if task not in not_queued["tasks"]}
     return [
         _read_task(
             run.task_directory(task, num_tasks),
             task,
             job_ids.get(task),
+            is_started=job_ids.get(task) in started,
             was_cancelled=job_ids[task] in cancelled if task in job_ids else task in cancelled_tasks,
             not_queued=not_queued["why"] if task in not_queued["tasks"] else None,
             shared=shared,
@@ -151,7 +154,7 @@ def _job_ids(job: dict[str, Any]) -> dict[int, str]:
 
 
 def _read_task(
-    directory: Path, task: int, job_id: str | None, *, was_cancelled: bool, not_queued: str | None, shared: dict[str, Any]
+    directory: Path, task: int, job_id: str | None, *, is_started: bool, was_cancelled: bool, not_queued: str | None, shared: dict[str, Any]
 ) -> Task:
     lock, result = directory / "lock.json", run_directory.read_result(directory / "result.json")
     is_locked = lock.exists()
@@ -164,6 +167,7 @@ def _read_task(
         progress=run_directory.read_heartbeat(directory / "progress.json"),
         result=result,
         not_queued=not_queued,
+        is_started=is_started,
         was_cancelled=was_cancelled,
         **shared,
     )

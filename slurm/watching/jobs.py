@@ -51,6 +51,8 @@ class Task(NamedTuple):
     """Whether a job is left that will queue such a task when it ends."""
     is_kept: bool = False
     """Whether its job, if it has not ended, waits in a private cluster that is stopped now."""
+    is_started: bool = False
+    """Of the local executor: whether the process lives that is to work on it, now or when its turn comes."""
     submitted: float | None = None
     replaced_jobs: frozenset[str] = frozenset()
     """Ids under which tasks of its run were submitted before: history of the run, no jobs of their own."""
@@ -254,6 +256,8 @@ def _state_without_job(task: Task) -> tuple[str, str]:
         return "running", "" if task.executor != "slurm" else "its process lives, but Slurm no longer knows its job"
     if task.was_cancelled and not (task.failed_parents and task.job_id is None):
         return "cancelled", f"was cancelled; {again}"
+    if task.is_started:
+        return "waiting", _why_it_has_not_begun(task)
     if task.failed_parents:
         return "cancelled", f"cancelled: it needed {', '.join(task.failed_parents)}, which failed or was cancelled"
     if task.is_kept:
@@ -263,6 +267,13 @@ def _state_without_job(task: Task) -> tuple[str, str]:
     if task.file_state == "queued" and task.executor == "local":
         return "lost", f"the process that was to run it is gone; {again}"
     return "lost", f"its process is gone and left no result; {again}"
+
+
+def _why_it_has_not_begun(task: Task) -> str:
+    """Of a task whose process of the local executor lives and has not taken it up."""
+    if task.waits_for:
+        return f"waits for {', '.join(task.waits_for)}"
+    return "is starting, or waits for other tasks of its run to end" if task.num_tasks > 1 else "is starting"
 
 
 def _current_beat(task: Task, job: Job | None) -> dict[str, Any]:
