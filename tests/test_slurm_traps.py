@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from waiting import at_step, finished, wait_until
 
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
+from slurm.client import processes
 from slurm.cluster import layout
 from slurm.cluster.daemons import PrivateCluster
 from slurm.execution import executor
@@ -48,6 +50,30 @@ def test_a_submission_from_inside_a_job_gets_nothing_of_that_job(queue: Queue) -
     wait_until(lambda: finished(run), "the inner job's end")
     detail = queue.detail(queue.job(run))
     assert all(words in detail for words in ("Partition=main", "TimeLimit=01:00:00", "NumTasks=1", "MinMemoryCPU=1000M")), detail
+
+
+def test_a_signal_to_stop_that_reaches_the_jobs_shell_and_srun_too_does_not_end_the_job(queue: Queue) -> None:
+    """A node's shutdown sends SIGTERM to every process of the job."""
+    ways = {"term": "--full --signal=TERM", "usr1": "--full --signal=USR1", "usr2": "--full --signal=USR2", "everyone": ""}
+    ways |= {"shell": "--batch --signal=TERM"}
+    runs = {}
+    for name, way in ways.items():
+        run = runs[name] = queue.submit(queue.project.config(name, steps=40, step_seconds=0.2))[0]
+        wait_until(lambda run=run: at_step(run, 2), "the first steps")
+        if way:
+            queue.cluster.command("scancel", *way.split(), queue.job(run))
+        else:
+            its_job = f"SLURM_JOB_ID={queue.job(run)}".encode()
+            everyone = [pid for pid in processes.of_jobs(queue.cluster.configuration) if its_job in processes.variables_of(pid)]
+            assert len(everyone) > 2
+            processes.signal_all(everyone, signal.SIGTERM)
+    wait_until(lambda: all(finished(run) for run in runs.values()), "the second attempts")
+    # What srun kills at once when it gets a SIGTERM itself can't say how it ended.
+    ends = {name: [line["status"] for line in run.attempts() if line["event"] == "end"] for name, run in runs.items()}
+    saved = ["stopped", "finished"]
+    assert (ends["usr1"], ends["usr2"], ends["shell"]) == (saved, saved, ["finished"])
+    assert ends["term"][-1:] == ends["everyone"][-1:] == ["finished"]
+    assert sum(line["event"] == "start" for line in runs["everyone"].attempts()) == 2
 
 
 def test_a_setup_line_that_fails_ends_the_job_before_its_program(queue: Queue) -> None:

@@ -20,7 +20,7 @@ SUBMITIT_FOLDER = "submitit"
 """Without %a: submitit fails on it after sbatch has succeeded. Without %j: it would make a folder for each array element."""
 
 END_OF_JOB = """end_of_job() {{
-  case $? in 138|140|143) ended_by_signal=1 ;; *) ended_by_signal= ;; esac
+  case $? in 138|140|143) ended_by_signal=1 ;; 137) ended_by_signal=$told_to_stop ;; *) ended_by_signal= ;; esac
   set +e
   trap '' TERM USR1 USR2
   if [ -n "$ended_by_signal" ] && scontrol -o show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
@@ -28,10 +28,15 @@ END_OF_JOB = """end_of_job() {{
   fi
   if [ -e {backlog} ]; then {waves}; fi
 }}
-trap end_of_job EXIT"""
-"""Requeues a job whose program a signal to stop (USR1, USR2, TERM) ended before it could block them: a preempted job that ends by
-itself in its grace time is failed for Slurm 22.05, and not requeued. Then queues what had no room before: from the shell, since
-that outlives a worker that is killed."""
+trap end_of_job EXIT
+told_to_stop=
+trap told_to_stop=1 TERM USR1 USR2"""
+"""The shell outlives a signal to stop that reaches it too (`scancel --full`; a node's shutdown sends SIGTERM to every process): else the
+job would be over before its program has saved and asked to be requeued. An srun that gets SIGTERM kills its program at once (137).
+
+Requeues a job whose program was ended so, or by a signal to stop before it could block them: a preempted job that ends by itself
+in its grace time is failed for Slurm 22.05, and not requeued. Then queues what had no room before: from the shell, since that
+outlives a worker that is killed."""
 
 
 def slurm_executor(run: RunDirectory, job: Json, *, planned: bool = False) -> Any:
