@@ -48,6 +48,10 @@ def fault(change: str) -> str:
         ("resources.timeout_min=1:00:00", 'resources.timeout_min is "1:00:00", expected a whole number'),
         ("name=" + "x" * 70, f'name is "{"x" * 56}...: a name is 1 to 64 letters'),
         ("seed=null", "seed is null, expected a whole number"),
+        ("partitio=x", "partitio is not a setting; did you mean `resources.partition`?"),
+        ("epoch=1", "epoch is not a setting; did you mean `epochs`?"),
+        ("learning_rate=1e-3", "learning_rate is not a setting; did you mean `optimizer.learning_rate`?"),
+        ("xyzzy=1", "xyzzy is not a setting; known here: activations, batch_positions"),
         ("epochs=null", "give either num_tokens or epochs"),
     ],
 )
@@ -66,6 +70,34 @@ def test_a_wrong_list_is_named_at_its_entry_without_the_kind_of_its_group(layers
         't.yaml: activations.layers is ["a", "a"]: an entry stands twice; name each once',
         "t.yaml: activations.layers[0] is 1, expected text (a number in quotes is text)",
     }
+
+
+EVALUATE = DEMO.with_name("evaluate.yaml")
+
+
+@pytest.mark.parametrize(
+    ("given", "path"),
+    [
+        ("train/w", "{runs}/train/w"),
+        ("train/w/20261123-091530-k3f9", "{runs}/train/w/20261123-091530-k3f9"),
+        ("{runs}/train/w", "{runs}/train/w"),
+        ("{data}", "{data}"),
+        ("train/here", "{here}/train/here"),
+        ("w", "{here}/w"),
+        ("elsewhere/w", "{here}/elsewhere/w"),
+    ],
+)
+def test_a_run_is_named_by_stage_and_name_or_by_its_path(given: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train/here").mkdir(parents=True)
+    site = Site(data=tmp_path / "D", runs=tmp_path / "R")
+    config = load.load(EVALUATE, [f"crosscoder={given}"], site)
+    assert config.inputs()["crosscoder"] == Path(path.format(runs=site.runs, data=site.data, here=tmp_path))
+
+
+def test_a_path_that_names_no_run_is_never_looked_for_among_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load.load(EVALUATE, ["tokens=tokenize/x"], Site()).inputs()["tokens"] == tmp_path / "tokenize/x"
 
 
 def test_keys_are_named_as_they_are_typed(tmp_path: Path) -> None:

@@ -181,6 +181,14 @@ def test_a_change_may_name_its_stage(project: ToyProject) -> None:
     assert (run.config_values()["steps"], run.config_values()["seed"]) == (7, 3)
 
 
+def test_a_change_that_only_some_stages_of_a_chain_have_is_refused_with_the_way_to_write_it(project: ToyProject) -> None:
+    count = project.root / "count.yaml"
+    count.write_text("stage: count\nname: c\ntokens: data/t\n")
+    done = project.crosscoder("submit", project.config(), "count.yaml", "splits=[a]", "--executor", "debug")
+    assert done.returncode == 1
+    assert done.stderr == "crosscoder: toy.yaml: splits is not a setting of toy; write `count.splits=[a]`, which changes that stage alone\n"
+
+
 def test_the_name_of_a_run_is_bound_to_its_newest_finished_run(project: ToyProject) -> None:
     (made,) = runs_of(project.crosscoder("run", project.config("made")).stdout)
     project.crosscoder("run", project.config("made"), "fail_at=0")

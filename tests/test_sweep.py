@@ -113,6 +113,21 @@ def test_a_metric_or_column_that_no_task_will_have_is_refused_with_the_nearest_n
     assert str(refused.value).startswith(f"{tmp_path}/s.yaml: {sentence}")
 
 
+def test_a_sweep_may_be_renamed_and_its_tasks_keep_their_name(tmp_path: Path) -> None:
+    base = Path(__file__).parent.parent / "configs/demo/train.yaml"
+    (tmp_path / "s.yaml").write_text(f"name: s\nbase: {base}\ngrid: {{seed: [1, 2]}}\n")
+    read = sweep.read_sweep(tmp_path / "s.yaml", ["name=pushed", "batch_positions=7"], Site())
+    assert read.config.name == "pushed"
+    assert [(config.name, config.resolved()["batch_positions"]) for config in read.stage_configs] == [("demo", 7)] * 2
+
+
+def test_a_stages_configuration_is_no_sweep() -> None:
+    path = Path(__file__).parent.parent / "configs/demo/train.yaml"
+    with pytest.raises(UserError) as refused:
+        sweep.read_sweep(path, [], Site())
+    assert str(refused.value) == f"{path} is a stage's configuration (train), not a sweep; use `crosscoder submit {path}`"
+
+
 def test_every_shipped_sweep_reads() -> None:
     for path in sorted((Path(__file__).parent.parent / "configs/sweeps").glob("*.yaml")):
         assert path.read_text().startswith(f"# crosscoder sweep configs/sweeps/{path.name}")

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from pipeline.config.language_model import LanguageModelConfig
-from pipeline.config.schema import OPERATIONAL, DataPath, PositiveCount
+from pipeline.config.schema import OPERATIONAL, RUN, DataPath, PositiveCount
 from pipeline.config.stage import StageConfig
 
 
@@ -26,8 +26,8 @@ class EvaluateConfig(StageConfig):
         "peak_memory_gib",
     )
     stage: Literal["evaluate"] = "evaluate"
-    crosscoder: Annotated[DataPath, Field(json_schema_extra=OPERATIONAL)]
-    """A run of `train`, the folder of all runs of one name (the newest finished one is taken), or one checkpoint."""
+    crosscoder: Annotated[DataPath, Field(json_schema_extra=RUN)]
+    """A run of `train`, the folder of all runs of one name (the newest finished one is taken; `train/demo` names it), or one checkpoint."""
     tokens: Annotated[DataPath, Field(json_schema_extra=OPERATIONAL)]
     """Token set that training did not see: the `validation` folder that `tokenize` wrote."""
     language_model: LanguageModelConfig

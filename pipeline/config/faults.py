@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import pydantic
 
 LONGEST_VALUE = 60
+SURELY_MEANT = 0.8
+"""How like a name must be, of 1, for one inside a group to be proposed before one of the uppermost."""
 
 # What pydantic's types of fault come to. {gt} and the like are the limits that it names.
 EXPECTED = {
@@ -46,7 +48,7 @@ def sentence(model: type[pydantic.BaseModel], fault: Mapping[str, Any], where: s
     location, kind = fault["loc"], fault["type"]
     place = find_place(model, location)
     if kind == "extra_forbidden":
-        return f"{where}: {_unknown_key(find_place(model, location[:-1]), place.text, str(location[-1]))}"
+        return f"{where}: {_unknown_key(model, find_place(model, location[:-1]), place.text, str(location[-1]))}"
     if kind == "missing":
         return f"{where}: {place.text} is missing; give it a value"
     if kind == "value_error":
@@ -58,11 +60,34 @@ def sentence(model: type[pydantic.BaseModel], fault: Mapping[str, Any], where: s
     return f"{where}: {place.text or 'it'} is {_shown(fault['input'])}, expected {_expected(place, fault)}"
 
 
-def _unknown_key(group: Place, text: str, key: str) -> str:
+def _unknown_key(model: type[pydantic.BaseModel], group: Place, text: str, key: str) -> str:
     known = sorted({name for g in group.groups for name in _keys(g)})
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    is_at_top, is_near = text == key, bool(near) and _likeness(key, near[0]) >= SURELY_MEANT
+    elsewhere = _nearest_inside(model, key) if is_at_top and not is_near else []
     whose = f" of the kind {group.kind}" if group.kind else ""
-    return f"{text} is not a setting{whose}; " + (f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}")
+    chosen = elsewhere or near
+    return f"{text} is not a setting{whose}; " + (f"did you mean `{chosen[0]}`?" if chosen else f"known here: {', '.join(known)}")
+
+
+def _nearest_inside(model: type[pydantic.BaseModel], key: str) -> list[str]:
+    """The dotted name of the setting of any group whose last part is all but `key`; none if there is no such setting."""
+    alike = [(_likeness(key, name.rpartition(".")[2]), name) for name in _all_keys(model)]
+    return [name for likeness, name in [max(alike, key=lambda pair: (pair[0], -pair[1].count(".")))] if likeness >= SURELY_MEANT]
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _all_keys(group: type[pydantic.BaseModel], prefix: str = "") -> list[str]:
+    """The dotted names of all settings of a group, those of groups in it included."""
+    names = []
+    for key, annotation in _keys(group).items():
+        names.append(prefix + key)
+        for inner in _groups_in(annotation):
+            names += _all_keys(inner, f"{prefix}{key}.")
+    return names
 
 
 def _unknown_kind(place: Place, fault: Mapping[str, Any]) -> str:

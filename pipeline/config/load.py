@@ -2,15 +2,19 @@
 
 import difflib
 import importlib
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.config import yaml_file
 from pipeline.config.errors import UserError
 from pipeline.config.resources import Resources
-from pipeline.config.schema import build
+from pipeline.config.schema import RUN, build
 from pipeline.config.site_file import Site, load_site
 from pipeline.config.stage import StageConfig
+
+PLACEHOLDER = re.compile(r"\{(data|ssd|runs)\}")
+"""YAML reads `{runs}/train/x` as a broken mapping; in a change on the command line it is a path."""
 
 
 class Stage(NamedTuple):
@@ -54,7 +58,7 @@ def from_values(values: dict[str, Any], *, where: str, site: Site) -> StageConfi
         values = {**values, "resources": {**site.resources, **given}}
     build(Resources, site.resources, "the site file's resources")
     config = build(model, values, where)
-    return config.model_copy(update=_absolute_paths(config))
+    return config.model_copy(update=_absolute_paths(config, site))
 
 
 def config_class(stage: str) -> type[StageConfig]:
@@ -75,7 +79,7 @@ def set_value(values: dict[str, Any], change: str, *, where: str) -> None:
         group = group.setdefault(part, {})
         if not isinstance(group, dict):
             raise UserError(f"{where}: {key}: `{part}` is a value, not a group of settings")
-    group[last] = yaml_file.parse(text, f"{where}: {key}")
+    group[last] = text if PLACEHOLDER.match(text) else yaml_file.parse(text, f"{where}: {key}")
 
 
 def _expand(value: Any, site: Site, where: str) -> Any:
@@ -88,15 +92,21 @@ def _expand(value: Any, site: Site, where: str) -> Any:
     return value
 
 
-def _absolute_paths(config: Any) -> dict[str, Any]:
-    """The fields of `config` that hold paths, made absolute, nested groups included."""
+def _absolute_paths(config: Any, site: Site) -> dict[str, Any]:
+    """The fields of `config` that hold paths, made absolute, nested groups included; a run may be named by stage/name."""
     update: dict[str, Any] = {}
-    for key in type(config).model_fields:
+    for key, field in type(config).model_fields.items():
         value = getattr(config, key)
         if isinstance(value, Path):
-            update[key] = value.expanduser().absolute()
+            root = site.runs if field.json_schema_extra == RUN and _names_a_run(value) else Path()
+            update[key] = (root / value).expanduser().absolute()
         elif isinstance(value, list) and all(isinstance(v, Path) for v in value):
             update[key] = [v.expanduser().absolute() for v in value]
         elif hasattr(type(value), "model_fields"):
-            update[key] = value.model_copy(update=_absolute_paths(value))
+            update[key] = value.model_copy(update=_absolute_paths(value, site))
     return update
+
+
+def _names_a_run(path: Path) -> bool:
+    """Whether it is `train/x` or `train/x/<id>` under the root of runs, rather than a path from the current directory."""
+    return not path.is_absolute() and len(path.parts) in (2, 3) and path.parts[0] in STAGES and not path.exists()

@@ -53,6 +53,9 @@ def _identity_of(value: Any) -> Any:
 OPERATIONAL: dict[str, Any] = {"operational": True}
 """`Field(default, json_schema_extra=OPERATIONAL)` marks a setting that changes cost or place, never the output's bytes."""
 
+RUN: dict[str, Any] = {**OPERATIONAL, "run": True}
+"""The same for a path of a run, which may also be given as `train/demo`: the stage and name under the root of runs."""
+
 
 def _whole(value: object) -> object:
     if isinstance(value, float) and math.isfinite(value) and value == int(value):

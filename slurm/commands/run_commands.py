@@ -140,7 +140,21 @@ def parse_configs(arguments: Sequence[str], site: Site) -> list[tuple[str, Stage
         stage, dot, _ = change.partition("=")[0].partition(".")
         if dot and stage in load.STAGES and all(yaml_file.read(Path(file)).get("stage") != stage for file in files):
             raise UserError(f"the change {change!r} is for the stage {stage}, which none of the configurations is of")
-    return [(file, load.load(Path(file), _changes_for(str(yaml_file.read(Path(file)).get("stage")), changes), site)) for file in files]
+    stages = {file: str(yaml_file.read(Path(file)).get("stage")) for file in files}
+    _check_belonging(stages, changes)
+    return [(file, load.load(Path(file), _changes_for(stages[file], changes), site)) for file in files]
+
+
+def _check_belonging(stages: dict[str, str], changes: Sequence[str]) -> None:
+    """Raises `UserError` for a change to all stages of a chain that only some of them have, and says how to write it."""
+    keys = {stage: load.config_class(stage).model_fields for stage in stages.values() if stage in load.STAGES}
+    for change in changes:
+        first = change.partition("=")[0].partition(".")[0]
+        having = [stage for stage in keys if first in keys[stage]]
+        lacking = [file for file, stage in stages.items() if stage in keys and stage not in having]
+        if first not in load.STAGES and having and lacking:
+            one = " or ".join(f"`{stage}.{change}`" for stage in having)
+            raise UserError(f"{lacking[0]}: {first} is not a setting of {stages[lacking[0]]}; write {one}, which changes that stage alone")
 
 
 def _changes_for(stage: str, changes: Sequence[str]) -> list[str]:

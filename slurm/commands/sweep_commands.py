@@ -23,8 +23,10 @@ def register(app: typer.Typer) -> None:
 
 
 def sweep(
-    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep's file, for example configs/sweeps/sparsity.yaml.")],
-    changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to every task.")] = None,
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep's file, for example configs/sweeps/demo-decoder-norm.yaml.")],
+    changes: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to every task; name=NAME renames the sweep.")
+    ] = None,
     executor: Annotated[Executor, typer.Option(help="slurm; local: processes of this machine, as its cores allow.")] = Executor.slurm,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the tasks and queue nothing.")] = False,
 ) -> None:

@@ -66,11 +66,12 @@ class Sweep(NamedTuple):
 
 
 def read_sweep(path: Path, changes: Sequence[str], site: Site) -> Sweep:
-    """The sweep in the file at `path`, with `changes` (`key=value`) to the base configuration of every task.
+    """The sweep in the file at `path`, with `changes` (`key=value`) to the base configuration of every task; `name=` renames the sweep.
 
     Raises `UserError` naming the task whose configuration is not valid.
     """
-    config = build(SweepConfig, yaml_file.read(path), str(path))
+    config = build(SweepConfig, _sweep_values(path, changes), str(path))
+    changes = [change for change in changes if not change.startswith("name=")]
     members = combinations(config, str(path))
     base = config.base if config.base.is_absolute() else path.parent / config.base
     stage_configs = []
@@ -84,6 +85,16 @@ def read_sweep(path: Path, changes: Sequence[str], site: Site) -> Sweep:
     _check_alike(stage_configs, str(path))
     _check_results(config, members, type(stage_configs[0]), str(path))
     return Sweep(config, members, stage_configs)
+
+
+def _sweep_values(path: Path, changes: Sequence[str]) -> Values:
+    values = yaml_file.read(path)
+    if "stage" in values and "base" not in values:
+        raise UserError(f"{path} is a stage's configuration ({values['stage']}), not a sweep; use `crosscoder submit {path}`")
+    for change in changes:
+        if change.startswith("name="):
+            load.set_value(values, change, where=str(path))
+    return values
 
 
 def combinations(config: SweepConfig, where: str) -> list[Values]:
