@@ -138,3 +138,15 @@ def test_a_job_that_a_new_submission_replaced_is_no_row_of_its_own_once_it_is_ov
     assert [row.job for row in jobs.join([job("1042_3", "CANCELLED"), job("1043")], [changed], now=NOW)] == ["1043"]
     # One that scancel did not reach still runs, and must be seen.
     assert sorted(row.job for row in jobs.join([job(), job("1043")], [changed], now=NOW)) == ["1042", "1043"]
+
+
+def test_tasks_in_one_line_are_not_given_the_job_of_the_first_of_them() -> None:
+    waiting = [job(f"1042_{i}", "PENDING", reason="JobHeldUser", priority=0) for i in (1, 2, 3, 12)]
+    (line,) = job_table.fold(jobs.join(waiting, [], now=NOW))
+    assert job_table.cells(line, NOW)[-1] == "held by you; `crosscoder release 1042_[1-3,12]` frees it"
+
+
+def test_a_moment_of_another_year_says_which() -> None:
+    then = time.localtime(NOW + 40 * 86400)
+    assert job_table.moment(NOW + 40 * 86400, NOW) == time.strftime("%a %d %b %Y %H:%M", then)
+    assert job_table.moment(NOW + 3 * 86400, NOW) == time.strftime("%a %d %b %H:%M", time.localtime(NOW + 3 * 86400))

@@ -13,7 +13,7 @@ from pipeline import records
 from slurm.client import job_reasons
 from slurm.record import run_directory
 from slurm.record.holder import Holder
-from slurm.watching import job_listing, jobs, watch
+from slurm.watching import job_listing, job_table, jobs, watch
 
 # -- one row ----------------------------------------------------------------------------------------------------------
 
@@ -95,11 +95,37 @@ def test_what_was_stopped_or_cancelled_says_by_what_and_how_to_go_on() -> None:
     stopped = task(file_state="stopped", result={"status": "stopped", "error": "SIGTERM"})
     assert only([], [stopped]).state == "stopped"
     assert only([], [stopped]).reason == f"was stopped (SIGTERM); {again}"
-    assert only([], [stopped._replace(was_cancelled=True)]).reason == f"was cancelled (SIGTERM); {again}"
-    told = {"status": "stopped", "error": "SIGTERM", "next": "was cancelled; `crosscoder submit --resume x` goes on from there"}
-    assert only([], [task(file_state="stopped", result=told)]).reason == told["next"]
     # The same words whether Slurm still knows the job or not, so that tasks of one array share a line.
     assert only([job(state="CANCELLED")], [task()]).reason == only([], [task(was_cancelled=True)]).reason == f"was cancelled; {again}"
+
+
+def test_however_a_task_of_a_cancelled_array_was_ended_it_reads_cancelled() -> None:
+    def stopped(following: str, error: str = "SIGUSR2") -> dict[str, Any]:
+        return {"status": "stopped", "error": error, "next": following}
+
+    run = {"num_tasks": 6, "file_state": "stopped"}
+    tasks = [
+        task("7_0", **{**run, "file_state": "queued"}, was_cancelled=True),
+        task("7_1", **run, task=1, was_cancelled=True, result=stopped("requeued as job 7_1")),
+        task("7_2", **run, task=2, result=stopped("was cancelled; `crosscoder submit --resume x` goes on from there", "SIGTERM")),
+        task("7_3", **run, task=3, result=stopped("job 7_3 was cancelled; `crosscoder submit --resume x` goes on from there")),
+        task("7_4", **run, task=4, result=stopped("requeued as job 7_4")),
+        task("7_5", **run, task=5, result=stopped("requeued as job 7_5")),
+    ]
+    rows = sorted(jobs.join([job("7_4", "CANCELLED")], tasks, now=NOW), key=lambda row: row.task or 0)
+    again = "`crosscoder submit --resume train/demo/20261123-091530-k3f9` goes on from there"
+    assert {(row.state, row.reason) for row in rows[:5]} == {("cancelled", f"was cancelled; {again}")}
+    # Cancelled by other means while it waited again, and forgotten: it is not said to be requeued.
+    assert (rows[5].state, rows[5].reason) == ("stopped", f"was stopped (SIGUSR2); Slurm no longer knows its job; {again}")
+    assert only(None, tasks[5:]).reason == "was stopped (SIGUSR2); requeued as job 7_5"
+    assert len(job_table.fold(rows[:5])) == 1
+
+
+def test_a_start_that_slurm_puts_a_year_off_for_want_of_a_plan_is_not_told() -> None:
+    waiting = job(state="PENDING", reason="Resources")
+    assert only([waiting._replace(started=NOW + 3600)], [task()]).starts == NOW + 3600
+    assert only([waiting._replace(started=NOW + 365 * 86400)], [task()]).starts is None
+    assert only([waiting._replace(started=NOW + 365 * 86400)], []).starts is None
 
 
 def test_a_run_of_this_machine_is_running_only_while_its_process_lives() -> None:

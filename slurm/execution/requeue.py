@@ -39,7 +39,7 @@ def go_on_later(run: RunDirectory, task: int, process: Process) -> str:
     if fate is Fate.REQUEUED:
         return f"Slurm requeues job {process.job} itself"
     if fate is Fate.CANCELLED:
-        return f"job {process.job} was cancelled; {by_hand}"
+        return f"was cancelled; {by_hand}"
     return _submit_anew(run, task, f"Slurm ended job {process.job}: {fate.value}", by_hand)
 
 

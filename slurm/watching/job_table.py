@@ -150,7 +150,7 @@ def cells(line: Line, now: float, width: int | None = None) -> list[str]:
         _elapsed(line.rows),
         clock(row.limit_s) if row.state in ACTIVE and row.limit_s is not None else "",
         _done(line.rows),
-        "; ".join(part for part in (row.warning, line.tasks, _detail(line.rows, now)) if part),
+        "; ".join(part for part in (row.warning, line.tasks, _detail(line, now)) if part),
     ]
 
 
@@ -192,12 +192,14 @@ def _done(rows: Sequence[Row]) -> str:
     return f"{high} %" if low == high else f"{low}-{high} %"
 
 
-def _detail(rows: Sequence[Row], now: float) -> str:
+def _detail(line: Line, now: float) -> str:
     """What there is to say of the line's first row, or of all of them: pace and end, reason, or when it ended."""
-    row = rows[0]
+    row = line.rows[0]
+    # A reason that names the job holds for all of the line, whose job stands for theirs.
+    reason = shortened(re.sub(rf"\b{re.escape(row.job)}\b", line.job, row.reason) if len(line.rows) > 1 and row.job else row.reason)
     if row.state == "running":
-        return "; ".join(part for part in (shortened(row.reason), _pace(rows, now)) if part)
-    parts = [shortened(row.reason)]
+        return "; ".join(part for part in (reason, _pace(line.rows, now)) if part)
+    parts = [reason]
     if row.state in ACTIVE and row.starts is not None and row.starts > now and not row.reason.startswith("waits until"):
         parts.append(f"starts about {moment(row.starts, now)}")
     if row.state not in ACTIVE and row.ended is not None and not row.reason:
@@ -229,9 +231,12 @@ def roughly(seconds: float) -> str:
 
 
 def moment(when: float, now: float) -> str:
-    """`14:05`, with the day where it is another than today's."""
+    """`14:05`, with the day where it is another than today's, and the year likewise."""
     then = time.localtime(when)
-    return time.strftime("%H:%M" if then[:3] == time.localtime(now)[:3] else "%a %d %b %H:%M", then)
+    today = time.localtime(now)
+    if then[:3] == today[:3]:
+        return time.strftime("%H:%M", then)
+    return time.strftime("%a %d %b %H:%M" if then[0] == today[0] else "%a %d %b %Y %H:%M", then)
 
 
 def clock(seconds: float) -> str:

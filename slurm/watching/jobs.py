@@ -4,6 +4,7 @@ The truth about success is the run's own record; about waiting, place and time i
 forgotten (MinJobAge after its end) lives on in its run directory; one that died without a result is told as lost.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,9 +18,16 @@ from slurm.record.run_directory import directory_in
 STALE_HEARTBEAT_S = 120.0
 """A stage reports every few seconds; silence this long is worth a word."""
 
+MAX_START_AHEAD_S = 30 * 86400.0
+"""Slurm plans a day or some ahead (bf_window). For a job that it has no plan for it puts the start a year off, right after a
+preemption for one: not a moment to wait for, and not shown."""
+
 NO_SLURM = "no Slurm answers on this machine, so what became of its job is not known here"
 
 ACTIVE = ("running", "waiting", "held")
+REQUEUED = re.compile(r"^requeued as job|^Slurm requeues job|submitted anew as job")
+"""What a process that stopped wrote down of a job that goes on (see `slurm.execution.requeue`)."""
+
 STATES = (*ACTIVE, "stopped", "failed", "cancelled", "lost", "finished", "new")
 """In the order of the listing's interest. lost: neither queue nor run directory says how it ended."""
 
@@ -99,14 +107,15 @@ def join(jobs: Sequence[Job] | None, tasks: Sequence[Task], *, now: float, remem
     queue = jobs or []
     by_id = {job.id: job for job in remembered} | {job.id: job for job in queue}
     own_jobs = [_job_of(task, by_id) for task in tasks]
-    rows = [_row_of_task(task, job, now) for task, job in zip(tasks, own_jobs, strict=True)]
+    is_known = jobs is not None
+    rows = [_row_of_task(task, job, now, is_known) for task, job in zip(tasks, own_jobs, strict=True)]
     if jobs is None:
         pairs = zip(rows, tasks, strict=True)
         rows = [row._replace(reason=NO_SLURM) if row.state == "lost" and task.executor == "slurm" else row for row, task in pairs]
     known = {job.id for job in own_jobs if job is not None}
     rows = [_of_backlog(row, task) if task.not_queued else row for row, task in zip(rows, tasks, strict=True)]
     replaced = frozenset().union(*{task.replaced_jobs for task in tasks})
-    rows += [_row_of_foreign_job(job) for job in queue if job.id not in known and not _is_past(job, replaced)]
+    rows += [_row_of_foreign_job(job, now) for job in queue if job.id not in known and not _is_past(job, replaced)]
     return sorted(rows, key=_place)
 
 
@@ -145,8 +154,8 @@ def forgotten(jobs: Sequence[Job], tasks: Sequence[Task]) -> list[str]:
     ]
 
 
-def _row_of_task(task: Task, job: Job | None, now: float) -> Row:
-    state, reason = _state(task, job)
+def _row_of_task(task: Task, job: Job | None, now: float, is_queue_known: bool) -> Row:
+    state, reason = _state(task, job, is_queue_known)
     beat = _current_beat(task, job)
     running = state == "running"
     left = beat.get("seconds_left") if running else None
@@ -173,7 +182,7 @@ def _row_of_task(task: Task, job: Job | None, now: float) -> Row:
         unit=str(beat.get("unit", "")),
         percent=100 * step / total if step is not None and total else None,
         rate=beat.get("rate") if running else None,
-        starts=job.started if job and state == "waiting" else None,
+        starts=_expected_start(job, now) if job and state == "waiting" else None,
         ends=ends,
         warning=_warning(job, beat, ends, now) if running else "",
         submitted=task.submitted,
@@ -181,7 +190,7 @@ def _row_of_task(task: Task, job: Job | None, now: float) -> Row:
     )
 
 
-def _row_of_foreign_job(job: Job) -> Row:
+def _row_of_foreign_job(job: Job, now: float) -> Row:
     """A job of mine that no run directory knows: submitted by other means, or its directory is gone."""
     state = slurm_state_in_words(job)
     return Row(
@@ -195,10 +204,14 @@ def _row_of_foreign_job(job: Job) -> Row:
         gpus=job.gpus,
         elapsed_s=job.elapsed_s,
         limit_s=job.limit_s,
-        starts=job.started if state == "waiting" else None,
+        starts=_expected_start(job, now) if state == "waiting" else None,
         submitted=job.submitted,
         ended=job.started + job.elapsed_s if job.is_final and job.started else None,
     )
+
+
+def _expected_start(job: Job, now: float) -> float | None:
+    return job.started if job.started is not None and job.started - now <= MAX_START_AHEAD_S else None
 
 
 def slurm_state_in_words(job: Job) -> str:
@@ -214,17 +227,21 @@ def slurm_state_in_words(job: Job) -> str:
     return {"COMPLETED": "finished", "CANCELLED": "cancelled", "PREEMPTED": "stopped"}.get(job.state, "failed")
 
 
-def _state(task: Task, job: Job | None) -> tuple[str, str]:
+def _state(task: Task, job: Job | None, is_queue_known: bool = True) -> tuple[str, str]:
     """The state and its reason in words."""
     status = (task.result or {}).get("status")
     if status == "finished":
         return "finished", ""
     if job is not None and not job.is_final:
         return slurm_state_in_words(job), job_reasons.in_words(job, task.waits_for)
-    if status == "stopped" and task.is_kept and not task.was_cancelled:
+    if status == "stopped" and _is_cancelled(task, job):  # whatever became of it before: one word and one way on for a whole array
+        return "cancelled", f"{job_reasons.STATE_WORDS['CANCELLED']}; {_again(task)}"
+    if status == "stopped" and task.is_kept:
         return "waiting", activity.CLUSTER_STOPPED
-    if status in ("failed", "stopped"):
-        return str(status), _how_it_ended(task, is_stopped=status == "stopped")
+    if status == "stopped":
+        return "stopped", _how_it_stopped(task, is_gone=is_queue_known and task.executor == "slurm")
+    if status == "failed":
+        return "failed", _first_line((task.result or {}).get("error"))
     if job is not None:
         state = slurm_state_in_words(job)
         if state == "finished":  # Slurm saw it end well, but there is no result: its process was not ours, or the disk was full
@@ -238,14 +255,22 @@ def _again(task: Task) -> str:
     return f"`crosscoder submit --resume {task.run}` goes on from there"
 
 
-def _how_it_ended(task: Task, *, is_stopped: bool) -> str:
-    """The error, or what stopped it, and what becomes of it: what was stopped saved what it had."""
+def _is_cancelled(task: Task, job: Job | None) -> bool:
+    """Whether a task that saved and stopped was cancelled: by us, by whom its process heard of, or later, while it waited again."""
+    heard = "was cancelled; " in str((task.result or {}).get("next"))
+    return task.was_cancelled or heard or (job is not None and job.state == "CANCELLED")
+
+
+def _how_it_stopped(task: Task, *, is_gone: bool) -> str:
+    """What stopped it, and what becomes of it: it saved what it had.
+
+    is_gone : no queue has it any more, so that it was requeued is true no longer.
+    """
     result = task.result or {}
-    error, following = _first_line(result.get("error")), result.get("next") or (_again(task) if is_stopped else "")
-    if is_stopped and following.startswith("was "):  # it says so itself
-        return str(following)
-    words = f"{'was cancelled' if task.was_cancelled else 'was stopped'}{f' ({error})' if error else ''}" if is_stopped else error
-    return "; ".join(part for part in (words, following) if part)
+    error, following = _first_line(result.get("error")), str(result.get("next") or _again(task))
+    if is_gone and REQUEUED.search(following):
+        following = f"Slurm no longer knows its job; {_again(task)}"
+    return f"was stopped{f' ({error})' if error else ''}; {following}"
 
 
 def _state_without_job(task: Task) -> tuple[str, str]:
