@@ -21,6 +21,7 @@ from slurm.cluster import layout
 from slurm.cluster.daemons import PrivateCluster
 from slurm.execution import executor
 from slurm.execution.requeue import MAX_ATTEMPTS_WITHOUT_PROGRESS
+from slurm.record import backlog
 from slurm.record.run_directory import RunDirectory, append_line
 
 pytestmark = pytest.mark.slurm
@@ -158,15 +159,24 @@ def test_a_job_whose_submission_was_killed_before_it_was_recorded_is_not_left_be
 
 
 def test_a_queue_that_does_not_answer_a_submission_is_given_up(queue: Queue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (run,) = queue.submit(queue.project.config())
+    (run,) = queue.submit(queue.project.config(steps=1))
+    wait_until(lambda: finished(run) and queue.slurm_state(queue.job(run)) == "COMPLETED", "its end, which looks at the backlog")
     silent = tmp_path / "bin" / "sbatch"
     silent.parent.mkdir()
     silent.write_text("#!/bin/sh\nexec sleep 600\n")
     silent.chmod(0o755)
     monkeypatch.setenv("PATH", f"{silent.parent}:{os.environ['PATH']}")
     monkeypatch.setattr(slurm_commands, "TIMEOUT_S", 1.0)
+    backlog.set_tasks(run, [0], "no room")
     with pytest.raises(UserError, match="no answer within 1 s; is the controller up"):
         executor.launch(run, [0])
+    assert run.job()["submitting"] == [0]  # it may have been queued all the same: the next submission looks
+    silent.write_text("#!/bin/sh\necho 'sbatch: error: no' >&2\nexit 1\n")
+    run.write_job({key: value for key, value in run.job().items() if key != "submitting"})
+    with pytest.raises(UserError, match='sbatch exited 1: "no"'):
+        executor.launch(run, [0])
+    assert "submitting" not in run.job()
+    backlog.set_tasks(run, [], "")
 
 
 def test_what_the_cluster_cannot_give_is_refused_before_anything_is_queued(queue: Queue) -> None:

@@ -167,6 +167,8 @@ def _sbatch(run: RunDirectory, tasks: list[int], left: list[int]) -> Json:
                 submitted = executor.submit_array([FrozenTask(str(run.path), task) for task in tasks])
         except (FailedJobError, FailedSubmissionError, OSError) as error:
             refusal = _refusal(run, error, left)
+            if isinstance(error.__cause__, subprocess.CalledProcessError):  # it said no; one that did not answer may have queued it
+                run.write_job(job)
             if word := submit_limits.word_of_refusal(str(error)):
                 _remove_orphans(run)
                 raise NoRoom(word, refusal) from error

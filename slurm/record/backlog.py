@@ -68,8 +68,8 @@ def set_tasks(run: RunDirectory, tasks: Sequence[int], why: str) -> None:
     """Records that `tasks`, and no others, of `run` are not queued yet; none takes the run out of the backlog."""
     job = run.job()
     wanted = {"tasks": sorted(tasks), "why": why} if tasks else None
-    if job.get("not_queued") != wanted or "submitting" in job:
-        job = {key: value for key, value in job.items() if key not in ("not_queued", "submitting")}
+    if job.get("not_queued") != wanted:
+        job = {key: value for key, value in job.items() if key != "not_queued"}
         run.write_job(job | ({"not_queued": wanted} if wanted else {}))
     backlog = read(root_of(run))
     if bool(tasks) != (run in backlog.runs):
