@@ -1,9 +1,10 @@
 """Hold, release and cancel: jobs by id, tasks of an array, whole runs, or all that is mine."""
 
+import contextlib
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,12 +37,12 @@ def find_targets(references: Sequence[str], site: Site, queue: Sequence[job_outp
 
 
 def all_targets(site: Site, queue: Sequence[job_output.Job]) -> list[Target]:
-    """Every job of mine that has not ended, each with its run where it has one."""
+    """Every job of mine that has not ended, each with its run where it has one, and the runs of which no job is queued yet."""
     active = [job for job in queue if not job.is_final]
     arrays = list(dict.fromkeys(job.array_id or job.id for job in active))
-    targets = [_target(array, site.runs.absolute(), queue) for array in arrays]
-    known = {target.run for target in targets}
-    return targets + [Target([], run, is_whole=True) for run in backlog.read(site.runs.absolute()).runs if run not in known]
+    targets = [_target(array, site.runs.absolute(), queue)._replace(is_whole=True) for array in arrays]
+    left = [run for run in backlog.read(site.runs.absolute()).runs if run_directory.has_record(run)]
+    return targets + [Target([], run, is_whole=True) for run in left if run not in {target.run for target in targets}]
 
 
 def _target(reference: str, runs: Path, queue: Sequence[job_output.Job]) -> Target:
@@ -51,7 +52,9 @@ def _target(reference: str, runs: Path, queue: Sequence[job_output.Job]) -> Targ
         wanted = set(jobs.parse_ranges(tasks)) if underscore else None
         ids = [job.id for job in active if _is_part(job, array, wanted)]
         if ids:
-            return Target(ids, _run_of(array, runs), is_whole=not underscore)
+            run = _run_of(array, runs)
+            others = run is not None and any(job.id not in ids for job in active if run_directory.directory_in(job.comment) == run.path)
+            return Target(ids, run, is_whole=not underscore and not others)
     try:
         run = run_directory.find(reference, runs)
     except UserError as error:
@@ -114,27 +117,33 @@ def release(target: Target) -> str:
     return f"{', '.join(names)} released"
 
 
-def cancel(target: Target) -> str:
-    """Ends what runs, after it has had its time to save, and takes what waits out of the queue; says so."""
+def cancel(targets: Sequence[Target]) -> Iterator[str]:
+    """Ends what runs, after it has had its time to save, and takes what waits out of the queue; says so, target by target.
+
+    Of a run that is meant as a whole, what is not queued yet is given up; of another it is queued later as if nothing had happened.
+    """
+    for run in dict.fromkeys(target.run for target in targets if target.run is not None and target.is_whole):
+        with one_submission_at_a_time(backlog.root_of(run)):
+            if backlog.tasks_of(run):
+                yield waves.give_up(run, "crosscoder cancel")
+    for target in targets:
+        if target.ids:
+            yield _cancel_one(target)
+    for root in dict.fromkeys(backlog.root_of(target.run) for target in targets if target.run is not None and not target.is_local):
+        with one_submission_at_a_time(root):
+            yield from waves.queue_what_fits(root)  # jobs that never started don't look at the backlog when they end
+
+
+def _cancel_one(target: Target) -> str:
     if target.is_local:
         for controller in target.ids:
             processes.signal_all(_children(int(controller)), signal.SIGTERM)
         _note(target, {"cancelled": target.ids})
         return f"process {', '.join(target.ids)} told to save and stop"
-    if target.run is None:
-        return _cancel_jobs(target)
-    root = backlog.root_of(target.run)
-    with one_submission_at_a_time(root):
-        told = [waves.give_up(target.run, "crosscoder cancel")] if target.is_whole and backlog.tasks_of(target.run) else []
-        told += [_cancel_jobs(target)] if target.ids else []
-        told += waves.queue_what_fits(root)  # jobs that never started don't look at the backlog when they end
-    return "; ".join(told)
-
-
-def _cancel_jobs(target: Target) -> str:
     names = slurm_names(target.ids)
-    slurm_commands.run("scancel", *names)
-    _note(target, {"cancelled": target.ids})
+    with one_submission_at_a_time(backlog.root_of(target.run)) if target.run else contextlib.nullcontext():
+        slurm_commands.run("scancel", *names)
+        _note(target, {"cancelled": target.ids})  # before the jobs' own look at who cancelled them, which takes the lock too
     return f"{', '.join(names)} cancelled"
 
 
@@ -156,9 +165,10 @@ def _note(target: Target, what: dict[str, list[str]]) -> None:
 
 def note_change(run: RunDirectory, what: dict[str, object] | dict[str, list[str]], *, how: str) -> None:
     """Adds to the changes in the run's job.json: what, when, by whom, and by which way."""
-    job = run.job()
-    job["changes"].append({"time": time.time(), "by": f"{environment.user_name()}@{os.uname().nodename}", "what": what, "how": how})
-    run.write_job(job)
+    with one_submission_at_a_time(backlog.root_of(run)):
+        job = run.job()
+        job["changes"].append({"time": time.time(), "by": f"{environment.user_name()}@{os.uname().nodename}", "what": what, "how": how})
+        run.write_job(job)
 
 
 def _children(pid: int) -> list[int]:

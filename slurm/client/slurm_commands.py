@@ -40,6 +40,23 @@ class CommandFailed(UserError):
         return any(words in self.stderr for words in ("configuration source", "DNS SRV"))
 
 
+OUT_OF_CONTACT = (
+    "Unable to contact slurm controller",
+    "Socket timed out",
+    "Zero Bytes were transmitted",
+    "Communication connection failure",
+    "Connection refused",
+    "in standby",
+    "gave no answer within",
+)
+"""Words of Slurm's commands, and of `run`, when the controller is away, starts anew or is overloaded."""
+
+
+def is_out_of_contact(error: UserError) -> bool:
+    """Whether a command of Slurm failed since no controller answered: what it was asked may succeed a moment later."""
+    return any(words in str(error) for words in OUT_OF_CONTACT)
+
+
 class CommandMissing(UserError):
     """A program that is not installed on this machine."""
 

@@ -83,5 +83,5 @@ def cancel(
         print(f"{', '.join(job_control.slurm_names(target.ids))}  {target.run.reference if target.run else ''}  {told}")
     if not yes:
         typer.confirm("cancel these?", abort=True)
-    for target in targets:
-        print(job_control.cancel(target))
+    for sentence in job_control.cancel(targets):
+        print(sentence, flush=True)

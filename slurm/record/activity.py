@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 from pipeline.config.errors import UserError
@@ -16,15 +17,22 @@ from slurm.record.run_directory import RunDirectory, directory_in, list_runs
 
 SUBMISSION_LOCK = ".submission.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_held: ContextVar[frozenset[Path]] = ContextVar("_held", default=frozenset())
+"""The roots whose submission lock this thread has: a second one on the same file would wait for the first for ever."""
 
 
 @contextlib.contextmanager
 def one_submission_at_a_time(runs: Path) -> Iterator[None]:
     """Waits until no other command submits under the root `runs`: between the look at what is busy and the new job's record.
 
+    Who changes a run's job.json holds it too; who has it may take it again.
     On a file system without locks two commands at the very same moment may both submit; their jobs still don't work on one
     run at once (see `slurm.record.holder`).
     """
+    root = runs.resolve()
+    if root in _held.get():
+        yield
+        return
     runs.mkdir(parents=True, exist_ok=True)
     with open(runs / SUBMISSION_LOCK, "ab") as file:
         try:
@@ -32,7 +40,11 @@ def one_submission_at_a_time(runs: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-        yield
+        before = _held.set(_held.get() | {root})
+        try:
+            yield
+        finally:
+            _held.reset(before)
 
 
 def is_busy(run: RunDirectory, task: int) -> bool:

@@ -307,13 +307,14 @@ def list_runs(runs: Path, stage: str = "*", name: str = "*") -> list[RunDirector
     """Every run under the root `runs`, oldest first. One whose job.json is damaged is left out, which stderr hears of, once."""
     paths = [path.parent for path in runs.glob(f"{stage}/{name}/*/job.json") if _ID.fullmatch(path.parent.name)]
     found = [RunDirectory(path) for path in sorted(paths, key=lambda path: (path.name, path))]
-    return [run for run in found if _has_record(run)]
+    return [run for run in found if has_record(run)]
 
 
 _named_as_damaged: set[Path] = set()
 
 
-def _has_record(run: RunDirectory) -> bool:
+def has_record(run: RunDirectory) -> bool:
+    """Whether job.json can be read; where it can't, stderr hears of it, once."""
     try:
         run.check_record()
     except UserError as error:
