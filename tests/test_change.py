@@ -17,6 +17,7 @@ from slurm.changing import change, job_control, job_updates
 from slurm.client import slurm_commands, slurm_queries
 from slurm.client.job_output import Job
 from slurm.cluster.daemons import PrivateCluster
+from slurm.record import record_view
 from slurm.record.run_directory import RunDirectory
 from slurm.watching import job_listing, jobs
 
@@ -144,6 +145,26 @@ def test_an_arrays_throttle_changes_and_a_single_job_has_none(queue: Queue) -> N
         queue.change(queue.waiting(name="single"), "max_parallel=3")
 
 
+def test_what_was_changed_is_said_in_words_and_what_was_so_already_too(queue: Queue) -> None:
+    run = queue.waiting("resources.gpus=1", "resources.mem_gb=0.5")
+    job = queue.job(run)
+    assert queue.change(run, "timeout_min=12", "mem_gb=2", "nice=5", "after=null") == [
+        f"{job}: time limit 12 min, memory 2 GB, nice 5, waits for nothing"
+    ]
+    num_changes = len(run.job()["changes"])
+    assert queue.change(run, "gpus=1", "timeout_min=12") == [f"{job}: time limit 12 min already, gpus 1 already"]
+    assert len(run.job()["changes"]) == num_changes
+    other = queue.waiting(name="other")
+    assert queue.change(run, f"after={other.reference}") == [f"{job}: waits for {other.reference}"]
+
+
+def test_a_gpu_type_without_gpus_is_refused(queue: Queue) -> None:
+    run = queue.waiting()
+    with pytest.raises(UserError, match=f"{run.reference} has no gpus; give gpus=1 too"):
+        queue.change(run, "gpu_type=h200")
+    assert len(run.job()["jobs"]) == 1
+
+
 def test_one_task_of_an_array_can_change_alone(queue: Queue) -> None:
     run = queue.waiting("resources.array_tasks=3")
     change.change(queue.job(run, 1), ["timeout_min=5"], queue.site)
@@ -151,6 +172,9 @@ def test_one_task_of_an_array_can_change_alone(queue: Queue) -> None:
     limits = {job.id: job.limit_s for job in slurm_queries.my_jobs() if job.array_id}
     assert [limits[queue.job(run, task)] for task in range(3)] == [3600, 300, 3600]
     assert run.job()["resources"]["timeout_min"] == 60
+    assert record_view.change_text(run.job()["changes"][-1]) == "task 1: timeout_min 60 -> 5"
+    change.change(queue.job(run, 1), ["timeout_min=60"], queue.site)  # as the run's record has it, which is not this task's
+    wait_until(lambda: {job.limit_s for job in slurm_queries.my_jobs() if job.array_id} == {3600}, "the change back")
 
 
 def test_what_is_impossible_is_refused_and_changes_nothing(queue: Queue) -> None:

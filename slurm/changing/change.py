@@ -76,6 +76,8 @@ def change(reference: str, changes: Sequence[str], site: Site) -> list[str]:
     waiting, running = _parts(target)
     before = build(Resources, target.run.job()["resources"], f"{target.run.path / 'job.json'}: resources")
     after = build(Resources, {**before.model_dump(mode="json"), **request.resources}, reference)
+    if after.gpu_type is not None and after.gpus == 0 and "gpu_type" in request.resources:
+        raise UserError(f"{target.run.reference} has no gpus; give gpus=1 too")
     anew = needs_new_submission(before, after, request)
     if anew:
         _check_all_wait(target, running, anew)
@@ -141,24 +143,28 @@ def _by_scontrol(
     target: Target, waiting: list[Job], running: list[Job], before: Resources, after: Resources, request: Request, site: Site
 ) -> list[str]:
     assert target.run is not None
-    updates = job_updates.resource_updates(before, after, is_array=any(job.array_id for job in [*waiting, *running]))
+    is_array = any(job.array_id for job in [*waiting, *running])
     parents = _parents(request, site)
+    updates = job_updates.resource_updates(before, after, request.resources, is_array=is_array)
     updates |= job_updates.queue_updates(request.queue, dependencies.dependency(parents) if parents is not None else None)
-    done = []
-    for name in _update_names(target, waiting, running):
-        job_updates.update(name, updates, is_running=not waiting)
-        done.append(f"{name}: " + ", ".join(f"{attribute}={value}" for attribute, value in updates.items()))
+    names, waited_for = _update_names(target, waiting, running), [parent.reference for parent in parents or []]
+    done = [job_updates.make(name, updates, is_running=not waiting, waits_for=waited_for) for name in names]
+    left = [f"{', '.join(job_control.slurm_names([j.id for j in running]))}: runs already, unchanged"] if running and waiting else []
+    if not any(made.attributes for made in done):
+        return [made.sentence for made in done] + left
     job = target.run.job()
     changed = {key: [job["resources"].get(key), value] for key, value in request.resources.items()}
-    if set(target.ids) >= {job_id for task in range(target.run.num_tasks) if (job_id := target.run.job_of_task(task))} or not waiting:
+    concerned = [task for task in range(target.run.num_tasks) if target.run.job_of_task(task) in set(target.ids)]
+    is_whole = len(concerned) == sum(target.run.job_of_task(task) is not None for task in range(target.run.num_tasks))
+    if is_whole or not waiting:
         job["resources"] |= {key: getattr(after, key) for key in request.resources}
     if parents is not None:
         changed["after"] = [job["after"], [str(parent.path) for parent in parents]]
         job["after"] = changed["after"][1]
     target.run.write_job(job)
-    job_control.note_change(target.run, {**changed, **{k: v for k, v in request.queue.items() if k != "after"}}, how="scontrol")
-    left = [f"{', '.join(job_control.slurm_names([j.id for j in running]))}: runs already, unchanged"] if running and waiting else []
-    return done + left
+    of = {} if is_whole else {"tasks": concerned}
+    job_control.note_change(target.run, {**of, **changed, **{k: v for k, v in request.queue.items() if k != "after"}}, how="scontrol")
+    return [made.sentence for made in done] + left
 
 
 def _update_names(target: Target, waiting: Sequence[Job], running: Sequence[Job]) -> list[str]:
@@ -185,12 +191,12 @@ def _change_foreign(target: Target, request: Request, site: Site) -> list[str]:
     _check_running(request, waiting, running)
     before = build(Resources, {"max_parallel": 1}, name)
     after = build(Resources, {**before.model_dump(mode="json"), **request.resources}, name)
-    updates = job_updates.resource_updates(before, after, is_array=any(job.array_id for job in [*waiting, *running]))
+    is_array = any(job.array_id for job in [*waiting, *running])
+    updates = job_updates.resource_updates(before, after, request.resources, is_array=is_array)
     parents = _parents(request, site)
     updates |= job_updates.queue_updates(request.queue, dependencies.dependency(parents) if parents else None)
-    for part in _update_names(target, waiting, running):
-        job_updates.update(part, updates, is_running=not waiting)
-    return [f"{name}: " + ", ".join(f"{attribute}={value}" for attribute, value in updates.items())]
+    parts, waited_for = _update_names(target, waiting, running), [parent.reference for parent in parents or []]
+    return [job_updates.make(part, updates, is_running=not waiting, waits_for=waited_for).sentence for part in parts]
 
 
 # -- by a new submission ----------------------------------------------------------------------------------------------

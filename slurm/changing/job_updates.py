@@ -1,8 +1,8 @@
 """What `scontrol update` changes on a job, in its words, and whether it really did: every update is read back."""
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from pipeline.config.errors import UserError
 from pipeline.config.resources import Resources
@@ -13,9 +13,19 @@ from slurm.watching.jobs import parse_ranges
 MAX_TRIES = 30
 
 
-def resource_updates(before: Resources, after: Resources, *, is_array: bool) -> dict[str, str]:
-    """scontrol's attributes and values for what differs. Raises `UserError` for the throttle of what is no array."""
-    if after.max_parallel != before.max_parallel and not is_array:
+class Made(NamedTuple):
+    """What an update came to: scontrol's attributes that it really changed, and all of it in words."""
+
+    attributes: list[str]
+    sentence: str
+
+
+def resource_updates(before: Resources, after: Resources, wanted: Collection[str], *, is_array: bool) -> dict[str, str]:
+    """scontrol's attributes and values for the fields `wanted` of `after`. Raises `UserError` for the throttle of what is no array.
+
+    One that is as `before` is among them: a task may have been changed alone, and `make` asks Slurm what it has.
+    """
+    if "max_parallel" in wanted and after.max_parallel != before.max_parallel and not is_array:
         raise UserError("max_parallel is the throttle of an array, and this is a single job")
     gpus = f"gpu:{after.gpu_type}:{after.gpus}" if after.gpu_type else f"gpu:{after.gpus}"
     all_updates = {
@@ -26,7 +36,11 @@ def resource_updates(before: Resources, after: Resources, *, is_array: bool) -> 
         "mem_gb": ("MinMemoryNode", str(round((after.mem_gb or 0) * 1024))),
         "max_parallel": ("ArrayTaskThrottle", str(after.max_parallel or 0)),
     }
-    return dict(update for key, update in all_updates.items() if getattr(before, key) != getattr(after, key))
+    if not is_array:
+        del all_updates["max_parallel"]
+    # Slurm has no word for "as by default" of these; where they were something else, a new submission says it.
+    unsaid = {key for key in ("partition", "mem_gb") if getattr(after, key) is None}
+    return dict(update for key, update in all_updates.items() if key in wanted and key not in unsaid)
 
 
 def queue_updates(queue: Mapping[str, Any], dependency: str | None) -> dict[str, str]:
@@ -41,6 +55,41 @@ def queue_updates(queue: Mapping[str, Any], dependency: str | None) -> dict[str,
     if "after" in queue:
         updates["Dependency"] = dependency or ""
     return updates
+
+
+def make(name: str, updates: Mapping[str, str], *, is_running: bool, waits_for: Sequence[str] = ()) -> Made:
+    """Makes those of the updates that are not so already, as `update` does, and says what was done.
+
+    waits_for : the runs that the dependency among the updates is on.
+    """
+    array, _, tasks = name.partition("_")
+    concerned = [job for job in slurm_queries.job_details(array) if _is_concerned(job, tasks)]
+    so_already = [
+        attribute
+        for attribute, value in updates.items()
+        if attribute not in ("Priority", "Dependency") and concerned and all(read_back(job, attribute) == value for job in concerned)
+    ]
+    new = {attribute: value for attribute, value in updates.items() if attribute not in so_already}
+    update(name, new, is_running=is_running)
+    told = [in_words(attribute, value, waits_for) for attribute, value in new.items()]
+    told += [f"{in_words(attribute, updates[attribute], waits_for)} already" for attribute in so_already]
+    return Made(list(new), f"{name}: {', '.join(told) or 'as it was'}")
+
+
+def in_words(attribute: str, value: str, waits_for: Sequence[str] = ()) -> str:
+    """One of scontrol's attributes with its value: `time limit 12 min`, `waits for nothing`."""
+    if attribute == "Gres":
+        _, *kind, count = value.split(":")
+        return f"gpus {count}" + (f" of type {kind[0]}" if kind else "")
+    if attribute == "MinMemoryNode":
+        return f"memory {int(value) / 1024:g} GB"
+    if attribute == "ArrayTaskThrottle":
+        return f"{value} of its tasks at once" if value != "0" else "any number of its tasks at once"
+    if attribute == "ReqNodeList":
+        return f"node {value}" if value else "any node"
+    if attribute == "Dependency":
+        return f"waits for {', '.join(waits_for)}" if value and waits_for else "waits for nothing"
+    return {"TimeLimit": f"time limit {value} min"}.get(attribute, f"{attribute.lower()} {value}")
 
 
 def update(name: str, updates: Mapping[str, str], *, is_running: bool) -> None:

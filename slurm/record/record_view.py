@@ -197,6 +197,8 @@ def change_text(change: Json) -> str:
     """`timeout_min 60 -> 30, partition main -> low (scontrol)`: what `crosscoder change`, `hold` and the like did."""
     parts = []
     for key, value in change["what"].items():
+        if key == "tasks":
+            continue
         if key in ("cancelled", "held", "released", "cancelled_tasks"):
             parts.append(f"{key.partition('_')[0]} {'task ' if key.endswith('_tasks') else ''}{_few(value)}")
         elif key == "dependants":
@@ -206,7 +208,9 @@ def change_text(change: Json) -> str:
         else:
             parts.append(f"{key} {_setting(value)}")
     how = f" ({change['how']})" if change["how"] not in ("scancel", "scontrol") else ""
-    return ", ".join(parts) + how
+    tasks = change["what"].get("tasks", [])
+    of = f"task{'s' if len(tasks) > 1 else ''} {_few(tasks)}: " if tasks else ""
+    return of + ", ".join(parts) + how
 
 
 def _few(values: Sequence[Any], most: int = 4) -> str:
