@@ -143,7 +143,9 @@ def _line(stage: str, phase: str, step: float, total: float | None, unit: str, r
     share = f"{100 * step / total:5.1f} %  " if total else ""
     of = f" of {quantity(total)}" if total else ""
     ends = f"  {duration(left)} left" if left is not None else ""
-    return f"{stage} {phase}  {share}{quantity(step)}{of} {unit}  {quantity(rate)}/s{ends}" + (f"  {note}" if note else "")
+    named = stage if phase == stage else f"{stage} {phase}"
+    pace = f"  {quantity(rate)}/s" if rate > 0 else ""  # of one report there is none
+    return f"{named}  {share}{quantity(step)}{of} {unit}{pace}{ends}" + (f"  {note}" if note else "")
 
 
 def quantity(value: float) -> str:

@@ -87,7 +87,7 @@ def test_accounting_tells_how_a_forgotten_job_ended() -> None:
 def test_what_was_cancelled_stays_cancelled_when_slurm_has_forgotten_it() -> None:
     assert only([], [task(was_cancelled=True)]).state == "cancelled"
     row = only([], [task(failed_parents=("cache/demo/20261123-091529-x2aa",))])
-    assert (row.state, row.reason) == ("cancelled", "cancelled: it needed cache/demo/20261123-091529-x2aa, which failed or was cancelled")
+    assert (row.state, row.reason) == ("cancelled", "it needed cache/demo/20261123-091529-x2aa, which failed or was cancelled")
 
 
 def test_what_was_stopped_or_cancelled_says_by_what_and_how_to_go_on() -> None:
@@ -175,6 +175,11 @@ def test_running_jobs_come_first_and_finished_ones_last() -> None:
         ("PENDING", "BadConstraints", "no node has what it asks for: it will never start; change it or cancel it"),
         ("PENDING", "ReqNodeNotAvail, UnavailableNodes:n3", "the node that it asks for is not available now"),
         ("PENDING", "launch failed requeued held", "could not be launched, and is held; `crosscoder release 1042` tries again"),
+        (
+            "PENDING",
+            "Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions",
+            "the nodes that it asks for are down, drained, or kept for jobs of partitions that come first",
+        ),
         ("PENDING", "QOSMaxGRESPerUser", "a limit of your account or qos is reached (QOSMaxGRESPerUser)"),
         ("PENDING", "AssocGrpCpuLimit", "a limit of your account or qos is reached (AssocGrpCpuLimit)"),
         ("PENDING", "SomethingNew", "SomethingNew"),
@@ -196,7 +201,7 @@ def test_a_dependency_names_the_runs_that_it_waits_for() -> None:
     assert job_reasons.in_words(waiting) == "waits for 1040, 1041_*"
     never = waiting._replace(reason="DependencyNeverSatisfied")
     assert job_reasons.in_words(never).startswith("needs 1040, 1041_*, which failed or was cancelled: it will never start")
-    assert job_reasons.in_words(never._replace(state="CANCELLED")).startswith("cancelled: it needed 1040")
+    assert job_reasons.in_words(never._replace(state="CANCELLED")).startswith("it needed 1040")
 
 
 def test_a_requeued_job_says_until_when_it_waits() -> None:

@@ -93,6 +93,12 @@ def test_the_queue_has_the_word_on_what_has_not_ended(tmp_path: Path) -> None:
     assert record_view.as_text(run, {0: ("waiting", "waits for nodes to become free")}).startswith(
         f"{run.reference}: waiting: waits for nodes to become free\n"
     )
+    for reason in (
+        "was cancelled; `crosscoder submit --resume x` goes on from there",
+        "it needed cache/demo/x, which failed or was cancelled",
+    ):
+        said = reason.removeprefix("was cancelled; ")
+        assert record_view.as_text(run, {0: ("cancelled", reason)}).startswith(f"{run.reference}: cancelled: {said}\n")
     assert record_view.as_values(run, {0: ("held", "held by you")})["tasks"][0]["queue"] == {"state": "held", "reason": "held by you"}
 
 

@@ -37,6 +37,7 @@ def test_a_terminal_gets_one_line_rewritten_in_place(tmp_path: Path) -> None:
     run.report("train", 1, 2, unit="steps")
     run.report("train", 2, 2, unit="steps", done=True)
     assert screen.getvalue().count("\n") == 1
+    assert screen.getvalue().split("\x1b[2K")[1] == "train   50.0 %  1 of 2 steps\r"
     assert screen.getvalue().count("\r\x1b[2K") == 2
 
 

@@ -25,6 +25,8 @@ WORDS = {
     "PartitionConfig": "asks for more than its partition allows: it will never start; change it or cancel it",
     "InvalidAccount": "its account is not valid here",
     "InvalidQOS": "its qos is not valid here",
+    # "Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions": no code, a sentence.
+    "Nodes_required_for_job_are_DOWN": "the nodes that it asks for are down, drained, or kept for jobs of partitions that come first",
     "Cleaning": "is being cleaned up after a requeue",
     "NonZeroExitCode": "its process ended with an error",
     "JobLaunchFailure": "could not be launched on its node",
@@ -62,7 +64,7 @@ def in_words(job: Job, waits_for: Sequence[str] = ()) -> str:
     others = ", ".join(waits_for) or _ids_in(job.dependency) or "another job"
     if job.reason == "DependencyNeverSatisfied":
         if job.is_final:
-            return f"cancelled: it needed {others}, which failed or was cancelled"
+            return f"it needed {others}, which failed or was cancelled"
         return f"needs {others}, which failed or was cancelled: it will never start; cancel it"
     if job.state == "CANCELLED":  # the reason is still that for which it waited
         return STATE_WORDS["CANCELLED"]

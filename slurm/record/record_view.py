@@ -93,6 +93,7 @@ def _state_of(task: Json) -> str:
     if word == "finished" and result and result.get("started") and result.get("ended"):
         return f"finished in {duration(result['ended'] - result['started'])}, {_when(result['ended'])}"
     reason = task["queue"]["reason"] if task["queue"] and word not in ("finished", "failed") else ""
+    reason = reason.removeprefix(f"was {word}").removeprefix("; ")
     return f"{word}: {reason}" if reason else word
 
 

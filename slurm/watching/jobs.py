@@ -284,7 +284,7 @@ def _state_without_job(task: Task) -> tuple[str, str]:
     if task.is_started:
         return "waiting", _why_it_has_not_begun(task)
     if task.failed_parents:
-        return "cancelled", f"cancelled: it needed {', '.join(task.failed_parents)}, which failed or was cancelled"
+        return "cancelled", f"it needed {', '.join(task.failed_parents)}, which failed or was cancelled"
     if task.is_kept:
         return "waiting", activity.CLUSTER_STOPPED
     if task.executor == "slurm":
