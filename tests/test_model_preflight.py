@@ -7,6 +7,7 @@ import pytest
 from pipeline.config import load
 from pipeline.config.language_model import LanguageModelConfig
 from pipeline.config.site_file import Site
+from pipeline.config.tokenize_text import TokenizerConfig
 from slurm.submission import input_preflight, model_preflight
 
 
@@ -67,3 +68,24 @@ def test_the_preflight_of_a_stage_refuses_a_model_that_is_not_there(tmp_path: Pa
         assert (
             "language_model.model is /no/model, but there is no such directory; give a model's directory or its name on the hub" in faults
         )
+
+
+def test_a_tokenizer_is_looked_for_as_a_model_is(tmp_path: Path) -> None:
+    def faults(name: str, **variables: str) -> list[str]:
+        return model_preflight.tokenizer_faults(TokenizerConfig(name=name), variables)
+
+    assert faults("demo") == []
+    assert faults(str(tmp_path)) == [f"tokenizer.name is {tmp_path}, a directory without a tokenizer.json"]
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert faults(str(tmp_path)) == faults(str(tmp_path / "tokenizer.json")) == []
+    assert "but there is nothing there" in faults("./no")[0]
+    assert "neither a directory here nor a name on the hub" in faults("a/b/c")[0]
+    put_in_cache(tmp_path, "models--gpt2", "abc", branch="main")
+    (tmp_path / "models--gpt2/snapshots/abc/tokenizer.json").write_text("{}")
+    offline = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    assert faults("gpt2", **offline) == faults("gpt22") == []
+    assert faults("gpt22", **offline)[0].startswith("tokenizer.name is gpt22, which is not in the local cache")
+    values = {"stage": "tokenize", "name": "x", "sources": ["/text"], "output": "/o"}
+    for name, said in (("gpt22", ["tokenizer.name gpt22 is not in the local cache"]), ("gpt2", [])):
+        config = load.from_values({**values, "tokenizer": {"name": name}}, where="tokenize.yaml", site=Site())
+        assert [notice[: len(said[0])] for notice in model_preflight.notices([config], {"HF_HUB_CACHE": str(tmp_path)})] == said

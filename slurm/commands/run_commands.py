@@ -72,7 +72,7 @@ def submit(
     from slurm.record.run_directory import find
     from slurm.submission import chain_order, input_preflight, model_preflight, resuming
     from slurm.submission.foreground import run_here
-    from slurm.submission.freezing import Freezer
+    from slurm.submission.freezing import Freezer, outputs_of
 
     site = load_site()
     if resume is not None:
@@ -88,7 +88,7 @@ def submit(
     if moved:
         print("\n".join(moved), file=sys.stderr)
     parents = [find(reference, site.runs.absolute()) for reference in after or []]
-    input_preflight.check(parsed, site.runs)
+    input_preflight.check(parsed, site.runs, [path for run in parents for path in (*outputs_of(run), run.path, run.path.parent)])
     for notice in model_preflight.notices([config for _, config in parsed]):
         print(notice, file=sys.stderr)
     cluster = check_queue(parsed) if executor is Executor.slurm else None

@@ -9,21 +9,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pipeline
 from pipeline import records
 from pipeline.config.activation_source import DiskActivations, Harvest
 from pipeline.config.cache_activations import CacheConfig
+from pipeline.config.count_tokens import CountConfig
 from pipeline.config.errors import UserError
 from pipeline.config.evaluate_crosscoder import EvaluateConfig
 from pipeline.config.language_model import LanguageModelConfig
 from pipeline.config.stage import StageConfig
+from pipeline.config.tokenize_text import TokenizeConfig
 from pipeline.config.train_crosscoder import TrainConfig
 from slurm.submission import model_preflight
+from slurm.submission.block_names import layer_fault
+from slurm.submission.data_preflight import is_pending, output_faults, set_faults, source_faults
 
 Facts = dict[str, Any]
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-DEMO_MODEL = Path(pipeline.__file__).parent / "demo" / "model"
 SPARE_BYTES = 64 << 20
 """Beside the data, for records and whatever else the disk is used for meanwhile."""
 
@@ -35,11 +37,15 @@ class ModelShape(NamedTuple):
     d_model: int | None
     max_context: int | None
     vocab_size: int | None
+    model_type: str | None
 
 
-def check(parsed: Sequence[tuple[str, StageConfig]], runs: Path) -> None:
-    """Raises `UserError` with each reason why a stage of `parsed` would refuse its inputs or run out of disk."""
-    faults, pending = [], list[Path]()
+def check(parsed: Sequence[tuple[str, StageConfig]], runs: Path, pending: Sequence[Path] = ()) -> None:
+    """Raises `UserError` with each reason why a stage of `parsed` would refuse its inputs or outputs, or run out of disk.
+
+    pending : what runs that are queued already will make.
+    """
+    faults, pending = [], list(pending)
     for where, config in parsed:
         faults += [f"{where}: {fault}" for fault in faults_of(config, runs, pending)]
         pending += [*config.outputs().values(), runs.absolute() / config.stage / config.name]
@@ -52,6 +58,23 @@ def faults_of(config: StageConfig, runs: Path, pending: Sequence[Path] = ()) -> 
 
     pending : what runs before this one will make; what stands there now is not what it will read.
     """
+    faults = [fault for field, path in _sets_read(config).items() for fault in set_faults(field, path, pending)]
+    return faults + output_faults(config, pending) + _stage_faults(config, runs, pending)
+
+
+def _sets_read(config: StageConfig) -> dict[str, Path]:
+    """The data sets among the inputs, by the field as it is written in YAML."""
+    if isinstance(config, TrainConfig):
+        field = "path" if isinstance(config.activations, DiskActivations) else "tokens"
+        return {f"activations.{field}": path for path in config.inputs().values()}
+    if isinstance(config, CountConfig):
+        return {f"tokens ({split})": path for split, path in config.inputs().items()}
+    return {"tokens": config.tokens} if isinstance(config, CacheConfig | EvaluateConfig) else {}
+
+
+def _stage_faults(config: StageConfig, runs: Path, pending: Sequence[Path]) -> list[str]:
+    if isinstance(config, TokenizeConfig):
+        return source_faults(config, pending) + model_preflight.tokenizer_faults(config.tokenizer)
     if isinstance(config, CacheConfig):
         shape, tokens = model_shape(config.language_model), _manifest(config.tokens, pending, "token-set")
         return _harvest_faults(config, shape, tokens) + _cache_disk_faults(config, shape, tokens)
@@ -63,10 +86,10 @@ def faults_of(config: StageConfig, runs: Path, pending: Sequence[Path] = ()) -> 
 
 
 def model_shape(config: LanguageModelConfig) -> ModelShape:
-    """The shape of a model whose directory is on this machine."""
-    directory = DEMO_MODEL if config.model == "demo" else Path(config.model).expanduser()
-    path = directory / "config.json"
-    facts = records.read_json(path) if path.is_file() else {}
+    """The shape of a model whose directory, or copy in the hub's cache, is on this machine."""
+    path = model_preflight.config_file(config)
+    facts = records.read_json(path) if path is not None else {}
+    model_type = facts.get("model_type")
     facts = facts.get("text_config") or facts
 
     def first(*keys: str) -> int | None:
@@ -77,12 +100,13 @@ def model_shape(config: LanguageModelConfig) -> ModelShape:
         first("hidden_size", "n_embd", "d_model"),
         first("max_position_embeddings", "n_positions"),
         first("vocab_size"),
+        model_type,
     )
 
 
 def _manifest(directory: Path, pending: Sequence[Path], kind: str) -> Facts | None:
     """The manifest of a data set that is there already. Raises `UserError` if it is of another kind than `kind`."""
-    if not (directory / records.MANIFEST).is_file() or _is_pending(directory, pending):
+    if not (directory / records.MANIFEST).is_file() or is_pending(directory, pending):
         return None
     facts = records.read_manifest(directory)
     if (found := str(facts.get("format"))).partition("/")[0] != kind:
@@ -92,10 +116,6 @@ def _manifest(directory: Path, pending: Sequence[Path], kind: str) -> Facts | No
     return facts
 
 
-def _is_pending(path: Path, pending: Sequence[Path]) -> bool:
-    return any(path.absolute().is_relative_to(other.absolute()) for other in pending)
-
-
 # -- inputs that don't belong together --------------------------------------------------------------------------------
 
 
@@ -103,9 +123,8 @@ def _harvest_faults(settings: Harvest, shape: ModelShape, tokens: Facts | None) 
     name, faults = settings.language_model.model, model_preflight.faults_of(settings.language_model)
     faults += _reading_faults(settings.context_tokens, settings.language_model, shape, tokens)
     for index, layer in enumerate(settings.layers):
-        number = layer.rpartition(".")[2]
-        if shape.num_blocks is not None and number.isdigit() and int(number) >= shape.num_blocks:
-            faults.append(f"layers[{index}] is {layer}, but {name} has blocks 0 to {shape.num_blocks - 1}; use a smaller number")
+        if fault := layer_fault(layer, name, shape.model_type, shape.num_blocks):
+            faults.append(f"layers[{index}] is {layer}, {fault}")
     return faults
 
 
@@ -128,7 +147,7 @@ def _evaluate_faults(config: EvaluateConfig, pending: Sequence[Path]) -> list[st
     faults = model_preflight.faults_of(config.language_model)
     faults += _reading_faults(config.context_tokens, config.language_model, shape, tokens)
     trained = _crosscoder(config.crosscoder)
-    if trained is None or _is_pending(config.crosscoder, pending):
+    if trained is None or is_pending(config.crosscoder, pending):
         return faults
     for layer in trained["layers"]:
         number = layer.rpartition(".")[2]

@@ -1,0 +1,73 @@
+"""Looks on the login node at what stands where data are read and written: no data set, no text, or another's output.
+
+Reads names, recipes and manifests alone. What is not there yet, or made by an earlier run of the chain, is left to others.
+"""
+
+import glob
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import records
+from pipeline.config.stage import StageConfig
+from pipeline.config.tokenize_text import TokenizeConfig
+from slurm.record.comparison import flatten, shown
+
+
+def is_pending(path: Path, pending: Sequence[Path]) -> bool:
+    """Whether runs before this one will make what is at `path`: what stands there now is not what will be read."""
+    return any(path.absolute().is_relative_to(other.absolute()) for other in pending)
+
+
+def set_faults(field: str, directory: Path, pending: Sequence[Path]) -> list[str]:
+    """A phrase if there is something at `directory`, but nothing that a stage has begun to make."""
+    if not directory.exists() or is_pending(directory, pending):
+        return []
+    if any((directory / name).exists() for name in (records.MANIFEST, records.RECIPE)):
+        return []
+    inner = sorted(path.parent for path in directory.glob(f"*/{records.MANIFEST}")) if directory.is_dir() else []
+    hint = f"name one of those in it: {', '.join(map(str, inner[:4]))}" if inner else "name the directory that a stage's `output` named"
+    return [f"{field} is {directory}, which is not a data set (it has no {records.MANIFEST}); {hint}"]
+
+
+def source_faults(config: TokenizeConfig, pending: Sequence[Path]) -> list[str]:
+    """A phrase for each source of text that is not there."""
+    return [
+        f"{field} is {path}, which does not exist; name files or folders of JSON lines that exist"
+        for field, path in config.inputs().items()
+        if not is_pending(path, pending) and not path.exists() and next(glob.iglob(str(path), recursive=True), None) is None
+    ]
+
+
+def output_faults(config: StageConfig, pending: Sequence[Path]) -> list[str]:
+    """A phrase for each output that holds something else already, or was made by other settings or from other data."""
+    faults = []
+    for field, directory in config.outputs().items():
+        recipe = directory / records.RECIPE
+        if is_pending(directory, pending) or not directory.is_dir():
+            continue
+        if recipe.is_file():
+            faults += [f"{field} is {directory}, {difference}" for difference in _other_recipe(config, records.read_json(recipe), pending)]
+        elif any(not path.name.startswith(".") for path in directory.iterdir()):
+            faults.append(f"{field} is {directory}, which is not empty and was not made by this pipeline; choose another output")
+    return faults
+
+
+def _other_recipe(config: StageConfig, recipe: dict[str, Any], pending: Sequence[Path]) -> list[str]:
+    """The first way in which the recipe of a data set is not that of `config`, as far as it can be known here."""
+    wanted = {"stage": config.stage, "settings": json.loads(json.dumps(config.identity()))}
+    made_from = recipe.get("inputs", {})
+    now = {field: _data_id(path) for field, path in config.inputs().items() if field in made_from and not is_pending(path, pending)}
+    before = flatten({key: recipe.get(key) for key in wanted} | {"inputs": made_from})
+    after = flatten(wanted | {"inputs": {field: made_from[field] if (found := now.get(field)) is None else found for field in made_from}})
+    for name in [*after, *before]:
+        if before.get(name) != after.get(name):
+            values = f"{name} was {shown(before.get(name), is_grouped=False)}, now it is {shown(after.get(name), is_grouped=False)}"
+            return [f"which was made with other settings: {values}; choose another output, or delete the directory to make it anew"]
+    return []
+
+
+def _data_id(directory: Path) -> str | None:
+    found = directory / records.MANIFEST
+    return str(records.read_manifest(directory)["data_id"]) if found.is_file() else None
