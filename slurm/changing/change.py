@@ -150,12 +150,14 @@ def _by_scontrol(
     names, waited_for = _update_names(target, waiting, running), [parent.reference for parent in parents or []]
     done = [job_updates.make(name, updates, is_running=not waiting, waits_for=waited_for) for name in names]
     left = [f"{', '.join(job_control.slurm_names([j.id for j in running]))}: runs already, unchanged"] if running and waiting else []
-    if not any(made.attributes for made in done):
+    if names and not any(made.attributes for made in done):
         return [made.sentence for made in done] + left
     job = target.run.job()
     changed = {key: [job["resources"].get(key), value] for key, value in request.resources.items()}
     concerned = [task for task in range(target.run.num_tasks) if target.run.job_of_task(task) in set(target.ids)]
-    is_whole = len(concerned) == sum(target.run.job_of_task(task) is not None for task in range(target.run.num_tasks))
+    others = [task for task in range(target.run.num_tasks) if task not in concerned]
+    # Of tasks that ended, or wait outside the queue, the record tells what they are queued with next.
+    is_whole = not any(target.run.task_state(task) in ("queued", "running") for task in others)
     if is_whole or not waiting:
         job["resources"] |= {key: getattr(after, key) for key in request.resources}
     if parents is not None:
@@ -164,7 +166,8 @@ def _by_scontrol(
     target.run.write_job(job)
     of = {} if is_whole else {"tasks": concerned}
     job_control.note_change(target.run, {**of, **changed, **{k: v for k, v in request.queue.items() if k != "after"}}, how="scontrol")
-    return [made.sentence for made in done] + left
+    later = [] if names else [f"{target.run.reference}: changed; it is not queued yet, and will be as changed"]
+    return [made.sentence for made in done] + left + later
 
 
 def _update_names(target: Target, waiting: Sequence[Job], running: Sequence[Job]) -> list[str]:
@@ -213,6 +216,11 @@ def _submit_anew(
         raise UserError("`after` can't be changed together with what takes a new submission; use two commands")
     tasks = [task for task in range(run.num_tasks) if run.job_of_task(task) in set(ids)]
     names = job_control.slurm_names(ids)
+    if not names:
+        record = refreezing.refreeze(run, request.settings, after, site)
+        refreezing.discard(run)
+        job_control.note_change(run, {**record, **request.queue}, how="not queued yet")
+        return [f"{run.reference}: changed; it is not queued yet, and will be as changed"]
     was_held = all(job.priority == 0 for job in waiting)
     known = {str(entry["id"]) for entry in run.job()["jobs"]}
     for name in names:
