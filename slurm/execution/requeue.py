@@ -4,6 +4,7 @@ Slurm itself requeues a preempted job where the partition's mode is REQUEUE. It 
 preemption cancels: there the job sees to it before it ends.
 """
 
+import time
 from enum import Enum
 
 from pipeline.config.errors import UserError
@@ -20,6 +21,7 @@ MAX_ATTEMPTS_WITHOUT_PROGRESS = 10
 unit of work."""
 SLURM_TIMEOUT_S = 20.0
 """Short: Slurm kills a preempted job when its grace time is over."""
+POLL_SECONDS = 1.0
 
 
 def go_on_later(run: RunDirectory, task: int, process: Process) -> str:
@@ -30,12 +32,11 @@ def go_on_later(run: RunDirectory, task: int, process: Process) -> str:
     if reason := leads_nowhere(run.attempts(task), run.progress(task)):
         return f"not requeued: {reason}; {by_hand}"
     try:
-        fate = fate_of(slurm_commands.run("scontrol", "-o", "show", "job", process.job, timeout_s=SLURM_TIMEOUT_S), process.restart)
-        if fate is Fate.RUNNING:
-            slurm_commands.run("scontrol", "requeue", process.job, timeout_s=SLURM_TIMEOUT_S)
-            return f"requeued as job {process.job}"
+        fate = _requeue_what_runs(process.job, process.restart)
     except UserError as error:
         return _submit_anew(run, task, f"Slurm would not requeue job {process.job} ({error})", by_hand)
+    if fate is Fate.RUNNING:
+        return f"requeued as job {process.job}"
     if fate is Fate.REQUEUED:
         return f"Slurm requeues job {process.job} itself"
     if fate is Fate.CANCELLED:
@@ -70,13 +71,30 @@ def fate_of(text: str, restart: int) -> Fate:
     return Fate.TIMED_OUT if ran is not None and limit is not None and ran >= limit else Fate.CANCELLED
 
 
+def _requeue_what_runs(job: str, restart: int) -> Fate:
+    """The job's fate, once it is requeued if it was RUNNING; asked again while the controller is away, for `SLURM_TIMEOUT_S`."""
+    deadline = time.monotonic() + SLURM_TIMEOUT_S
+    while True:
+        left_s = max(POLL_SECONDS, deadline - time.monotonic())
+        try:
+            fate = fate_of(slurm_commands.run("scontrol", "-o", "show", "job", job, timeout_s=left_s), restart)
+            if fate is Fate.RUNNING:
+                slurm_commands.run("scontrol", "requeue", job, timeout_s=left_s)
+            return fate
+        except UserError as error:
+            if not slurm_commands.is_out_of_contact(error) or time.monotonic() + POLL_SECONDS > deadline:
+                raise
+        time.sleep(POLL_SECONDS)
+
+
 def _submit_anew(run: RunDirectory, task: int, why: str, by_hand: str) -> str:
     try:
         with one_submission_at_a_time(backlog.root_of(run)):
             entries = executor.launch(run, [task])
             waiting = dependencies.let_wait_again(run) if entries else []
     except (UserError, OSError) as error:
-        return f"{why}, and a new submission failed: {error}; {by_hand}"
+        said = f"{why}, and a new submission failed: {error}"
+        return said if f"`crosscoder submit --resume {run.reference}`" in said else f"{said}; {by_hand}"
     if not entries:
         return f"{why}; not queued yet, for {run.job()['not_queued']['why']}: queued as this job ends"
     return f"{why}; submitted anew as job {entries[0]['id']}" + (f", for which {', '.join(waiting)} wait now" if waiting else "")
