@@ -84,6 +84,12 @@ def test_a_chain_may_be_looked_at_before_any_of_it_is_there(queue: Queue) -> Non
     first, second = queue.project.config("first", output="data/first"), queue.project.config("second", data="data/first")
     queue.submit(first, second, "--dry-run")
     assert re.search(r"^#SBATCH --dependency='?afterok:<toy/first/\S+>'?$", queue.said, re.M)
+    summaries, scripts = queue.said.split("the sbatch script of toy/first:")
+    assert "toy/first: 1 task, in Slurm (" in summaries
+    assert "toy/second is the first run of this name" in summaries
+    assert scripts.count("#!/bin/bash") == 2
+    queue.submit(first, second, "--dry-run", "--json")
+    assert [row["sbatch"].startswith("#!/bin/bash") for row in json.loads(queue.said)] == [True, True]
     assert queue.cluster.command("squeue", "-h", "-n", "toy-first,toy-second") == ""
     assert list(queue.project.runs.glob("toy/*/*")) == []
 

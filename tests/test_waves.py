@@ -78,7 +78,7 @@ def test_all_tasks_of_an_array_run_once_though_few_may_be_queued_and_what_waits_
     program.write_text(program.read_text().replace("if config.output is not None:", "if config.output is not None and run.task == 7:"))
     hold = hold_tasks(queue)
     queue.submit(queue.project.config(resources="{array_tasks: 8}"), "--dry-run")
-    assert "# your submit limit is 3: what doesn't fit is queued as earlier jobs end" in queue.said
+    assert "  your submit limit is 3: what doesn't fit is queued as earlier jobs end" in queue.said
     first = queue.project.config("first", steps=1, output="data/first", resources="{array_tasks: 8}")
     second = queue.project.config("second", steps=1, data="data/first")
     with Most(queue.cluster) as most:

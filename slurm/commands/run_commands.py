@@ -96,7 +96,7 @@ def submit(
     with one_submission_at_a_time(site.runs.absolute()):
         planned = freezer.plan(parsed, after=parents, again=again, cluster=cluster)
         if dry_run:
-            show_dry_run(planned, site)
+            show_dry_run(planned, site, as_json=as_json)
         elif executor is not Executor.debug:
             waves.queue_what_fits(site.runs.absolute())
             queue(planned, as_json=as_json)
@@ -220,39 +220,25 @@ def _print_row(row: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def show_dry_run(planned: "Sequence[Planned]", site: Site, *, against: "RunDirectory | None" = None) -> None:
-    """Prints the sbatch text of each planned run and what differs from the last run of its name, then deletes the plan.
+def show_dry_run(
+    planned: "Sequence[Planned]", site: Site, *, against: "RunDirectory | None" = None, as_json: bool = False, heading: Sequence[str] = ()
+) -> None:
+    """Prints what would be queued, what differs from the last run of its name and the sbatch scripts, then deletes the plan.
 
     against : compare with this run instead.
+    heading : lines that stand before all others.
     """
-    from slurm.client import submit_limits
-    from slurm.execution import slurm_job
+    from slurm.commands.command_line import print_json
     from slurm.record import snapshot
-    from slurm.record.comparison import compare_runs, phrases
-    from slurm.record.run_directory import list_runs
+    from slurm.submission import dry_run
 
     try:
-        for item in planned:
-            if item.run is None:
-                print(f"{item.config.stage} {item.config.name}: would be skipped; {item.skipped}\n")
-                continue
-            job = item.run.job()
-            print(f"# {item.config.stage} {item.config.name}: {job['num_tasks']} task(s), executor {job['executor']}")
-            if job["executor"] == "slurm":
-                limits = submit_limits.of_me(job["resources"]["account"], job["resources"]["qos"])
-                if limits and min(limits).num_jobs < job["num_tasks"]:
-                    print(f"# {min(limits).in_words}: what doesn't fit is queued as earlier jobs end")
-                print(slurm_job.submission_text(item.run))
-            own = {other.run for other in planned}
-            same_name = list_runs(site.runs.absolute(), item.config.stage, item.config.name)
-            earlier = [against] if against else [run for run in same_name if run not in own]
-            if not earlier:
-                print("# the first run of this name\n")
-                continue
-            print(f"# differs from {earlier[-1].reference} in:")
-            differences = compare_runs(earlier[-1], item.run) | {"results": [], "speed": []}  # it has none yet
-            print("\n".join(f"#   {line}" for line in phrases(differences)) or "#   nothing", end="\n\n")
+        rows = dry_run.describe(planned, site.runs.absolute(), against=against)
     finally:
         for item in planned:
             if item.run is not None:
                 snapshot.remove(item.run.path)
+    if as_json:
+        print_json(rows)
+    else:
+        print("\n".join([*heading, *dry_run.as_lines(rows)]))
