@@ -98,7 +98,7 @@ def submit(
         if dry_run:
             show_dry_run(planned, site, as_json=as_json)
         elif executor is not Executor.debug:
-            waves.queue_what_fits(site.runs.absolute())
+            waves.queue_first(site.runs.absolute())
             queue(planned, as_json=as_json)
     if executor is Executor.debug and not dry_run:
         run_here(planned)

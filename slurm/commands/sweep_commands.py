@@ -48,7 +48,7 @@ def sweep(
     cluster = preflight.check([(str(file), read.stage_configs[0])]) if executor is Executor.slurm else None
     with one_submission_at_a_time(site.runs.absolute()):
         run = sweeps.freeze_sweep(read, Freezer(site, executor=executor.value), where=str(file), cluster=cluster)
-        waves.queue_what_fits(site.runs.absolute())
+        waves.queue_first(site.runs.absolute())
         try:
             entries = executors.launch(run, range(run.num_tasks))
         except BaseException:

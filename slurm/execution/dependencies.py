@@ -37,7 +37,7 @@ def dependency(parents: Sequence[RunDirectory], *, planned: bool = False) -> str
 def not_wholly_queued(job: Json) -> RunDirectory | None:
     """The first of the runs that `job` (a job.json) waits for of which some tasks are not queued yet: no job can wait for those."""
     parents = [RunDirectory(Path(path)) for path in job["after"]]
-    return next((parent for parent in parents if parent.path.exists() and backlog.tasks_of(parent)), None)
+    return next((parent for parent in parents if (parent.path / "job.json").exists() and backlog.tasks_of(parent)), None)
 
 
 def let_wait_again(parent: RunDirectory) -> list[str]:

@@ -49,8 +49,14 @@ def queue_what_fits(root: Path) -> list[str]:
     return _queue_each(root, frozenset()).said
 
 
+def queue_first(root: Path) -> None:
+    """The same for a command that submits something else: tells it on stderr."""
+    for sentence in queue_what_fits(root):
+        print(f"crosscoder: {sentence}", file=sys.stderr, flush=True)
+
+
 def _queue_each(root: Path, refused_before: Collection[RunDirectory]) -> Outcome:
-    """The same; those of `refused_before` are not tried again."""
+    """What `queue_what_fits` does; those of `refused_before` are not tried again."""
     outcome = Outcome([], [], [])
     for run in backlog.read(root).runs:
         try:

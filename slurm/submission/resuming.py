@@ -25,7 +25,7 @@ def resume(run: RunDirectory, site: Site) -> None:
             for task in left:
                 (run.task_directory(task) / "result.json").unlink(missing_ok=True)
             entries = executor.launch(run, left)
-            waves.queue_what_fits(site.runs.absolute())
+            waves.queue_first(site.runs.absolute())
             ids = " ".join(str(entry["id"]) for entry in entries)
             num_queued = sum(len(entry["tasks"]) for entry in entries)
             print(f"run {run.path}\njob {ids}: {num_queued} of {run.num_tasks} task(s)", flush=True)
