@@ -75,6 +75,31 @@ def test_results_of_a_sweep(project: ToyProject) -> None:
     assert text[2].split() == ["TASK", "steps", "fail_at", "score", "STATE"]
     assert [line.split()[0] for line in text[3:7]] == ["2", "0", "1", "3"]
     assert text[5].endswith("failed: the toy fails at step 0, as it was told")
+    again = project.crosscoder("rerun", "sweep/s")
+    assert "is a sweep, which can't be run again as it was: `crosscoder sweep` with its file makes a new one" in again.stderr
+    one = project.crosscoder("submit", str(run.path / "tasks/0/config.yaml"), "--executor", "local", "--dry-run")
+    assert one.returncode == 0, one.stderr
+
+
+def test_one_task_of_a_sweep_is_shown_alone(project: ToyProject) -> None:
+    (run,) = [RunDirectory(path) for path in (project.runs / "sweep/s").iterdir()]
+    for reference in (f"sweep/s/{run.id[-4:]}/tasks/2", f"runs/sweep/s/{run.id}/tasks/2", f"{run.path}/tasks/2/"):
+        shown = project.crosscoder("show", reference)
+        assert shown.returncode == 0, shown.stderr
+        lines = shown.stdout.splitlines()
+        assert lines[0].startswith(f"{run.reference} task 2 (job ")
+        assert "): finished in " in lines[0]
+        assert ["score", "20"] in [line.split() for line in lines]
+        varied = lines.index("of what the sweep varies")
+        assert [line.split() for line in lines[varied + 1 : varied + 3]] == [["steps", "2"], ["fail_at", "null"]]
+        assert any(line.startswith("attempts") for line in lines)
+    alone = value(project, "show", f"sweep/s/{run.id}/tasks/1")
+    assert [task["task"] for task in alone["tasks"]] == [1]
+    assert (alone["config"]["steps"], alone["config"]["fail_at"]) == (1, 0)
+    assert "at step 0" in project.crosscoder("logs", f"sweep/s/{run.id}/tasks/1").stdout
+    assert "has tasks 0 to 3, not 9" in project.crosscoder("show", f"sweep/s/{run.id}/tasks/9").stderr
+    refused = project.crosscoder("results", f"runs/sweep/s/{run.id}/tasks/1").stderr
+    assert f"is one task of {run.reference}, which `crosscoder show` and `logs` take alone" in refused
 
 
 @pytest.mark.slurm

@@ -198,6 +198,18 @@ def test_differences_are_listed_by_place_with_hashes_cut_short(tmp_path: Path) -
     ]
 
 
+def test_tasks_of_an_array_say_how_often_they_were_attempted_and_one_is_named_by_its_job(tmp_path: Path) -> None:
+    entries = [{"id": "70", "tasks": [0, 1, 2], "array": True}, {"id": "80", "tasks": [2], "array": True}]
+    run = make_run(tmp_path, num_tasks=3, jobs=entries)
+    run.task_directory(1).mkdir(parents=True)
+    for restart in range(3):
+        start = {"event": "start", "job": "70_1", "restart": restart, "host": "n1", "time": NOW}
+        run_directory.append_line(run.task_directory(1) / "attempts.jsonl", start)
+    lines = record_view.as_text(run).splitlines()
+    assert [line.split("; ")[1:] for line in lines[1:4]] == [["job 70_0"], ["job 70_1", "3 attempts"], ["job 80_0"]]
+    assert [record_view.find_task(word, tmp_path)[1] for word in ("70_1", "80_0", "70", "count/demo")] == [1, 2, None, None]
+
+
 # -- finding ----------------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,9 @@ import typer
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import load_site
 
+TaskArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run: path, stage/name (its newest), id or job id; or one task: 1042_3, RUN/tasks/3.")
+]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run: path, stage/name (its newest), id or job id.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -25,34 +28,34 @@ def register(app: typer.Typer) -> None:
 
 
 def show(
-    reference: RunArgument,
+    reference: TaskArgument,
     whole_config: Annotated[bool, typer.Option("--config", help="All settings, not only those that differ from their defaults.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show how a run stands and what came out of it, its settings, attempts and changes, and what it was made from."""
     from slurm.commands.command_line import print_json
-    from slurm.record.record_view import as_text, as_values
-    from slurm.record.run_directory import find
+    from slurm.record.record_view import as_text, as_values, find_task
     from slurm.watching.job_listing import standing_of
 
-    run = find(reference, load_site().runs.absolute())
+    run, task = find_task(reference, load_site().runs.absolute())
     standing = standing_of(run)
     if as_json:
-        print_json(as_values(run, standing))
+        print_json(as_values(run, standing, task=task))
     else:
-        print(as_text(run, standing, whole_config=whole_config))
+        print(as_text(run, standing, whole_config=whole_config, task=task))
 
 
 def logs(
-    reference: RunArgument,
-    task: Annotated[int, typer.Option(help="Of a run that is divided: which task.")] = 0,
+    reference: TaskArgument,
+    task: Annotated[int | None, typer.Option(help="Of a run that is divided: which task.", show_default="0")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the task ends.")] = False,
     lines: Annotated[int | None, typer.Option("--lines", "-n", help="Only so many last lines.")] = None,
 ) -> None:
     """Print what a run's task printed, all attempts in order."""
-    from slurm.record.run_directory import find
+    from slurm.record.record_view import find_task
 
-    run = find(reference, load_site().runs.absolute())
+    run, named = find_task(reference, load_site().runs.absolute())
+    task = task if task is not None else named or 0
     if not 0 <= task < run.num_tasks:
         raise UserError(f"{run.reference} has tasks 0 to {run.num_tasks - 1}, not {task}")
     offsets: dict[Path, int] = {}

@@ -9,6 +9,7 @@ from pipeline import records
 from pipeline.config import load, yaml_file
 from pipeline.config.errors import UserError
 from pipeline.run import duration, quantity
+from slurm.record import run_directory
 from slurm.record.comparison import flatten, is_speed, shown
 from slurm.record.run_directory import Json, RunDirectory
 
@@ -21,20 +22,37 @@ Standing = tuple[str, str]
 """A task's state and why, as `crosscoder jobs` says them."""
 
 
-def as_values(run: RunDirectory, standing: Mapping[int, Standing] | None = None) -> Json:
+def find_task(reference: str, runs: Path) -> tuple[RunDirectory, int | None]:
+    """The run that `reference` names, and the task where it names one alone (`1042_3`, `RUN/tasks/3`), else None."""
+    name, _, number = reference.rstrip("/").rpartition("/tasks/")
+    if name and number.isdigit():
+        run = run_directory.find(name, runs)
+        if int(number) >= run.num_tasks:
+            raise UserError(f"{run.reference} has tasks 0 to {run.num_tasks - 1}, not {number}")
+        return run, int(number)
+    run = run_directory.find(reference, runs)
+    array, _, position = reference.partition("_")
+    tasks: list[int] = next((entry["tasks"] for entry in reversed(run.job()["jobs"]) if str(entry["id"]) == array), [])
+    is_one = position.isdigit() and int(position) < len(tasks) and run.num_tasks > 1
+    return run, tasks[int(position)] if is_one else None
+
+
+def as_values(run: RunDirectory, standing: Mapping[int, Standing] | None = None, *, task: int | None = None) -> Json:
     """Everything that the run directory records, but the hash of each file of the code and the packages' versions.
 
     standing : what the queue says of the tasks, where it was asked.
+    task : only this one of them; of a sweep with its own configuration and inputs.
     """
+    record = run if task is None else run.record_of_task(task)
     code = dict(records.read_json(run.path / "code.json"))
     code["files"] = len(code["files"])
     return {
         "run": run.reference,
         "directory": str(run.path),
         "state": run.state(),
-        "tasks": [_task_values(run, task, (standing or {}).get(task)) for task in range(run.num_tasks)],
-        "config": run.config_values(),
-        "inputs": run.inputs(),
+        "tasks": [_task_values(run, i, (standing or {}).get(i)) for i in (range(run.num_tasks) if task is None else [task])],
+        "config": record.config_values(),
+        "inputs": record.inputs(),
         "code": code,
         "environment": dict(records.read_json(run.path / "environment.json")),
         "job": run.job(),
@@ -53,29 +71,37 @@ def _task_values(run: RunDirectory, task: int, standing: Standing | None) -> Jso
     }
 
 
-def as_text(run: RunDirectory, standing: Mapping[int, Standing] | None = None, *, whole_config: bool = False) -> str:
+def as_text(
+    run: RunDirectory, standing: Mapping[int, Standing] | None = None, *, whole_config: bool = False, task: int | None = None
+) -> str:
     """The record for a terminal: how it stands and what came out first, then the settings, then where all is from."""
-    values = as_values(run, standing)
-    settings = ["config.yaml", *_indented(yaml_file.write(values["config"]))] if whole_config else _settings_lines(run, values["config"])
-    parts = [_task_lines(values), settings, _record_lines(run, values)]
+    values = as_values(run, standing, task=task)
+    record = run if task is None else run.record_of_task(task)
+    settings = _settings_lines(record, values["config"])
+    if whole_config:
+        settings = ["config.yaml", *_indented(yaml_file.write(values["config"]))]
+    parts = [_task_lines(values, run, task), _varied_lines(run, task), settings, _record_lines(run, values)]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 # -- state and results ------------------------------------------------------------------------------------------------
 
 
-def _task_lines(values: Json) -> list[str]:
+def _task_lines(values: Json, run: RunDirectory, only: int | None) -> list[str]:
     tasks = values["tasks"]
     if len(tasks) == 1:
         (task,) = tasks
-        results = _result_lines(task, values["directory"])
-        return [f"{values['run']}: {_state_of(task)}", *_progress_lines(task), *_error_lines(task), *results, *_attempt_lines(task)]
+        results = _result_lines(task, str(run.task_directory(task["task"])))
+        title = values["run"] if only is None else f"{values['run']} task {only}" + (f" (job {task['job']})" if task["job"] else "")
+        return [f"{title}: {_state_of(task)}", *_progress_lines(task), *_error_lines(task), *results, *_attempt_lines(task)]
     states = [_word(task) for task in tasks]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     told = [task for task in tasks if _word(task) not in ("finished", "waiting", "queued", "new")] if len(tasks) > MOST_TASKS else tasks
     lines = [f"{values['run']}: {counts}"]
     for task in told[:MOST_TASKS]:
         where = [f"job {task['job']}"] if task["job"] else []
+        num_attempts = sum(line["event"] == "start" for line in task["attempts"])
+        where += [f"{num_attempts} attempts"] if num_attempts > 1 else []
         lines.append(f"  task {task['task']:<4} " + "; ".join([_state_of(task), *where, *map(str.strip, _progress_lines(task))]))
         lines += ["  " + line for line in _error_lines(task)]
     more = len(told) - MOST_TASKS
@@ -160,6 +186,13 @@ def _settings_lines(run: RunDirectory, values: Json) -> list[str]:
     except UserError:  # frozen by code whose settings were others
         return ["settings", *_aligned(_typed(values))]
     return ["settings that are not at their defaults (--config shows all)", *_aligned(_typed(chosen, without=("stage", "name")))]
+
+
+def _varied_lines(run: RunDirectory, task: int | None) -> list[str]:
+    """What the sweep varies, as task `task` has it."""
+    if task is None or run.stage != "sweep":
+        return []
+    return ["of what the sweep varies", *_aligned(_typed(run.config_values()["members"][task]))]
 
 
 def _typed(values: Json, without: Sequence[str] = ()) -> list[tuple[str, str]]:

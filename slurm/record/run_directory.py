@@ -332,6 +332,9 @@ def find(reference: str, runs: Path) -> RunDirectory:
     """
     path = Path(reference).expanduser()
     if (path / "job.json").exists():
+        if path.absolute().parent.name == "tasks":
+            whole = RunDirectory(path.absolute().parents[1]).reference
+            raise UserError(f"{reference} is one task of {whole}, which `crosscoder show` and `logs` take alone; here name the whole run")
         run = RunDirectory(path)
         run.check_record()
         return run

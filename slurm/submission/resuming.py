@@ -56,6 +56,11 @@ def _where(run: RunDirectory, task: int) -> str:
 
 def freeze_again(origin: RunDirectory, changes: Sequence[str], executor_name: str, site: Site) -> RunDirectory:
     """A new run with the configuration and the frozen code of `origin`, its inputs checked to be the same; not queued yet."""
+    if origin.stage == "sweep":
+        raise UserError(
+            f"{origin.reference} is a sweep, which can't be run again as it was: `crosscoder sweep` with its file makes a new one, "
+            f"`crosscoder submit {origin.path}/tasks/0/config.yaml` runs one task of it again"
+        )
     values = origin.config_values()
     for change in changes:
         load.set_value(values, change, where=origin.reference)
