@@ -1,6 +1,7 @@
 """Arrays and chains where the accounting lets me have three jobs in the queue: a real Slurm with slurmdbd and MariaDB."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -164,6 +165,39 @@ def test_cancelling_a_run_stops_its_waves(queue: Queue, way: str) -> None:
     assert [len(entry["tasks"]) for entry in run.job()["jobs"]] == [3]
     assert [run.task_state(task) for task in (3, 4)] == ["cancelled"] * 2
     assert [row["state"] for row in rows(queue, run) if row["task"] in (3, 4)] == ["cancelled"] * 2
+
+
+def test_tasks_that_are_cancelled_one_by_one_leave_the_waves_of_the_others(queue: Queue) -> None:
+    hold = hold_tasks(queue)
+    (run,) = queue.submit(queue.project.config(steps=1, resources="{array_tasks: 6}"))
+    wait_until(lambda: all(starts(run, task) for task in range(LIMIT)), "the first wave")
+    queue.cluster.command("scancel", f"{queue.job(run)}_0")
+    one = f"{queue.job(run)}_1"
+    done = queue.project.crosscoder("cancel", one, "--yes", SLURM_CONF=str(queue.cluster.configuration))
+    assert (done.returncode, "not queued yet" in done.stdout) == (0, False), done.stderr
+    wait_until(lambda: starts(run, 3) and starts(run, 4), "the second wave")
+    hold.unlink()
+    wait_until(lambda: all(run.task_state(task) == "finished" for task in range(2, 6)), "the tasks that nobody cancelled")
+    assert [run.task_state(task) for task in (0, 1)] == ["stopped"] * 2
+    assert run.cancelled_tasks() == set()
+
+
+def test_deleting_an_array_that_is_in_the_backlog_stops_nothing_else(queue: Queue) -> None:
+    hold = hold_tasks(queue)
+    array, other = queue.submit(
+        queue.project.config("array", resources="{array_tasks: 5}"),
+        queue.project.config("other", steps=1),
+    )
+    wait_until(lambda: all(starts(array, task) for task in range(LIMIT)), "the first wave")
+    shutil.rmtree(array.path, ignore_errors=True)  # its tasks go on, and make files anew
+    (array.path / "tasks" / "0").mkdir(parents=True, exist_ok=True)
+    (array.path / "job.json").unlink(missing_ok=True)
+    (third,) = queue.submit(queue.project.config("third", steps=1))
+    assert f"{array.reference} is not waited with any more: {array.path / 'job.json'} does not exist" in queue.said
+    assert backlog.read(queue.project.runs).runs == [other, third]
+    hold.unlink()
+    queue.cluster.command("scancel", "--name", "toy-array")
+    wait_until(lambda: finished(other) and finished(third), "the other runs")
 
 
 def test_where_the_last_jobs_are_killed_with_their_shells_the_listing_says_so_and_resuming_goes_on(queue: Queue) -> None:
