@@ -1,4 +1,5 @@
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -84,6 +85,46 @@ def test_a_fault_in_one_task_is_named_with_its_changes_and_nothing_is_frozen(pro
         assert done.returncode == 1
         assert sentence in done.stderr
     assert not (project.runs / "sweep").exists()
+
+
+def test_a_dry_run_makes_the_same_checks_lists_the_tasks_and_leaves_nothing(project: ToyProject) -> None:
+    file = write_sweep(project, "name: s\nbase: base.yaml\ngrid: {steps: [2, 9]}\nmax_parallel: 1\n")
+    done = project.crosscoder("sweep", file, "name=other", "--executor", "local", "--dry-run")
+    assert done.stdout.splitlines() == [
+        "task 0: steps=2",
+        "task 1: steps=9",
+        f"sweep/other: 2 tasks, 1 at once, executor local, 60 minutes, 1 core, no GPU each; writes {project.runs}/sweep/other",
+        "",
+        "sweep/other is the first run of this name",
+    ]
+    assert list(project.runs.glob("sweep/*/*")) == []
+    as_json = project.crosscoder("sweep", file, "--executor", "local", "--dry-run", "--json")
+    assert [(row["name"], row["tasks"]) for row in json.loads(as_json.stdout)] == [("s", 2)]
+    for dry_run in ([], ["--dry-run"]):
+        done = project.crosscoder("sweep", file, "data=data/none", "--executor", "local", *dry_run)
+        assert done.returncode == 1
+        assert done.stderr == (
+            f"crosscoder: sweep.yaml: data is {project.root}/data/none, which does not exist; run what makes it first: a sweep can't be "
+            "part of a chain\n"
+        )
+    assert list(project.runs.glob("sweep/*/*")) == []
+
+
+def test_what_makes_a_missing_input_of_a_sweep_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    path = Path("configs/sweeps/demo-decoder-norm.yaml")
+    site = Site(ssd=tmp_path)
+    with pytest.raises(UserError) as refused:
+        sweep.check_inputs_are_there(sweep.read_sweep(path, [], site), path, tmp_path / "runs")
+    assert str(refused.value) == (
+        f"{path}: activations is {tmp_path}/activations/demo, which does not exist; run `crosscoder submit configs/demo/cache.yaml` first: "
+        "a sweep can't be part of a chain"
+    )
+    (tmp_path / "e.yaml").write_text(f"name: e\nbase: {Path('configs/demo/evaluate.yaml').absolute()}\ngrid: {{seed: [1, 2]}}\n")
+    (tmp_path / "runs/train/demo").mkdir(parents=True)
+    site = Site(runs=tmp_path / "runs")
+    with pytest.raises(UserError, match=r"no run of that name has finished; run `crosscoder submit configs/demo/train.yaml`"):
+        sweep.check_inputs_are_there(sweep.read_sweep(tmp_path / "e.yaml", [], site), tmp_path / "e.yaml", site.runs)
 
 
 def test_tasks_that_have_not_ended_show_their_last_metrics(tmp_path: Path) -> None:

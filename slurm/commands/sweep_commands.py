@@ -1,5 +1,6 @@
 """`crosscoder sweep` and `crosscoder results`: one array over varied fields, and what came of it."""
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -7,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.config.site_file import load_site
+from slurm.commands.run_commands import show_dry_run
 
 
 class Executor(StrEnum):
@@ -28,26 +30,32 @@ def sweep(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to every task; name=NAME renames the sweep.")
     ] = None,
     executor: Annotated[Executor, typer.Option(help="slurm; local: processes of this machine, as its cores allow.")] = Executor.slurm,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the tasks and queue nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all that a submission does, list the tasks, queue nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Freeze a sweep and queue it as one array, a directory a task."""
+    from slurm.commands.command_line import print_json
     from slurm.execution import executor as executors
     from slurm.execution import waves
     from slurm.record import backlog, snapshot
     from slurm.record.activity import one_submission_at_a_time
-    from slurm.submission import input_preflight, preflight
+    from slurm.submission import input_preflight, model_preflight, preflight
     from slurm.submission import sweep as sweeps
-    from slurm.submission.freezing import Freezer
+    from slurm.submission.freezing import Freezer, Planned
 
     site = load_site()
     read = sweeps.read_sweep(file, changes or [], site)
-    if dry_run:
-        print("\n".join(f"task {number}: {sweeps.describe(member)}" for number, member in enumerate(read.members)))
-        return
+    sweeps.check_inputs_are_there(read, file, site.runs.absolute())
     input_preflight.check([(f"{file}: task {number}", config) for number, config in enumerate(read.stage_configs)], site.runs)
+    for notice in model_preflight.notices(read.stage_configs):
+        print(notice, file=sys.stderr)
     cluster = preflight.check([(str(file), read.stage_configs[0])]) if executor is Executor.slurm else None
     with one_submission_at_a_time(site.runs.absolute()):
         run = sweeps.freeze_sweep(read, Freezer(site, executor=executor.value), where=str(file), cluster=cluster)
+        if dry_run:
+            tasks = [f"task {number}: {sweeps.describe(member)}" for number, member in enumerate(read.members)]
+            show_dry_run([Planned(read.stage_configs[0], run, None, [])], site, as_json=as_json, heading=tasks)
+            return
         waves.queue_first(site.runs.absolute())
         try:
             entries = executors.launch(run, range(run.num_tasks))
@@ -55,8 +63,13 @@ def sweep(
             if not run.job()["jobs"] and not backlog.tasks_of(run):
                 snapshot.remove(run.path)
             raise
-    print(f"run {run.path}\njob {' '.join(str(entry['id']) for entry in entries)}: {run.num_tasks} tasks")
-    if waiting := backlog.in_words(run):
+    identities, waiting = [entry["id"] for entry in entries], backlog.in_words(run)
+    if as_json:
+        row = {"stage": "sweep", "name": read.config.name, "run": str(run.path), "jobs": identities, "tasks": run.num_tasks}
+        print_json(row | ({"not_queued": waiting} if waiting else {}))
+        return
+    print(f"run {run.path}\njob {' '.join(map(str, identities))}: {run.num_tasks} task{'' if run.num_tasks == 1 else 's'}")
+    if waiting:
         print(waiting)
 
 

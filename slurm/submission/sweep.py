@@ -23,6 +23,7 @@ and environment are shared; `tasks/<i>/` has its own config.yaml, inputs.json an
 import difflib
 import fnmatch
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,6 +149,34 @@ def _check_results(config: SweepConfig, members: Sequence[Values], stage: type[S
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean `{near[0]}`?" if near else f"results are {', '.join(known)}"
                 raise UserError(f"{where}: {field}: {name} is not a result of {stage.model_fields['stage'].default}; {hint}")
+
+
+MAKERS = {"tokens": "tokenize", "activations": "cache", "crosscoder": "train"}
+"""The stage that makes what a field names."""
+
+
+def check_inputs_are_there(sweep: Sweep, path: Path, runs: Path) -> None:
+    """Raises `UserError` for the first input that no task could read: a sweep waits for no stage that makes it."""
+    for config in sweep.stage_configs:
+        for field, place in config.inputs().items():
+            if fault := _missing(place, runs):
+                first = _submission_of(MAKERS[field], sweep.config, path) if field in MAKERS else "what makes it"
+                raise UserError(f"{path}: {field} is {place}, {fault}; run {first} first: a sweep can't be part of a chain")
+
+
+def _missing(place: Path, runs: Path) -> str | None:
+    is_name_of_runs = place.is_relative_to(runs) and len(place.relative_to(runs).parts) == 2
+    if is_name_of_runs and run_directory.newest_finished(runs, *place.relative_to(runs).parts) is None:
+        return "but no run of that name has finished"
+    is_pattern = any(letter in str(place) for letter in "*?[")
+    return None if place.exists() or is_pattern else "which does not exist"
+
+
+def _submission_of(stage: str, config: SweepConfig, path: Path) -> str:
+    """The command that runs the stage; with the very file where there is one beside the base configuration."""
+    base = config.base if config.base.is_absolute() else path.parent / config.base
+    file = Path(os.path.relpath(base.parent / f"{stage}.yaml"))
+    return f"`crosscoder submit {file if file.exists() else file.name}`"
 
 
 def freeze_sweep(sweep: Sweep, freezer: Freezer, *, where: str, cluster: str | None = None) -> RunDirectory:
