@@ -11,6 +11,7 @@ from slurm.record import backlog
 from slurm.record.activity import is_busy, one_submission_at_a_time
 from slurm.record.run_directory import RunDirectory
 from slurm.submission import freezing
+from slurm.submission.chain_resuming import Chain
 
 
 def resume(run: RunDirectory, site: Site) -> None:
@@ -21,6 +22,9 @@ def resume(run: RunDirectory, site: Site) -> None:
     check_startable(run)
     with one_submission_at_a_time(site.runs.absolute()):
         left = _unfinished(run)
+        chain = Chain(site.runs.absolute())
+        chain.check_needed(run)
+        behind = chain.behind(run)
         if run.job()["executor"] not in ("run", "debug"):
             for task in left:
                 (run.task_directory(task) / "result.json").unlink(missing_ok=True)
@@ -31,11 +35,17 @@ def resume(run: RunDirectory, site: Site) -> None:
             print(f"run {run.path}\njob {ids}: {num_queued} of {run.num_tasks} task(s)", flush=True)
             if waiting := backlog.in_words(run):
                 print(waiting, flush=True)
+            if behind:
+                print("what needs it did not run; resume that too, in this order:", *map(_command, behind), sep="\n", flush=True)
             return
     from slurm.submission.foreground import run_frozen_here
 
     print(f"run {run.path}", flush=True)
     raise SystemExit(run_frozen_here(run, left))
+
+
+def _command(run: RunDirectory) -> str:
+    return f"  crosscoder submit --resume {run.reference}"
 
 
 def _unfinished(run: RunDirectory) -> list[int]:
