@@ -28,7 +28,7 @@ def test_the_backlog_is_a_file_as_long_as_a_run_has_tasks_in_it(tmp_path: Path) 
         backlog.set_tasks(run, [5, 3], "your submit limit is 3")
     assert backlog.read(tmp_path).runs == [first, second]
     assert backlog.tasks_of(first) == [3, 5]
-    assert backlog.in_words(first) == "2 of 6 task(s) not queued yet: your submit limit is 3; queued as earlier jobs end"
+    assert backlog.in_words(first) == "2 of 6 tasks not queued yet: your submit limit is 3; queued as earlier jobs end"
     backlog.set_tasks(first, [], "")
     assert (backlog.read(tmp_path).runs, backlog.in_words(first)) == ([second], "")
     assert "not_queued" not in first.job()
@@ -40,7 +40,7 @@ def test_what_is_not_queued_is_new_and_what_is_given_up_cancelled(tmp_path: Path
     run = make_run(tmp_path)
     backlog.set_tasks(run, [2, 4], "no room")  # 2 was queued before, and has to be again
     assert [run.task_state(task) for task in (1, 2, 4)] == ["queued", "new", "new"]
-    assert give_up(run, "crosscoder cancel") == f"2 task(s) of {run.reference} that were not queued yet cancelled (crosscoder cancel)"
+    assert give_up(run, "crosscoder cancel") == f"2 tasks of {run.reference} that were not queued yet cancelled (crosscoder cancel)"
     assert [run.task_state(task) for task in (1, 4, 5)] == ["queued", "cancelled", "new"]
     assert not (tmp_path / backlog.FILE).exists()
 

@@ -113,7 +113,7 @@ def test_a_run_without_a_record_leaves_the_backlog_and_the_others_are_queued(tmp
     slurm.room = 2
     said = waves.queue_what_fits(tmp_path)
     assert said[0].startswith(f"{deleted.reference} is not waited with any more: {deleted.path / 'job.json'}")
-    assert said[1:] == [f"{other.reference}: job 9{task} with 1 task(s) queued" for task in (3, 4)]
+    assert said[1:] == [f"{other.reference}: job 9{task} with 1 task queued" for task in (3, 4)]
     assert backlog.read(tmp_path).runs == [other]
     assert job_control.all_targets(Site(runs=tmp_path), []) == [Target([], other, is_whole=True)]
 
@@ -156,7 +156,7 @@ def test_a_child_whose_parent_was_deleted_is_given_up_and_its_record_says_why(tm
     if left == "a heartbeat":
         (parent.path / "tasks/0").mkdir(parents=True)
     why = f"needed {parent.reference}, whose directory was deleted"
-    assert f"3 task(s) of {child.reference} that were not queued yet cancelled ({why})" in waves.queue_what_fits(tmp_path)
+    assert f"3 tasks of {child.reference} that were not queued yet cancelled ({why})" in waves.queue_what_fits(tmp_path)
     assert (child.job()["changes"][0]["what"], child.job()["changes"][0]["how"]) == ({"cancelled_tasks": [3, 4, 5]}, why)
     assert not (tmp_path / backlog.FILE).exists()
 
@@ -310,7 +310,7 @@ def test_cancelling_a_run_queues_what_of_others_fits_and_cancelling_all_queues_n
     first, second = waiting_run(tmp_path, "first"), waiting_run(tmp_path, "second")
     slurm.room = 2
     said = list(job_control.cancel([Target([], first, is_whole=True)]))
-    assert said[1:] == [f"{second.reference}: job 9{task} with 1 task(s) queued" for task in (3, 4)]
+    assert said[1:] == [f"{second.reference}: job 9{task} with 1 task queued" for task in (3, 4)]
     third = waiting_run(tmp_path, "third")
     slurm.room = 2
     targets = job_control.all_targets(Site(runs=tmp_path), slurm.jobs)

@@ -259,7 +259,7 @@ def test_an_array_works_locally_a_few_at_a_time_and_resumes_what_is_missing(proj
     wait_until(lambda: not Path(f"/proc/{run.job()['jobs'][0]['id']}").exists(), "the controller's end")
     (run.task_directory(1) / "result.json").unlink()
     again = project.crosscoder("submit", "--resume", run.reference)
-    assert "1 of 3 task(s)" in again.stdout
+    assert "1 of 3 tasks" in again.stdout
     wait_until(lambda: finished(run), "the task")
     assert [len(run.attempts(task)) for task in range(3)] == [2, 4, 2]
 

@@ -84,8 +84,8 @@ def test_all_tasks_of_an_array_run_once_though_few_may_be_queued_and_what_waits_
     second = queue.project.config("second", steps=1, data="data/first")
     with Most(queue.cluster) as most:
         array, child = queue.submit(first, second)
-        assert "5 of 8 task(s) not queued yet: your submit limit is 3; queued as earlier jobs end" in queue.said
-        assert f"1 of 1 task(s) not queued yet: {array.reference}, which it waits for, is not wholly queued yet" in queue.said
+        assert "5 of 8 tasks not queued yet: your submit limit is 3; queued as earlier jobs end" in queue.said
+        assert f"1 of 1 task not queued yet: {array.reference}, which it waits for, is not wholly queued yet" in queue.said
         listed = rows(queue, array)
         assert all(
             "not queued yet: your submit limit is 3" in str(row["reason"]) for row in listed if row["state"] == "waiting" and not row["job"]
@@ -160,7 +160,7 @@ def test_cancelling_a_run_stops_its_waves(queue: Queue, way: str) -> None:
         queue.cluster.command("scancel", queue.job(run))
     else:
         done = queue.project.crosscoder("cancel", run.reference, "--yes", SLURM_CONF=str(queue.cluster.configuration))
-        assert f"2 task(s) of {run.reference} that were not queued yet cancelled" in done.stdout, done.stderr
+        assert f"2 tasks of {run.reference} that were not queued yet cancelled" in done.stdout, done.stderr
     wait_until(lambda: not num_queued(queue), "an empty queue")
     assert [len(entry["tasks"]) for entry in run.job()["jobs"]] == [3]
     assert [run.task_state(task) for task in (3, 4)] == ["cancelled"] * 2

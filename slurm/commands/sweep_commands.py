@@ -39,6 +39,7 @@ def sweep(
     from slurm.execution import waves
     from slurm.record import backlog, snapshot
     from slurm.record.activity import one_submission_at_a_time
+    from slurm.record.text_table import number_of
     from slurm.submission import input_preflight, model_preflight, preflight
     from slurm.submission import sweep as sweeps
     from slurm.submission.freezing import Freezer, Planned
@@ -68,7 +69,7 @@ def sweep(
         row = {"stage": "sweep", "name": read.config.name, "run": str(run.path), "jobs": identities, "tasks": run.num_tasks}
         print_json(row | ({"not_queued": waiting} if waiting else {}))
         return
-    print(f"run {run.path}\njob {' '.join(map(str, identities))}: {run.num_tasks} task{'' if run.num_tasks == 1 else 's'}")
+    print(f"run {run.path}\njob {' '.join(map(str, identities))}: {number_of(run.num_tasks, 'task')}")
     if waiting:
         print(waiting)
 

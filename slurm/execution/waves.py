@@ -28,6 +28,7 @@ from slurm.record import backlog, run_directory
 from slurm.record.activity import one_submission_at_a_time
 from slurm.record.environment import user_name
 from slurm.record.run_directory import RunDirectory, directory_in
+from slurm.record.text_table import number_of
 
 PATIENCE_SECONDS = 120.0
 POLL_SECONDS = 1.0
@@ -78,7 +79,7 @@ def _queue_each(root: Path, refused_before: Collection[RunDirectory]) -> Outcome
             (outcome.want_room if comes_back else outcome.refused).append(run)
             outcome.said.append(f"{run.reference}: {error if isinstance(error, UserError) else repr(error)}")
             continue
-        outcome.said.extend(f"{run.reference}: job {entry['id']} with {len(entry['tasks'])} task(s) queued" for entry in entries)
+        outcome.said.extend(f"{run.reference}: job {entry['id']} with {number_of(len(entry['tasks']), 'task')} queued" for entry in entries)
         outcome.want_room.extend([run] if backlog.tasks_of(run) and not is_blocked else [])
     return outcome
 
@@ -91,7 +92,7 @@ def give_up(run: RunDirectory, how: str) -> str:
     job["changes"].append({"time": time.time(), "by": by, "what": {"cancelled_tasks": tasks}, "how": how})
     run.write_job(job)
     backlog.set_tasks(run, [], "")
-    return f"{len(tasks)} task(s) of {run.reference} that were not queued yet cancelled ({how})"
+    return f"{number_of(len(tasks), 'task')} of {run.reference} that were not queued yet cancelled ({how})"
 
 
 def _lost_parent(run: RunDirectory) -> str | None:

@@ -18,6 +18,7 @@ from pipeline import records
 from slurm.client import slurm_queries
 from slurm.client.job_output import Job
 from slurm.record.run_directory import RunDirectory, directory_in
+from slurm.record.text_table import number_of
 
 FILE = ".backlog.json"
 
@@ -61,7 +62,7 @@ def in_words(run: RunDirectory) -> str:
     waiting = run.job().get("not_queued")
     if not waiting:
         return ""
-    return f"{len(waiting['tasks'])} of {run.num_tasks} task(s) not queued yet: {waiting['why']}; queued as earlier jobs end"
+    return f"{len(waiting['tasks'])} of {number_of(run.num_tasks, 'task')} not queued yet: {waiting['why']}; queued as earlier jobs end"
 
 
 def set_tasks(run: RunDirectory, tasks: Sequence[int], why: str) -> None:

@@ -94,6 +94,11 @@ def below(text: str, width: int) -> list[str]:
     )
 
 
+def number_of(count: int, one: str, many: str | None = None) -> str:
+    """`1 task`, `2 tasks`; `many` where an s is not enough."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def figure(value: object, *, is_grouped: bool = True) -> str:
     """A value for reading: floats with five significant digits, whole numbers in groups of three (settings: as they are typed)."""
     if value is None:

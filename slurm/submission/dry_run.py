@@ -8,6 +8,7 @@ from slurm.client import submit_limits
 from slurm.execution import slurm_job
 from slurm.record.comparison import compare_runs, phrases
 from slurm.record.run_directory import RunDirectory, list_runs
+from slurm.record.text_table import number_of
 from slurm.submission.freezing import Planned, outputs_of
 
 Row = dict[str, Any]
@@ -80,12 +81,12 @@ def _asked(row: Row) -> str:
     asked, tasks = row["resources"], row["tasks"]
     at_once = f", {asked['max_parallel']} at once" if asked["max_parallel"] and tasks > 1 else ""
     where = f"in Slurm ({_partition(asked)})" if row["executor"] == "slurm" else f"executor {row['executor']}"
-    parts = [f"{number(tasks, 'task')}{at_once}, {where}", number(asked["timeout_min"], "minute")]
-    parts += [number(asked["nodes"], "node")] if asked["nodes"] > 1 else []
-    parts += [number(asked["tasks_per_node"], "process", "processes")] if asked["tasks_per_node"] > 1 else []
-    parts.append(number(asked["cpus"], "core"))
+    parts = [f"{number_of(tasks, 'task')}{at_once}, {where}", number_of(asked["timeout_min"], "minute")]
+    parts += [number_of(asked["nodes"], "node")] if asked["nodes"] > 1 else []
+    parts += [number_of(asked["tasks_per_node"], "process", "processes")] if asked["tasks_per_node"] > 1 else []
+    parts.append(number_of(asked["cpus"], "core"))
     parts += [f"{asked['mem_gb']:g} GB"] if asked["mem_gb"] else []
-    parts.append(number(asked["gpus"], f"{asked['gpu_type']} GPU" if asked["gpu_type"] else "GPU") if asked["gpus"] else "no GPU")
+    parts.append(number_of(asked["gpus"], f"{asked['gpu_type']} GPU" if asked["gpu_type"] else "GPU") if asked["gpus"] else "no GPU")
     return ", ".join(parts) + (" each" if tasks > 1 else "")
 
 
@@ -99,8 +100,3 @@ def _differences(row: Row) -> list[str]:
         return [f"{_name(row)} is the first run of this name"]
     places = {place: [] for place in ("config", "code", "environment", "inputs", "results", "speed")} | row["differences"]
     return [f"{_name(row)} differs from {row['compared_with']} in:", *(f"  {line}" for line in phrases(places) or ["nothing"])]
-
-
-def number(count: int, one: str, many: str | None = None) -> str:
-    """`1 task`, `2 tasks`."""
-    return f"{count:,} {one if count == 1 else many or one + 's'}"

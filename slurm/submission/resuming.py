@@ -10,6 +10,7 @@ from slurm.execution.frozen_code import check_startable
 from slurm.record import backlog
 from slurm.record.activity import is_busy, one_submission_at_a_time
 from slurm.record.run_directory import RunDirectory
+from slurm.record.text_table import number_of
 from slurm.submission import freezing
 from slurm.submission.chain_resuming import Chain
 
@@ -32,7 +33,7 @@ def resume(run: RunDirectory, site: Site) -> None:
             waves.queue_first(site.runs.absolute())
             ids = " ".join(str(entry["id"]) for entry in entries)
             num_queued = sum(len(entry["tasks"]) for entry in entries)
-            print(f"run {run.path}\njob {ids}: {num_queued} of {run.num_tasks} task(s)", flush=True)
+            print(f"run {run.path}\njob {ids}: {num_queued} of {number_of(run.num_tasks, 'task')}", flush=True)
             if waiting := backlog.in_words(run):
                 print(waiting, flush=True)
             if behind:
