@@ -17,6 +17,7 @@ from slurm.changing.job_control import Target
 from slurm.client import slurm_commands, slurm_queries
 from slurm.client.job_output import Job
 from slurm.execution import executor, requeue, waves
+from slurm.execution.dependencies import not_wholly_queued
 from slurm.execution.job_process import Process
 from slurm.record import activity, backlog, run_directory
 from slurm.record.run_directory import Json, RunDirectory
@@ -34,6 +35,7 @@ class FakeSlurm:
         self.jobs: list[Job] = []
         self.room = 0
         self.num_unanswered = 0
+        self.fault = AWAY
         self.refusals: dict[RunDirectory, Exception] = {}
         self.tried: list[RunDirectory] = []
         self.commands: list[tuple[str, ...]] = []
@@ -44,7 +46,7 @@ class FakeSlurm:
     def my_jobs(self) -> list[Job]:
         if self.num_unanswered:
             self.num_unanswered -= 1
-            raise AWAY
+            raise self.fault
         return self.jobs
 
     def run(self, *command: str, timeout_s: float = 0.0) -> str:
@@ -65,7 +67,8 @@ class FakeSlurm:
         self.tried.append(run)
         if run in self.refusals:
             raise self.refusals[run]
-        queued, left = tasks[: self.room], tasks[self.room :]
+        room = 0 if not_wholly_queued(run.job()) else self.room
+        queued, left = tasks[:room], tasks[room:]
         self.room -= len(queued)
         entries: list[Json] = [{"id": f"9{task}", "tasks": [task], "array": False} for task in queued]
         for entry in entries:
@@ -174,6 +177,15 @@ def test_a_job_does_not_stay_for_what_slurm_refuses(tmp_path: Path, slurm: FakeS
     assert backlog.read(tmp_path) == backlog.Backlog([run], ["700"], None)
 
 
+def test_nor_for_a_child_of_what_slurm_refuses(tmp_path: Path, slurm: FakeSlurm) -> None:
+    parent = waiting_run(tmp_path, "parent")
+    child = waiting_run(tmp_path, "child", parent)
+    slurm.add(parent, "7_0")
+    slurm.refusals[parent] = UserError(REFUSED)
+    waves.look_at_end_of_job(tmp_path, "700")
+    assert (slurm.clock, slurm.tried, backlog.read(tmp_path).runs) == (0.0, [parent, child], [parent, child])
+
+
 def test_while_a_job_stays_for_room_what_slurm_refuses_is_not_tried_again(tmp_path: Path, slurm: FakeSlurm) -> None:
     refused, run = waiting_run(tmp_path, "refused"), waiting_run(tmp_path, "run")
     slurm.add(run, "7_0")
@@ -236,6 +248,18 @@ def test_a_controller_that_stays_away_is_waited_for_as_long_as_patience_lasts(
     assert 30.0 <= slurm.clock <= 33.0
     told = f"no answer from Slurm for 30 s; `crosscoder submit --resume` goes on with {run.reference}\n"
     assert capsys.readouterr().out == f"{AWAY}\n{told}"
+
+
+def test_any_other_failure_of_a_command_ends_the_look_in_a_sentence(
+    tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting_run(tmp_path)
+    slurm.num_unanswered, slurm.fault = 10**6, slurm_commands.CommandFailed("squeue exited 1: Invalid user", 1, "Invalid user")
+    monkeypatch.setattr("sys.argv", ["waves", str(tmp_path)])
+    monkeypatch.setenv("SLURM_JOB_ID", "700")
+    with pytest.raises(SystemExit, match=r"^crosscoder: squeue exited 1: Invalid user$"):
+        waves.main()
+    assert slurm.clock == 0.0
 
 
 STOPPED = Process("slurm", "7_0", 0, 0, 1, 0, 1)

@@ -74,7 +74,7 @@ def _queue_each(root: Path, refused_before: Collection[RunDirectory]) -> Outcome
                 continue
             entries = executor.launch(run, backlog.tasks_of(run))
             is_blocked = not_wholly_queued(run.job()) is not None  # by a parent that is in the backlog, and may want room, itself
-        except (UserError, OSError, KeyError, TypeError, ValueError) as error:  # the last three: a record with something wrong in it
+        except (ValueError, KeyError, TypeError, OSError) as error:  # a `UserError`, or a record with something wrong in it
             comes_back = isinstance(error, UserError) and slurm_commands.is_out_of_contact(error)
             (outcome.want_room if comes_back else outcome.refused).append(run)
             outcome.said.append(f"{run.reference}: {error if isinstance(error, UserError) else repr(error)}")
