@@ -270,6 +270,28 @@ def test_a_workstation_offers_its_own_cores_and_the_command_line_finds_it(short_
     assert crosscoder("cluster", "stop").stdout.startswith("# down in")
     status = crosscoder("cluster", "status")
     assert (status.returncode, "`crosscoder cluster start` starts one" in status.stderr) == (1, True)
+    for command in (["doctor"], ["change", "7", "nice=1"], ["accelerators"]):
+        done = crosscoder(*command)
+        assert slurm_commands.CLUSTER_STOPPED in done.stdout + done.stderr, command
+        assert "belongs to no cluster" not in done.stderr
+
+
+def test_a_cluster_that_is_taken_up_again_has_the_nodes_that_its_queue_was_made_for(short_path: Path) -> None:
+    directory = short_path / "c"
+    try:
+        control.start(directory, pretend=True)
+        control.stop(directory)
+        again = control.start(directory)
+        assert [line.split()[1] for line in again.splitlines() if "cores" in line] == ["n1:", "n2:", "n3:"]
+        assert "its nodes are pretended ones, as before; --fresh forgets them with the queue" in again
+        control.stop(directory)
+        fresh = control.start(directory, fresh=True)
+        assert f"{hardware.host_name()}: " in fresh
+        assert "as before" not in fresh
+        control.stop(directory)
+        assert f"{hardware.host_name()}: " in control.start(directory)
+    finally:
+        PrivateCluster(directory).remove()
 
 
 def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:

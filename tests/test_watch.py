@@ -21,10 +21,9 @@ from waiting import wait_until
 
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
-from slurm.client import slurm_queries
+from slurm.client import slurm_commands, slurm_queries
 from slurm.cluster import layout
 from slurm.cluster.daemons import PrivateCluster
-from slurm.record import activity
 from slurm.record.run_directory import RunDirectory
 from slurm.watching import job_listing, watch
 
@@ -175,15 +174,15 @@ def test_after_the_private_cluster_was_stopped_its_jobs_are_said_to_wait_and_the
     began = time.monotonic()
     rows = {row.run: row for row in job_listing.gather(Site(runs=project.runs)).rows()}
     assert time.monotonic() - began < 5.0  # squeue would try for 9 s
-    assert (rows[run.reference].state, rows[run.reference].reason) == ("waiting", activity.CLUSTER_STOPPED)
+    assert (rows[run.reference].state, rows[run.reference].reason) == ("waiting", slurm_commands.CLUSTER_STOPPED)
     assert rows[held.reference].state == "cancelled"
     monkeypatch.delenv("SLURM_CONF")
-    assert activity.stopped_private_cluster(cluster.directory) == cluster.directory
+    assert slurm_commands.stopped_private_cluster(cluster.directory) == cluster.directory
     cluster.start(layout.pretended())
-    assert activity.stopped_private_cluster(cluster.directory) is None
+    assert slurm_commands.stopped_private_cluster(cluster.directory) is None
     monkeypatch.setenv("SLURM_CONF", str(cluster.configuration))
     (again,) = [row for row in job_listing.gather(Site(runs=project.runs)).rows() if row.run == run.reference]
-    assert (again.state, again.reason) != ("waiting", activity.CLUSTER_STOPPED)
+    assert (again.state, again.reason) != ("waiting", slurm_commands.CLUSTER_STOPPED)
     cluster.command("scancel", "--me")
 
 

@@ -19,6 +19,10 @@ CALLERS_VARIABLES = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_
 PRIVATE_CLUSTER = Path(".cluster")
 """Where `crosscoder cluster start` keeps the private cluster of the checkout that is the current directory."""
 
+PRIVATE_CLUSTER_NAME = "private"
+"""Slurm's ClusterName of every private cluster."""
+CLUSTER_STOPPED = "the private cluster is stopped; `make cluster` takes it up again"
+
 TIMEOUT_S = 60.0
 """squeue gives up on a dead controller after 9 s and on a slow one after 20 s; this is for what hangs beyond that."""
 
@@ -81,6 +85,19 @@ def private_configuration(directory: Path) -> Path | None:
     return configuration if controller and processes.belongs_to(controller, configuration) else None
 
 
+def stopped_private_cluster(directory: Path | None = None) -> Path | None:
+    """The directory of the private cluster that would answer here, were it not stopped; None where it runs, or there is none.
+
+    Its queue is kept there: what waits or was running is taken up when it is started again.
+    """
+    named = os.environ.get("SLURM_CONF")
+    directory = directory or (Path(named).parent if named else PRIVATE_CLUSTER.absolute())
+    settings, queue = directory / "slurm.conf", directory / "state" / "job_state"
+    if not (settings.exists() and queue.exists()) or f"ClusterName={PRIVATE_CLUSTER_NAME}\n" not in settings.read_text():
+        return None
+    return None if private_configuration(directory) else directory
+
+
 def check_configuration(variables: Mapping[str, str] | None = None) -> None:
     """Raises `UserError` if SLURM_CONF names a file that is missing: every command of Slurm would try again for 60 s."""
     configuration = (os.environ if variables is None else variables).get("SLURM_CONF")
@@ -114,6 +131,9 @@ def run(*command: str, timeout_s: float = TIMEOUT_S, variables: Mapping[str, str
     if done.returncode != 0:
         said = done.stderr.strip() or done.stdout.strip() or "it printed nothing"
         failed = CommandFailed(text, done.returncode, done.stderr.strip())
+        is_unanswered = failed.is_without_cluster or "Unable to contact slurm controller" in failed.stderr
+        if is_unanswered and command[0] in SLURM_PROGRAMS and stopped_private_cluster():
+            raise CommandFailed(f"{CLUSTER_STOPPED}; or use --executor local or debug", done.returncode, done.stderr.strip())
         if failed.is_without_cluster:
             raise CommandFailed(
                 "no Slurm answers here: its commands are installed, but this machine belongs to no cluster; `crosscoder cluster start` "

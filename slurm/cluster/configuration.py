@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from slurm.client import slurm_commands
 from slurm.cluster.layout import Layout, Node, Partition
 
-CLUSTER_NAME = "private"
+CLUSTER_NAME = slurm_commands.PRIVATE_CLUSTER_NAME
+PRETENDS = "SlurmdParameters=config_overrides"
+"""The line that lets a node have less than it is said to have."""
 DATABASE, DATABASE_USER, DATABASE_PASSWORD = "slurm_acct_db", "slurm", "private"
 
 
@@ -77,7 +80,7 @@ def slurm_conf(layout: Layout, place: Place, first_job_id: int) -> str:
         # A job over its partition's limit is refused at once; by default it would be taken and wait for ever.
         "EnforcePartLimits=ALL",
         *(["SlurmctldParameters=preempt_send_user_signal"] if policy.warns_before_preemption else []),
-        *([] if layout.is_real_hardware else ["SlurmdParameters=config_overrides"]),
+        *([] if layout.is_real_hardware else [PRETENDS]),
         *layout.extra_lines,
         *(_node(node, place, port) for node, port in zip(layout.nodes, place.ports[3:], strict=True)),
         *(_partition(partition) for partition in layout.partitions),

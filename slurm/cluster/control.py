@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.config.errors import UserError
 from slurm.client import slurm_commands
-from slurm.cluster import hardware, layout
+from slurm.cluster import configuration, hardware, layout
 from slurm.cluster.daemons import PrivateCluster
 
 
@@ -20,13 +20,16 @@ def start(
     """Starts a queue over this machine's cores, memory and GPUs, and tells how to use it.
 
     `pretend` offers three nodes with five fake GPUs instead: to try things out. `fresh` forgets what an earlier one had queued.
+    One that is taken up again has the nodes that it had, for which its queue was made.
     """
-    chosen = layout.pretended() if pretend else hardware.workstation()
     cluster = PrivateCluster(directory)
+    goes_on = not (fresh or pretend) and _pretended(cluster)
+    chosen = layout.pretended() if pretend or goes_on else hardware.workstation()
     seconds = cluster.start(replace(chosen, munge=munge, accounting=accounting), fresh=fresh)
     offers = "\n".join(f"#   {_offer(node)}" for node in chosen.nodes)
     waiting = cluster.command("squeue", "-h", "-o", "%i").split()
     kept = f"\n# {_jobs(len(waiting))} of its last time {'is' if len(waiting) == 1 else 'are'} queued" if waiting else ""
+    kept += "\n# its nodes are pretended ones, as before; --fresh forgets them with the queue, for this machine's own" if goes_on else ""
     return f"# up in {seconds:.2f} s, in {cluster.directory}:\n{offers}{kept}\nexport SLURM_CONF={cluster.configuration}"
 
 
@@ -53,6 +56,13 @@ def status(directory: Path = slurm_commands.PRIVATE_CLUSTER) -> str:
     counts = ", ".join(f"{queue.count(state)} {state.lower()}" for state in sorted(set(queue))) or "empty"
     daemons = ", ".join(f"{name} {pid}" for name, pid in pids.items())
     return f"# up in {cluster.directory}: {daemons}\n# queue: {counts}\nexport SLURM_CONF={cluster.configuration}"
+
+
+def _pretended(cluster: PrivateCluster) -> bool:
+    """Whether the cluster was stopped with its queue kept, and offered more than its machine has."""
+    if slurm_commands.stopped_private_cluster(cluster.directory) is None:
+        return False
+    return configuration.PRETENDS in cluster.configuration.read_text(encoding="utf-8").splitlines()
 
 
 def _jobs(count: int, kind: str = "") -> str:

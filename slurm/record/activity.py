@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import os
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -78,26 +77,10 @@ def _slurm_has(job: str, run: RunDirectory) -> bool:
     return any(state not in FINAL_STATES and directory_in(comment) in (None, run.path) for state, _, comment in found)
 
 
-def stopped_private_cluster(directory: Path | None = None) -> Path | None:
-    """The directory of the private cluster that would answer here, were it not stopped; None where it runs, or there is none.
-
-    Its queue is kept there: what waits or was running is taken up when it is started again.
-    """
-    named = os.environ.get("SLURM_CONF")
-    directory = directory or (Path(named).parent if named else slurm_commands.PRIVATE_CLUSTER.absolute())
-    settings, queue = directory / "slurm.conf", directory / "state" / "job_state"
-    if not (settings.exists() and queue.exists()) or f"ClusterName={CLUSTER_NAME}\n" not in settings.read_text():
-        return None
-    return None if slurm_commands.private_configuration(directory) else directory
-
-
 def waits_for_cluster(run: RunDirectory) -> bool:
     """Whether the run was submitted to the private cluster of this checkout, which is stopped now."""
     job = run.job()
-    return job["executor"] == "slurm" and job["cluster"] == CLUSTER_NAME and stopped_private_cluster() is not None
-
-
-CLUSTER_STOPPED = "the private cluster is stopped; `make cluster` takes it up again"
+    return job["executor"] == "slurm" and job["cluster"] == CLUSTER_NAME and slurm_commands.stopped_private_cluster() is not None
 
 
 def writer_of(paths: Iterable[Path], runs: Path, stage: str) -> RunDirectory | None:

@@ -128,6 +128,8 @@ def _nothing(nodes: Sequence[Node], has_slurm: bool) -> str:
     here = f"{socket.gethostname()} has no GPU (nvidia-smi finds none)"
     if has_slurm:
         return f"none of the {len(nodes)} nodes of this cluster has a GPU; stages run on their CPUs"
+    if slurm_commands.stopped_private_cluster():
+        return f"{slurm_commands.CLUSTER_STOPPED}; {here}, and the site file names no machines"
     return f"{here} and no Slurm, and the site file names no machines; stages run on this machine's CPUs with --executor local"
 
 

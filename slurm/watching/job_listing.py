@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
-from slurm.client import slurm_queries
+from slurm.client import slurm_commands, slurm_queries
 from slurm.client.job_output import Job
 from slurm.cluster.configuration import CLUSTER_NAME
 from slurm.record import activity, backlog, holder, run_directory
@@ -41,7 +41,7 @@ def gather(site: Site, *, wanted: Sequence[str] = (), everything: bool = False, 
     wanted : only what one of these names (see `is_wanted`); none: all.
     everything : old runs too. Runs that are asked for by name are never too old.
     """
-    is_stopped = activity.stopped_private_cluster() is not None
+    is_stopped = slurm_commands.stopped_private_cluster() is not None
     # With SLURM_CONF naming a cluster that is stopped, squeue would try for 9 s.
     queue = None if is_stopped and os.environ.get("SLURM_CONF") else slurm_queries.my_jobs_if_any()
     runs, num_older = _runs(site.runs.absolute(), queue or [], wanted, everything or bool(wanted))
@@ -79,7 +79,7 @@ def standing_of(run: RunDirectory) -> dict[int, tuple[str, str]]:
     """
     if run.state() == "finished":
         return {}
-    is_stopped = activity.stopped_private_cluster() is not None
+    is_stopped = slurm_commands.stopped_private_cluster() is not None
     try:
         queue = None if is_stopped or run.job()["executor"] != "slurm" else slurm_queries.my_jobs_if_any()
     except UserError:
@@ -105,7 +105,7 @@ def read_tasks(run: RunDirectory, *, is_stopped: bool = False, is_served: bool =
     """Every task of a run as its directory tells now. Reads job.json once, however many tasks there are.
 
     is_served : whether jobs are left that will queue what is not queued yet.
-    is_stopped : whether the private cluster is (see `activity.stopped_private_cluster`).
+    is_stopped : whether the private cluster is (see `slurm_commands.stopped_private_cluster`).
     """
     job = run.job()
     num_tasks = int(job["num_tasks"])

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 from pipeline.config.errors import UserError
 from pipeline.run import duration
-from slurm.client import job_reasons
+from slurm.client import job_reasons, slurm_commands
 from slurm.client.job_output import Job
-from slurm.record import activity
 from slurm.record.run_directory import directory_in
 
 STALE_HEARTBEAT_S = 120.0
@@ -124,7 +123,7 @@ def _of_backlog(row: Row, task: Task) -> Row:
     if task.is_served:
         return row._replace(state="waiting", reason=f"not queued yet: {task.not_queued}; queued as earlier jobs end")
     if task.is_kept:
-        return row._replace(state="waiting", reason=activity.CLUSTER_STOPPED)
+        return row._replace(state="waiting", reason=slurm_commands.CLUSTER_STOPPED)
     again = f"no job is left that would queue it; `crosscoder submit --resume {task.run}` does"
     return row._replace(state="stopped", reason=f"not queued: {task.not_queued}, and {again}")
 
@@ -237,7 +236,7 @@ def _state(task: Task, job: Job | None, is_queue_known: bool = True) -> tuple[st
     if status == "stopped" and _is_cancelled(task, job):  # whatever became of it before: one word and one way on for a whole array
         return "cancelled", f"{job_reasons.STATE_WORDS['CANCELLED']}; {_again(task)}"
     if status == "stopped" and task.is_kept:
-        return "waiting", activity.CLUSTER_STOPPED
+        return "waiting", slurm_commands.CLUSTER_STOPPED
     if status == "stopped":
         return "stopped", _how_it_stopped(task, is_gone=is_queue_known and task.executor == "slurm")
     if status == "failed":
@@ -286,7 +285,7 @@ def _state_without_job(task: Task) -> tuple[str, str]:
     if task.failed_parents:
         return "cancelled", f"it needed {', '.join(task.failed_parents)}, which failed or was cancelled"
     if task.is_kept:
-        return "waiting", activity.CLUSTER_STOPPED
+        return "waiting", slurm_commands.CLUSTER_STOPPED
     if task.executor == "slurm":
         return "lost", f"Slurm no longer knows it and it left no result: cancelled or killed; {again}"
     if task.file_state == "queued" and task.executor == "local":
