@@ -51,14 +51,15 @@ OUT_OF_CONTACT = (
     "Communication connection failure",
     "Connection refused",
     "in standby",
-    "gave no answer within",
+    "no answer within",
 )
-"""Words of Slurm's commands, and of `run`, when the controller is away, starts anew or is overloaded."""
+"""Words of Slurm's commands, and of what gives them a time limit, when the controller is away, starts anew or is overloaded."""
 
 
 def is_out_of_contact(error: UserError) -> bool:
     """Whether a command of Slurm failed since no controller answered: what it was asked may succeed a moment later."""
-    return any(words in str(error) for words in OUT_OF_CONTACT)
+    said = f"{error} {error.stderr if isinstance(error, CommandFailed) else ''}"
+    return any(words in said for words in OUT_OF_CONTACT)
 
 
 class CommandMissing(UserError):
