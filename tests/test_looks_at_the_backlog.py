@@ -250,6 +250,21 @@ def test_a_controller_that_stays_away_is_waited_for_as_long_as_patience_lasts(
     assert capsys.readouterr().out == f"{AWAY}\n{told}"
 
 
+@pytest.mark.parametrize(
+    ("error", "is_so"),
+    [
+        (AWAY, True),
+        (UserError("sbatch exited 1: Batch job submission failed: Unable to contact slurm controller (connect failure)"), True),
+        (UserError('sbatch: "no answer within 60 s; is the controller up?"'), True),
+        (slurm_commands.CommandFailed("the private cluster is stopped", 1, "Unable to contact slurm controller (connect failure)"), True),
+        (UserError(REFUSED), False),
+        (slurm_commands.CommandFailed("scontrol exited 1", 1, "slurm_load_jobs error: Invalid job id specified"), False),
+    ],
+)
+def test_a_controller_that_is_away_is_told_from_one_that_refuses(error: UserError, is_so: bool) -> None:
+    assert slurm_commands.is_out_of_contact(error) is is_so
+
+
 def test_any_other_failure_of_a_command_ends_the_look_in_a_sentence(
     tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:

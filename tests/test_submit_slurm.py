@@ -177,6 +177,10 @@ def test_a_queue_that_does_not_answer_a_submission_is_given_up(queue: Queue, tmp
     with pytest.raises(UserError, match="no answer within 1 s; is the controller up"):
         executor.launch(run, [0])
     assert run.job()["submitting"] == [0]  # it may have been queued all the same: the next submission looks
+    silent.write_text("#!/bin/sh\necho 'sbatch: error: Socket timed out on send/recv operation' >&2\nexit 1\n")
+    with pytest.raises(UserError, match="Socket timed out"):
+        executor.launch(run, [0])
+    assert run.job()["submitting"] == [0]
     silent.write_text("#!/bin/sh\necho 'sbatch: error: no' >&2\nexit 1\n")
     run.write_job({key: value for key, value in run.job().items() if key != "submitting"})
     with pytest.raises(UserError, match='sbatch exited 1: "no"'):

@@ -167,7 +167,8 @@ def _sbatch(run: RunDirectory, tasks: list[int], left: list[int]) -> Json:
                 submitted = executor.submit_array([FrozenTask(str(run.path), task) for task in tasks])
         except (FailedJobError, FailedSubmissionError, OSError) as error:
             refusal = _refusal(run, error, left)
-            if isinstance(error.__cause__, subprocess.CalledProcessError):  # it said no; one that did not answer may have queued it
+            is_answered = isinstance(error.__cause__, subprocess.CalledProcessError)
+            if is_answered and not slurm_commands.is_out_of_contact(UserError(refusal)):  # else it may have been queued all the same
                 run.write_job(job)
             if word := submit_limits.word_of_refusal(str(error)):
                 _remove_orphans(run)
