@@ -1,7 +1,6 @@
 """Arrays and chains where the accounting lets me have three jobs in the queue: a real Slurm with slurmdbd and MariaDB."""
 
 import json
-import shutil
 import subprocess
 import sys
 import threading
@@ -180,24 +179,6 @@ def test_tasks_that_are_cancelled_one_by_one_leave_the_waves_of_the_others(queue
     wait_until(lambda: all(run.task_state(task) == "finished" for task in range(2, 6)), "the tasks that nobody cancelled")
     assert [run.task_state(task) for task in (0, 1)] == ["stopped"] * 2
     assert run.cancelled_tasks() == set()
-
-
-def test_deleting_an_array_that_is_in_the_backlog_stops_nothing_else(queue: Queue) -> None:
-    hold = hold_tasks(queue)
-    array, other = queue.submit(
-        queue.project.config("array", resources="{array_tasks: 5}"),
-        queue.project.config("other", steps=1),
-    )
-    wait_until(lambda: all(starts(array, task) for task in range(LIMIT)), "the first wave")
-    shutil.rmtree(array.path, ignore_errors=True)  # its tasks go on, and make files anew
-    (array.path / "tasks" / "0").mkdir(parents=True, exist_ok=True)
-    (array.path / "job.json").unlink(missing_ok=True)
-    (third,) = queue.submit(queue.project.config("third", steps=1))
-    assert f"{array.reference} is not waited with any more: {array.path / 'job.json'} does not exist" in queue.said
-    assert backlog.read(queue.project.runs).runs == [other, third]
-    hold.unlink()
-    queue.cluster.command("scancel", "--name", "toy-array")
-    wait_until(lambda: finished(other) and finished(third), "the other runs")
 
 
 def test_where_the_last_jobs_are_killed_with_their_shells_the_listing_says_so_and_resuming_goes_on(queue: Queue) -> None:
