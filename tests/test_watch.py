@@ -114,7 +114,11 @@ class Terminal:
         pid, self.file = pty.fork()
         if pid == 0:
             os.chdir(project.root)
-            os.execve(sys.executable, [sys.executable, "-P", "-m", "slurm", "watch", *arguments], project.environment(TERM="xterm"))
+            os.execve(
+                sys.executable,
+                [sys.executable, "-P", "-m", "slurm", "watch", *arguments],
+                project.environment(TERM="xterm", LINES="24", COLUMNS="80"),
+            )
         self.pid = pid
         self.resize(24, 100)
 

@@ -129,7 +129,7 @@ class EncoderPool:
         waiting: deque[Future[EncodedChunk]] = deque()
         try:
             for chunk in chunks:
-                waiting.append(self._executor.submit(_encode_in_worker, chunk))
+                waiting.append(_submit(self._executor, chunk))
                 if len(waiting) > 2 * self._processes:
                     yield waiting.popleft().result()
             while waiting:
@@ -142,6 +142,14 @@ class EncoderPool:
                 "a tokenizing process was killed, most often for want of memory; give the job more mem_gb or set fewer processes, "
                 "and start it again: finished parts are kept"
             ) from error
+
+
+def _submit(executor: ProcessPoolExecutor, chunk: Chunk) -> Future[EncodedChunk]:
+    try:
+        return executor.submit(_encode_in_worker, chunk)
+    except ValueError as error:
+        # A worker was being started while the executor closed its pipes, because another had been killed.
+        raise BrokenProcessPool("closed while a worker was started") from error
 
 
 _worker: ChunkEncoder | None = None

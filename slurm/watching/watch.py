@@ -1,5 +1,7 @@
 """The live view: the jobs' table, and the last lines of a log below it. One squeue an interval, however many jobs."""
 
+import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -64,6 +66,9 @@ def watch(site: Site, reference: str | None, *, interval_s: float, looks: int | 
     from rich.live import Live
 
     run = run_directory.find(reference, site.runs.absolute()) if reference is not None else None
+    if sys.stdout.isatty():
+        for variable in ("LINES", "COLUMNS"):  # a size that a shell exported would hold, whatever size the terminal gets
+            os.environ.pop(variable, None)
     console, looker = Console(), Looker(site)
     if looks is None and not console.is_terminal:
         raise UserError("watch needs a terminal; `crosscoder jobs` prints the table once")
