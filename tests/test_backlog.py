@@ -36,6 +36,18 @@ def test_the_backlog_is_a_file_as_long_as_a_run_has_tasks_in_it(tmp_path: Path) 
     assert not (tmp_path / backlog.FILE).exists()
 
 
+@pytest.mark.parametrize("damage", ['{"runs": ["/a', "[]", "{}", ""])
+def test_a_damaged_backlog_is_gathered_from_the_runs(tmp_path: Path, damage: str) -> None:
+    waiting = make_run(tmp_path)
+    for run in (make_run(tmp_path), waiting):
+        run.write_job({"id": run.id, "name": "demo", "executor": "slurm", "cluster": None, "submitted": 0.0, "setup": []} | run.job())
+    backlog.set_tasks(waiting, [5], "your submit limit is 3")
+    (tmp_path / backlog.FILE).write_text(damage)
+    assert backlog.read(tmp_path) == backlog.Backlog([waiting], [], None)
+    backlog.set_tasks(waiting, [], "")
+    assert not (tmp_path / backlog.FILE).exists()
+
+
 def test_what_is_not_queued_is_new_and_what_is_given_up_cancelled(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     backlog.set_tasks(run, [2, 4], "no room")  # 2 was queued before, and has to be again

@@ -128,15 +128,6 @@ def test_a_rerun_runs_the_old_code_and_a_resumed_run_refuses_changed_code(projec
     assert "is not the code that was frozen: pipeline/stages/toy.py was changed; submit a new run" in resumed.stderr
 
 
-def test_a_dry_rerun_says_what_would_differ_and_leaves_nothing(project: ToyProject) -> None:
-    assert project.crosscoder("run", project.config(steps=2)).returncode == 0
-    before = sorted(project.runs.glob("toy/toy/*"))
-    done = project.crosscoder("rerun", "toy/toy", "steps=5", "--dry-run")
-    assert done.returncode == 0, done.stderr
-    assert f"toy/toy differs from toy/toy/{before[0].name} in:\n  config: steps: 2 -> 5\n" in done.stdout
-    assert sorted(project.runs.glob("toy/toy/*")) == before
-
-
 def test_a_run_frozen_by_code_that_todays_commands_cannot_start_is_refused_in_one_sentence(project: ToyProject) -> None:
     done = project.crosscoder("run", project.config(fail_at=1))
     run = RunDirectory(project.only_run())
@@ -377,36 +368,3 @@ def test_login_commands_import_neither_torch_nor_transformers(project: ToyProjec
         command = [sys.executable, "-P", "-c", program, *arguments]
         done = subprocess.run(command, cwd=project.root, env=project.environment(), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-
-
-def test_a_dry_run_says_what_differs_from_the_last_run_and_leaves_nothing(project: ToyProject) -> None:
-    project.crosscoder("run", project.config())
-    before = set(project.runs.glob("toy/*/*"))
-    done = project.crosscoder("submit", project.config(), "steps=9", "--executor", "local", "--dry-run")
-    assert "\n  config: steps: 3 -> 9\n" in done.stdout
-    assert set(project.runs.glob("toy/*/*")) == before
-
-
-def test_a_dry_run_of_a_chain_begins_with_a_line_for_each_stage(project: ToyProject) -> None:
-    first = project.config("first", output="data/first", resources="{array_tasks: 4, max_parallel: 2, gpus: 1, mem_gb: 3}")
-    second = project.config("second", data="data/first")
-    done = project.crosscoder("submit", first, second, "--executor", "local", "--dry-run")
-    assert done.stdout.splitlines() == [
-        f"toy/first: 4 tasks, 2 at once, executor local, 60 minutes, 1 core, 3 GB, 1 GPU each; writes {project.root}/data/first",
-        f"toy/second: 1 task, executor local, 60 minutes, 1 core, no GPU; waits for toy/first; writes {project.runs}/toy/second",
-        "",
-        "toy/first is the first run of this name",
-        "",
-        "toy/second is the first run of this name",
-    ]
-
-
-def test_a_dry_run_as_json_is_json_alone(project: ToyProject) -> None:
-    project.crosscoder("run", project.config("first", output="data/first"))
-    first, second = project.config("first", output="data/first"), project.config("second", data="data/first")
-    done = project.crosscoder("submit", first, second, "steps=3", "--executor", "local", "--dry-run", "--json")
-    skipped, queued = json.loads(done.stdout)
-    assert "made by the same settings" in skipped["skipped"]
-    assert (queued["stage"], queued["name"], queued["tasks"], queued["sbatch"]) == ("toy", "second", 1, None)
-    assert queued["resources"]["timeout_min"] == 60
-    assert not (project.runs / "toy/second").exists() or not list((project.runs / "toy/second").iterdir())

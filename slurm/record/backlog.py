@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline import records
+from pipeline.config.errors import UserError
 from slurm.client import slurm_queries
 from slurm.client.job_output import Job
-from slurm.record.run_directory import RunDirectory, directory_in
+from slurm.record.run_directory import RunDirectory, directory_in, list_runs
 from slurm.record.text_table import number_of
 
 FILE = ".backlog.json"
@@ -37,10 +38,15 @@ def root_of(run: RunDirectory) -> Path:
 
 
 def read(root: Path) -> Backlog:
-    """The backlog under `root`; empty where there is no file."""
+    """The backlog under `root`; empty where there is no file, and gathered from the runs where it is damaged."""
     path = root / FILE
-    facts = records.read_json(path) if path.exists() else {"runs": [], "ended": [], "staying": None}
-    return Backlog([RunDirectory(Path(run)) for run in facts["runs"]], list(facts["ended"]), facts["staying"])
+    if not path.exists():
+        return Backlog([], [], None)
+    try:
+        facts = records.read_json(path)
+        return Backlog([RunDirectory(Path(run)) for run in facts["runs"]], list(facts["ended"]), facts["staying"])
+    except (UserError, KeyError, TypeError):
+        return Backlog([run for run in list_runs(root) if tasks_of(run)], [], None)
 
 
 def write(root: Path, backlog: Backlog) -> None:
@@ -67,12 +73,11 @@ def in_words(run: RunDirectory) -> str:
 
 def set_tasks(run: RunDirectory, tasks: Sequence[int], why: str) -> None:
     """Records that `tasks`, and no others, of `run` are not queued yet; none takes the run out of the backlog."""
-    job = run.job()
+    job, backlog = run.job(), read(root_of(run))
     wanted = {"tasks": sorted(tasks), "why": why} if tasks else None
     if job.get("not_queued") != wanted:
         job = {key: value for key, value in job.items() if key != "not_queued"}
         run.write_job(job | ({"not_queued": wanted} if wanted else {}))
-    backlog = read(root_of(run))
     if bool(tasks) != (run in backlog.runs):
         runs = [*backlog.runs, run] if tasks else [other for other in backlog.runs if other != run]
         write(root_of(run), backlog._replace(runs=runs))
