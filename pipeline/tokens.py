@@ -60,6 +60,21 @@ class Vocabulary(NamedTuple):
         }
 
 
+class BeginningOfText(NamedTuple):
+    """What a token set's manifest says of the token that a model may want before every text; the set itself holds none.
+
+    It stands in the manifest alone, so the data id is the same as that of a set made before this was recorded.
+    """
+
+    id: int | None
+    """None if the tokenizer has no such token."""
+    is_added: bool | None
+    """Whether the tokenizer's own call puts it there; None in a set that was made before this was recorded."""
+
+    def facts(self) -> Record:
+        return {"beginning_of_text_id": self.id, "adds_beginning_of_text": self.is_added}
+
+
 class TokenShard(NamedTuple):
     stem: str
     ids: Ids
@@ -87,6 +102,11 @@ class TokenSet:
         self.num_tokens: int = manifest["tokens"]
         """Separators not counted."""
         self.num_documents: int = manifest["documents"]
+        self.max_id: int = max((shard.record["max_id"] for shard in shards), default=-1)
+        """The greatest id of the documents, separators left out; -1 where there is none."""
+        self.end_of_text: str | None = manifest.get("end_of_text")
+        """The token that stands for separators, as text; None where it was not recorded."""
+        self.beginning_of_text = BeginningOfText(manifest.get("beginning_of_text_id"), manifest.get("adds_beginning_of_text"))
 
     @classmethod
     def open(cls, directory: Path) -> "TokenSet":
@@ -231,14 +251,23 @@ def seal(directory: Path, shards: dict[str, Record], vocabulary: Vocabulary, fac
 
 
 def write_token_set(
-    directory: Path, shards: Mapping[str, Iterable[Sequence[int] | Ids]], *, vocab_size: int, end_of_text_id: int, tokenizer_hash: str = ""
+    directory: Path,
+    shards: Mapping[str, Iterable[Sequence[int] | Ids]],
+    *,
+    vocab_size: int,
+    end_of_text_id: int,
+    tokenizer_hash: str = "",
+    facts: Record | None = None,
 ) -> TokenSet:
-    """Writes documents that are ids already (a list of documents by shard name) as a sealed set, and opens it."""
+    """Writes documents that are ids already (a list of documents by shard name) as a sealed set, and opens it.
+
+    facts : further entries of the manifest.
+    """
     vocabulary = Vocabulary(vocab_size, end_of_text_id, tokenizer_hash)
     made = {}
     for stem, documents in shards.items():
         with TokenShardWriter(directory, stem, vocabulary) as writer:
             writer.append(join_documents(documents, vocabulary))
             made[stem] = writer.commit({}, {})
-    seal(directory, made, vocabulary, {})
+    seal(directory, made, vocabulary, facts or {})
     return TokenSet.open(directory)

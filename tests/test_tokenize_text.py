@@ -16,6 +16,7 @@ from waiting import wait_until
 from pipeline import records
 from pipeline.config.errors import UserError
 from pipeline.run import Run, Stopped
+from pipeline.text.source_parts import PartWriter
 from pipeline.tokens import TokenSet
 
 BAD = [b"{", b'{"other": 1}', b'{"text": 7}', b'{"text": "\xff"}', b"", b'{"text": "' + b"a" * 5000 + b'"}']
@@ -270,3 +271,61 @@ def without_provenance(files):
         if name.endswith(".json"):
             kept[name] = {key: value for key, value in json.loads(content).items() if key != "provenance"}
     return kept
+
+
+@pytest.fixture
+def treacherous(corpus, monkeypatch):
+    """A tokenizer that gigatoken reads otherwise, as if neither its definition nor probes told; only the last file has such text."""
+    pytest.importorskip("gigatoken")
+    monkeypatch.setattr("pipeline.text.encoders.unshared", lambda _definition: None)
+    monkeypatch.setattr("pipeline.text.encoders.added_token_probes", lambda _tokens: [])
+    own = tokenizers.Tokenizer.from_file(str(corpus / "tokenizer.json"))
+    own.add_tokens([tokenizers.AddedToken("zq", single_word=True)])
+    own.save(str(corpus / "tokenizer.json"))
+    (corpus / "s2.jsonl.zst").write_bytes(compressed(json_lines([*make_texts(20, seed=2), "in a word: azqb"]), ".zst"))
+    return corpus
+
+
+def encoders_of(directory):
+    return {record["provenance"]["encoder"] for record in records.committed_shards(directory, "token-shard/1").values()}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_where_the_fast_encoder_is_found_wrong_nothing_that_it_made_stays(treacherous, capsys, processes):
+    corpus = treacherous
+    tokenize(corpus, output=str(corpus / "wanted"), part_bytes=1500)
+    result = tokenize(corpus, encoder="auto", part_bytes=1500, chunk_bytes=500, processes=processes)
+    found = without_provenance(files_of(corpus / "tokens"))
+    assert found.pop("gigatoken-differs.json")
+    assert found == without_provenance(files_of(corpus / "wanted"))
+    assert result["encoder"] == "tokenizers"
+    assert encoders_of(corpus / "tokens/train") | encoders_of(corpus / "tokens/validation") == {"tokenizers"}
+    assert "for the text that begins 'in a word: azqb'; what it made in" in capsys.readouterr().out
+    # It is remembered: what is added later is not given to it again.
+    (corpus / "t.jsonl").write_bytes(json_lines(make_texts(20, seed=9)))
+    assert tokenize(corpus, encoder="auto", part_bytes=1500)["encoder"] == "tokenizers"
+
+
+def test_asked_for_by_name_and_found_wrong_the_fast_encoder_fails_and_its_parts_are_made_again(treacherous):
+    settings = {"encoder": "gigatoken", "part_bytes": 1500}
+    with pytest.raises(UserError, match=r"gigatoken gives other ids than .*azqb'; set encoder: auto and start it again"):
+        tokenize(treacherous, **settings)
+    assert encoders_of(treacherous / "tokens/train") == {"gigatoken"}
+    with pytest.raises(UserError, match="encoder: gigatoken can't be used: gigatoken gives other ids"):
+        tokenize(treacherous, **settings)
+    assert tokenize(treacherous, encoder="tokenizers", part_bytes=1500)["sealed"]
+    assert encoders_of(treacherous / "tokens/train") == {"tokenizers"}
+
+
+def test_a_task_keeps_nothing_of_what_another_task_found_wrong(corpus, monkeypatch):
+    pytest.importorskip("gigatoken")
+    commit = PartWriter.commit
+
+    def commit_and_another_finds_it(self, end):
+        commit(self, end)
+        records.write_json(corpus / "tokens/gigatoken-differs.json", {"found": "gigatoken gives other ids than the tokenizer"})
+
+    monkeypatch.setattr(PartWriter, "commit", commit_and_another_finds_it)
+    result = tokenize(corpus, encoder="auto", part_bytes=1500)
+    assert (result["encoder"], result["sealed"]) == ("tokenizers", True)
+    assert encoders_of(corpus / "tokens/train") == {"tokenizers"}

@@ -1,5 +1,6 @@
 """Every encoder gives the tokenizer's own ids, and special tokens written out in a text become what was asked for."""
 
+import collections
 import multiprocessing
 import time
 
@@ -9,11 +10,13 @@ import tokenizers
 from token_fixtures import END_OF_TEXT, make_texts, make_tokenizer
 
 from pipeline.config.errors import UserError
-from pipeline.text import encoders
+from pipeline.text import encoders, running_check
 from pipeline.text.chunk_encoder import ChunkSettings, EncoderPool
 from pipeline.text.encoders import GigatokenEncoder, ReferenceEncoder, choose_encoder, make_encoder
+from pipeline.text.probes import PROBES
+from pipeline.text.running_check import EncoderDiffers
 from pipeline.text.text_source import Chunk
-from pipeline.text.tokenizer import PROBES, load_tokenizer
+from pipeline.text.tokenizer import load_tokenizer
 
 TEXTS = [*PROBES, *make_texts(30), f"a{END_OF_TEXT}b {END_OF_TEXT}", ""]
 
@@ -111,16 +114,46 @@ def test_why_the_fast_library_refuses_a_tokenizer_is_one_line(tmp_path):
     said = []
     assert choose_encoder(definition, "auto", ["a b"], said.append) == "tokenizers"
     (line,) = said
-    assert "it does not know this kind of tokenizer" in line
+    assert "its model is WordLevel, not BPE" in line
     assert "\n" not in line
 
 
 def test_the_fast_encoder_is_watched_as_it_works(file):
     pytest.importorskip("gigatoken")
-    encoder = GigatokenEncoder(definition_of(file))
-    encoder._check = ReferenceEncoder(definition_of(file, "text"))
-    with pytest.raises(UserError, match=r"gigatoken gives other ids than .* for the text that begins 'a<\|endoftext"):
+    encoder = watched_by_another(file)
+    with pytest.raises(EncoderDiffers, match=r"gigatoken gives other ids than .* for the text that begins 'a<\|endoftext"):
         encoder.encode(["x" * 3000, f"a{END_OF_TEXT}b"])
+
+
+def test_documents_are_checked_all_through_a_run_and_long_ones_too(file):
+    pytest.importorskip("gigatoken")
+    encoder = watched_by_another(file)
+    for _ in range(40):
+        encoder.encode(["the cat " * 20_000])
+    # Longer than all that is saved up by then: only slices of them can be checked.
+    with pytest.raises(EncoderDiffers):
+        collections.deque((encoder.encode([f"a{END_OF_TEXT}b " * 10_000]) for _ in range(40)), maxlen=0)
+
+
+def test_a_long_document_is_now_and_then_checked_by_the_ids_that_it_was_given(file, monkeypatch):
+    monkeypatch.setattr(running_check, "FIRST_CHARACTERS", 0)
+    check = running_check.RunningCheck(lambda text: np.empty(0, np.uint32), "x")
+    chunks = [["short " * 200] * 700 + ["long " * 10_000] * 4 for _ in range(1000)]
+    drawn = [(texts, check.draw(texts)) for texts in chunks]
+    whole = {len(texts[number]) for texts, found in drawn for number in found.whole}
+    assert whole == {1200, 50_000}
+    assert any(found.slices for _, found in drawn)
+    checked = sum(len(texts[number]) for texts, found in drawn for number in found.whole)
+    checked += sum(len(piece) for _, found in drawn for piece in found.slices)
+    assert checked <= sum(len(text) for texts in chunks for text in texts) * running_check.CHECKED_SHARE
+
+
+def watched_by_another(file):
+    """gigatoken, held to a reference for which special tokens are ordinary text."""
+    encoder = GigatokenEncoder(definition_of(file))
+    other = ReferenceEncoder(definition_of(file, "text"))
+    encoder._check = running_check.RunningCheck(lambda text: other.encode([text]).ids, "the tokenizer")
+    return encoder
 
 
 def test_the_fast_encoders_memory_of_words_is_thrown_away_in_time(file, monkeypatch):

@@ -23,8 +23,10 @@ from pipeline.config.errors import UserError
 from pipeline.config.tokenize_text import TokenizeConfig
 from pipeline.records import Record
 from pipeline.run import Run
+from pipeline.text import encoder_difference
 from pipeline.text.chunk_encoder import ChunkSettings, EncoderPool
 from pipeline.text.encoders import choose_encoder
+from pipeline.text.running_check import EncoderDiffers
 from pipeline.text.source_parts import PartWriter, SourceParts
 from pipeline.text.text_lines import LineParser
 from pipeline.text.text_source import Chunk, PartEnd, Source, TextFile, find_sources, read_chunks
@@ -49,8 +51,18 @@ def run(config: TokenizeConfig, run: Run) -> dict[str, Any]:
     for directory in config.outputs().values():
         recipe = {"stage": config.stage, "settings": config.identity(), "inputs": {"tokenizer": tokenizer.vocabulary.tokenizer_hash}}
         records.claim(directory, recipe)
+    for remark in tokenizer.remarks:
+        run.say(remark)
     work = _Work(config, run, tokenizer, mine)
-    work.tokenize_all()
+    try:
+        work.tokenize_all()
+    except EncoderDiffers as difference:
+        encoder_difference.note(config.output, difference)
+        if config.encoder != "auto":
+            raise UserError(f"{difference}; set encoder: auto and start it again, it makes again what gigatoken made") from None
+        run.say(f"{difference}; what it made in {config.output} is withdrawn and made again")
+        work = _Work(config, run, tokenizer, mine)
+        work.tokenize_all()
     manifests = seal_if_complete(config, sources, tokenizer)
     if manifests is None:
         run.say(f"task {run.task} of {run.num_tasks} is done; parts of other tasks are not, so the sets are not sealed yet")
@@ -103,7 +115,9 @@ class _Work:
 
     def _chunk_settings(self, first: Source) -> ChunkSettings:
         config = self._config
-        encoder = choose_encoder(self._tokenizer, config.encoder, sample_texts(first, config), self._run.say)
+        known = encoder_difference.noted(config.output)
+        sample = sample_texts(first, config)
+        encoder = choose_encoder(self._tokenizer, config.encoder, sample, self._run.say, known_difference=known)
         return ChunkSettings(self._tokenizer, encoder, config.text_field, config.max_line_bytes, config.validation_fraction, config.seed)
 
     def _tokenize_source(self, parts: "SourceParts", pool: EncoderPool) -> None:
@@ -123,8 +137,15 @@ class _Work:
                         writer.append(encoded)
                         self.totals += encoded.counts()
                         self._report(self._bytes_before + text.bytes_read)
+                    self._heed_difference()
                     writer.commit(watched.part_end())
         parts.rejects.join(len(parts.done))
+
+    def _heed_difference(self) -> None:
+        """Raises `EncoderDiffers` if another task found what this one is about to commit to be suspect."""
+        found = encoder_difference.noted(self._config.output)
+        if self.encoder == encoder_difference.FAST and found is not None:
+            raise EncoderDiffers(found)
 
     def _report(self, num_bytes: int, *, done: bool = False) -> None:
         note = f"{self.totals['documents']:,} documents, {self.totals['tokens']:,} tokens"
@@ -176,7 +197,7 @@ def seal_if_complete(config: TokenizeConfig, sources: list[Source], tokenizer: T
                 "names; name them again, or delete these shards"
             )
         facts = {key: sum(record[key] for record in shards.values()) for key in ("lines", "documents_elsewhere", "empty", "rejected")}
-        manifests[split] = seal(directory, shards, tokenizer.vocabulary, {"split": split, **facts})
+        manifests[split] = seal(directory, shards, tokenizer.vocabulary, {"split": split, **tokenizer.facts(), **facts})
     return manifests
 
 

@@ -1,8 +1,8 @@
 """Texts to ids: the tokenizer's own library as the reference, and a faster one that has to agree with it.
 
 `tokenizers` is Hugging Face's library, and `transformers` stands in for tokenizers that exist in Python only. `gigatoken`
-gives the same ids 17 to 48 times as fast for the tokenizers it knows; it is used only after it agreed with the
-reference on the probes and on the beginning of the text, and keeps being checked on one document of every chunk.
+gives the same ids 17 to 48 times as fast for the tokenizers it knows; it is used only for those that it shares by their definition,
+after it agreed with the reference on the probes and on the beginning of the text, and keeps being checked as it works.
 """
 
 import json
@@ -15,7 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config.errors import UserError
-from pipeline.text.tokenizer import PROBES, TokenizerDefinition, backend_tokenizer, load_transformers_tokenizer, transformers_ids
+from pipeline.text.gigatoken_limits import unshared
+from pipeline.text.probes import PROBES, added_token_probes
+from pipeline.text.running_check import RunningCheck
+from pipeline.text.tokenizer import TokenizerDefinition, backend_tokenizer, load_transformers_tokenizer, transformers_ids
 
 EncoderName = Literal["gigatoken", "tokenizers", "transformers"]
 
@@ -24,7 +27,6 @@ EncoderName = Literal["gigatoken", "tokenizers", "transformers"]
 REFERENCE_BATCH_CHARACTERS = 1 << 18
 # gigatoken 0.10 remembers every word it ever met: up to 8 MB a megabyte of random letters. Building it anew takes 0.1 s.
 MAX_CACHE_GROWTH_BYTES = 512 << 20
-CHECKED_CHARACTERS = 2_000
 
 
 class EncodedTexts(NamedTuple):
@@ -74,17 +76,22 @@ class GigatokenEncoder:
             raise UserError(f"tokenizer: {definition.name} exists in Python only; set encoder to auto or transformers")
         self._definition = definition
         self._json = _without_special_tokens(definition) if definition.special_text == "text" else definition.backend_json
-        self._check = ReferenceEncoder(definition)
+        reference = ReferenceEncoder(definition)
+        self._check = RunningCheck(lambda text: reference.encode([text]).ids, definition.name)
         self._renew()
 
     def encode(self, texts: list[str]) -> EncodedTexts:
         if not texts:
             return _joined([])
-        encoded = self._encode(texts)
-        self._check_one(texts, encoded)
+        drawn = self._check.draw(texts)
+        encoded = self._encode([*texts, *drawn.slices])
+        ends = np.cumsum(encoded.lengths)
+        slices = range(len(texts), len(texts) + len(drawn.slices))
+        for number, text in [*((number, texts[number]) for number in drawn.whole), *zip(slices, drawn.slices, strict=True)]:
+            self._check.compare(text, encoded.ids[int(ends[number] - encoded.lengths[number]) : int(ends[number])])
         if resident_bytes() - self._resident_when_new > MAX_CACHE_GROWTH_BYTES:
             self._renew()
-        return encoded
+        return EncodedTexts(encoded.ids[: int(ends[len(texts) - 1])], encoded.lengths[: len(texts)])
 
     def _encode(self, texts: list[str]) -> EncodedTexts:
         layout = self._tokenizer.encode_batch(texts, parallel=False).layout
@@ -98,19 +105,6 @@ class GigatokenEncoder:
         self._tokenizer = gigatoken.Tokenizer.from_json(self._json)
         self._resident_when_new = resident_bytes()
 
-    def _check_one(self, texts: list[str], encoded: EncodedTexts) -> None:
-        """Holds the ids of the batch's first short text to the reference; raises `UserError` if an id differs."""
-        number = next((i for i, text in enumerate(texts) if len(text) <= CHECKED_CHARACTERS), None)
-        if number is None:
-            return
-        start = int(encoded.lengths[:number].sum())
-        found = encoded.ids[start : start + int(encoded.lengths[number])]
-        if not np.array_equal(found, self._check.encode([texts[number]]).ids):
-            raise UserError(
-                f"gigatoken gives other ids than {self._definition.name} itself for the text that begins {texts[number][:60]!r}; "
-                "set encoder: tokenizers and delete the token set"
-            )
-
 
 def make_encoder(definition: TokenizerDefinition, name: EncoderName) -> Encoder:
     made: dict[str, Callable[[TokenizerDefinition], Encoder]] = {
@@ -122,15 +116,24 @@ def make_encoder(definition: TokenizerDefinition, name: EncoderName) -> Encoder:
 
 
 def choose_encoder(
-    definition: TokenizerDefinition, wanted: Literal["auto"] | EncoderName, sample: Iterable[str], say: Callable[[str], None]
+    definition: TokenizerDefinition,
+    wanted: Literal["auto"] | EncoderName,
+    sample: Iterable[str],
+    say: Callable[[str], None],
+    *,
+    known_difference: str | None = None,
 ) -> EncoderName:
-    """The encoder to use for `wanted`; says why where it is not the fast one. `sample` is text to try it on."""
+    """The encoder to use for `wanted`; says why where it is not the fast one.
+
+    sample : text to try it on.
+    known_difference : what a run into the same set found, if it found gigatoken wrong.
+    """
     if wanted in ("tokenizers", "transformers"):
         return wanted
     if wanted == "auto" and definition.backend_json is None:
         say(f"encoder: transformers, since {definition.name} exists in Python only; expect some 0.1 MB of text a second and process")
         return "transformers"
-    fault = _gigatoken_fault(definition, [*PROBES, *(f"a{token}b {token}" for token in definition.special_tokens), *sample])
+    fault = known_difference or _gigatoken_fault(definition, sample)
     if fault is None:
         return "gigatoken"
     if wanted == "gigatoken":
@@ -139,18 +142,21 @@ def choose_encoder(
     return "tokenizers"
 
 
-def _gigatoken_fault(definition: TokenizerDefinition, texts: list[str]) -> str | None:
-    """Why gigatoken can't stand in for the tokenizer; None if it gives the same ids for all of `texts`."""
+def _gigatoken_fault(definition: TokenizerDefinition, sample: Iterable[str]) -> str | None:
+    """Why gigatoken can't stand in for the tokenizer, whatever text comes; None if it can."""
+    if definition.backend_json is None:
+        raise UserError(f"tokenizer: {definition.name} exists in Python only; set encoder to auto or transformers")
+    by_definition = unshared(definition.backend_json)
+    if by_definition is not None:
+        return f"{by_definition}; of such tokenizers gigatoken may give other ids"
     try:
         fast = GigatokenEncoder(definition)
     except ImportError as error:
         return f"it is not installed ({error}); pip install 'crosscoder-pipeline[fast]'"
-    except UserError:
-        raise
     except Exception as error:  # what the library raises for a tokenizer it does not know is not documented
         return f"it does not know this kind of tokenizer ({str(error).partition(chr(10))[0]})"
     reference = ReferenceEncoder(definition)
-    for text in texts:
+    for text in [*PROBES, *added_token_probes(definition.added_tokens), *sample]:
         if not np.array_equal(fast._encode([text]).ids, reference.encode([text]).ids):
             return f"its ids differ for the text that begins {text[:60]!r}"
     return None

@@ -16,6 +16,7 @@ from pipeline import records
 from pipeline.config.errors import UserError
 from pipeline.config.tokenize_text import TokenizeConfig
 from pipeline.records import Record
+from pipeline.text import encoder_difference
 from pipeline.text.chunk_encoder import EncodedChunk
 from pipeline.text.rejects import RejectFiles
 from pipeline.text.text_lines import REASONS
@@ -30,7 +31,8 @@ class SourceParts:
         self.source = source
         self.rejects = RejectFiles(config.output / "rejects", source.name)
         self.directories = list(config.outputs().values())
-        found = [_committed(directory, source.name) for directory in self.directories]
+        distrusted = encoder_difference.noted(config.output) is not None
+        found = [_committed(directory, source.name, distrusted=distrusted) for directory in self.directories]
         self.done: dict[int, Record] = {part: found[0][part] for part in sorted(set(found[0]).intersection(*found[1:]))}
         """The first split's record of each part that is done."""
 
@@ -60,11 +62,13 @@ class SourceParts:
             )
 
 
-def _committed(directory: Path, source: str) -> dict[int, Record]:
-    """The records of a source's shards in `directory`, by part."""
+def _committed(directory: Path, source: str, *, distrusted: bool) -> dict[int, Record]:
+    """The records of a source's shards in `directory`, by part. `distrusted`: those that gigatoken made are withdrawn."""
     names = [path.name for path in directory.iterdir()] if directory.exists() else []
     matches = [match for name in names if (match := re.fullmatch(rf"({re.escape(source)}-(\d{{3,}}))\.json", name))]
-    return {int(match[2]): records.read_shard(directory, match[1], SHARD_FORMAT) for match in matches}
+    found = {int(match[2]): (match[1], records.read_shard(directory, match[1], SHARD_FORMAT)) for match in matches}
+    withdrawn = encoder_difference.withdraw(directory, found) if distrusted else set()
+    return {part: record for part, (_, record) in found.items() if part not in withdrawn}
 
 
 class PartWriter:

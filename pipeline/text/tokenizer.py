@@ -14,24 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pipeline.config.errors import UserError
-from pipeline.tokens import Vocabulary
+from pipeline.text.probes import PROBES, added_token_probes
+from pipeline.tokens import BeginningOfText, Vocabulary
 
 DEMO_DIRECTORY = Path(__file__).parent.parent / "demo" / "model"
 
 SpecialText = Literal["token", "text"]
-
-# Texts on which tokenizers and their fast forms are known to part ways: white space, control characters, scripts without
-# spaces, combining marks, emoji joined to sequences, contractions, long runs, special tokens.
-PROBES = [
-    "Hello world",
-    "  two  spaces\tand\ttabs \n\n\n new lines\r\n \u00a0\u2003\u3000 wide\u200b ones ",
-    "don't DON'T we'll I'M they\u2019re",
-    "def f(x):\n    return x**2  # caf\u00e9 na\u00efve e\u0301",
-    "1234567890 3.14159 1,000,000 \u00bd \u0663\u0664 \u2460",
-    "\u4f60\u597d\uff0c\u4e16\u754c \u3053\u3093\u306b\u3061\u306f \uc548\ub155 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
-    "\U0001f469\u200d\U0001f469\u200d\U0001f467\U0001f3fd \U0001f1e9\U0001f1ea \ufffd \ufeff \x00 \x07 \U0010ffff",
-    "a" * 300 + " " * 300 + "ab" * 300 + "=" * 300 + "\n" * 50,
-]
 
 
 class TokenizerDefinition(NamedTuple):
@@ -41,10 +29,20 @@ class TokenizerDefinition(NamedTuple):
     """As the configuration gives it: `demo`, a directory, a tokenizer.json or a name on the Hugging Face hub."""
     revision: str | None
     special_text: SpecialText
-    special_tokens: list[str]
+    added_tokens: list[str]
+    """Special ones and others, as they are written in a text."""
     backend_json: str | None
     """The definition that the library `tokenizers` reads; None for a tokenizer that exists in Python only."""
     vocabulary: Vocabulary
+    end_of_text: str
+    """The token of `vocabulary.end_of_text_id`, as text."""
+    beginning_of_text: BeginningOfText
+    remarks: list[str]
+    """Sentences for the log of whoever tokenizes with it."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a token set's manifest says of it beside the vocabulary."""
+        return {"end_of_text": self.end_of_text, **self.beginning_of_text.facts()}
 
     def provenance(self, encoder: str) -> dict[str, Any]:
         """Where the ids come from, for a record; `encoder` is the library that made them."""
@@ -80,7 +78,12 @@ def _from_file(name: str, file: Path, special_text: SpecialText, end_of_text: st
     end_id = _id_of(end_of_text, backend.token_to_id(end_of_text), str(file))
     backend_json = _canonical(backend)
     vocabulary = Vocabulary(max(backend.get_vocab(with_added_tokens=True).values()) + 1, end_id, _hash(backend_json))
-    return TokenizerDefinition(name, None, special_text, special_tokens, backend_json, vocabulary)
+    bare = backend_tokenizer(backend_json, "token")
+    leading = _leading(bare.encode("a").ids, bare.encode("a", add_special_tokens=False).ids)
+    beginning = BeginningOfText(leading[0] if len(leading) == 1 else None, len(leading) == 1)
+    return TokenizerDefinition(
+        name, None, special_text, _added_tokens(backend), backend_json, vocabulary, end_of_text, beginning, _on_leading(name, leading)
+    )
 
 
 def _from_transformers(
@@ -92,17 +95,30 @@ def _from_transformers(
     if end_of_text is None and end_id is None:
         raise UserError(f"tokenizer: {name} has no end-of-text token; set end_of_text to one of its tokens")
     end_id = _id_of(end_of_text, end_id, name)
+    added_tokens = [str(token) for token in dict.fromkeys([*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()])]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     backend_json = None
     if backend is not None:
         backend_json = _canonical(backend)
-        if not _same_ids(tokenizer, backend_json, special_text):
+        if _first_difference(tokenizer, backend_tokenizer(backend_json, special_text), special_text, added_tokens) is not None:
             backend_json = None
     size = max(max(vocab.values()) + 1, len(tokenizer))
     described = json.dumps([type(tokenizer).__name__, sorted(vocab.items()), sorted(tokenizer.all_special_tokens)])
     vocabulary = Vocabulary(size, end_id, _hash(backend_json) if backend_json else _sha256(described))
-    special = [str(token) for token in tokenizer.all_special_tokens]
-    return TokenizerDefinition(name, revision, special_text, special, backend_json, vocabulary)
+    leading = _leading(tokenizer("a")["input_ids"], transformers_ids(tokenizer, "a", "token"))
+    beginning = BeginningOfText(leading[0] if len(leading) == 1 else tokenizer.bos_token_id, len(leading) == 1)
+    remarks = [*_on_file_beside(tokenizer, name, location, revision, special_text, added_tokens), *_on_leading(name, leading)]
+    return TokenizerDefinition(
+        name,
+        revision,
+        special_text,
+        added_tokens,
+        backend_json,
+        vocabulary,
+        str(end_of_text if end_of_text is not None else tokenizer.eos_token),
+        beginning,
+        remarks,
+    )
 
 
 def load_transformers_tokenizer(location: str, revision: str | None) -> Any:
@@ -135,11 +151,61 @@ def transformers_ids(tokenizer: Any, text: str, special_text: SpecialText) -> li
     return ids
 
 
-def _same_ids(tokenizer: Any, backend_json: str, special_text: SpecialText) -> bool:
-    """Whether transformers adds nothing of its own to what its backend does, on the probes."""
-    backend = backend_tokenizer(backend_json, special_text)
-    probes = [*PROBES, *(f"a{token}b {token}" for token in tokenizer.all_special_tokens)]
-    return all(backend.encode(text, add_special_tokens=False).ids == transformers_ids(tokenizer, text, special_text) for text in probes)
+def _first_difference(tokenizer: Any, backend: Any, special_text: SpecialText, added_tokens: list[str]) -> str | None:
+    """The first probe for which transformers gives other ids than `backend` of the library `tokenizers`; None if it is the same for all."""
+    for text in [*PROBES, *added_token_probes(added_tokens)]:
+        if backend.encode(text, add_special_tokens=False).ids != transformers_ids(tokenizer, text, special_text):
+            return text
+    return None
+
+
+def _on_file_beside(
+    tokenizer: Any, name: str, location: str, revision: str | None, special_text: SpecialText, added_tokens: list[str]
+) -> list[str]:
+    """A sentence if transformers makes another tokenizer of a directory or name than the tokenizer.json in it is."""
+    import tokenizers
+    import transformers
+
+    file = transformers.utils.cached_file(
+        location,
+        "tokenizer.json",
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if file is None:
+        return []
+    try:
+        definition = Path(file).read_text(encoding="utf-8")
+        in_file = backend_tokenizer(_canonical(tokenizers.Tokenizer.from_str(definition)), special_text)
+    except Exception as error:  # the library raises bare Exception
+        return [f"{file} can't be read by tokenizers {tokenizers.__version__} ({error}); transformers' own reading of {name} is used"]
+    text = _first_difference(tokenizer, in_file, special_text, list(dict.fromkeys([*added_tokens, *_added_tokens(in_file)])))
+    if text is None:
+        return []
+    made = f"transformers {transformers.__version__} makes a {type(tokenizer).__name__} of {name}"
+    found = f"{made} that gives other ids than the tokenizer.json in it does, first for the text that begins {text[:40]!r}"
+    return [f"{found}; transformers' ids are used, as its users get them. tokenizer.name={file} takes the file's"]
+
+
+def _added_tokens(backend: Any) -> list[str]:
+    return [token.content for token in backend.get_added_tokens_decoder().values()]
+
+
+def _leading(with_special: list[int], alone: list[int]) -> list[int]:
+    """The ids that a tokenizer's call puts in front of a text."""
+    for start in range(len(with_special) - len(alone) + 1):
+        if with_special[start : start + len(alone)] == alone:
+            return with_special[:start]
+    return []
+
+
+def _on_leading(name: str, leading: list[int]) -> list[str]:
+    if len(leading) < 2:
+        return []
+    return [
+        f"{name} puts {len(leading)} tokens in front of a text ({leading}); contexts can begin with one at most, so they get none of them"
+    ]
 
 
 def _id_of(token: str | None, found: int | None, where: str) -> int:
