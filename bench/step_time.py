@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.activations.source import ActivationBatch, LayerStatistics
+from pipeline.activations.source import ActivationBatch, LayerStatistics, Provenance
 from pipeline.config.schema import build
 from pipeline.config.train_crosscoder import TrainConfig
 from pipeline.crosscoder.trainer import Trainer
@@ -37,8 +37,8 @@ class Shape(NamedTuple):
 class OneBatch:
     """An activation source that the bench never iterates: it calls the trainer's step with a batch of its own."""
 
-    data_id, language_model_hash, tokens_id, tokenizer_hash = "bench", "bench", "bench", "bench"
-    context_tokens, drop_positions = 1024, [0]
+    data_id = "bench"
+    provenance = Provenance("bench", "bench", "bench", 1024, [0])
     num_positions = 10**9
 
     def __init__(self, shape: Shape) -> None:

@@ -50,14 +50,25 @@ def test_settings_that_do_not_fit_the_model_are_refused(inputs, tmp_path, change
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "end", "message"),
+    ("greatest", "end", "message"),
     [
-        (301, 0, "a vocabulary of 301 ids, but .* knows 300"),
-        (300, 5, "has end-of-text id 5, but .* has 0: it is another tokenizer's"),
+        (300, 0, "tokens holds id 300, but .* has embeddings for ids up to 299; tokenize with the model's own tokenizer"),
+        (
+            3,
+            300,
+            r"tokens has id 300 \(END\) as its end of text, but .* has embeddings for ids up to 299; .* with tokenizer.end_of_text set",
+        ),
+        (
+            3,
+            5,
+            r"ends its documents with id 5 \(END\), but the configuration of .* names id 0 as .*, and no tokenizer beside the model shows",
+        ),
     ],
+    ids=["an-id-beyond", "the-end-beyond", "other-ends"],
 )
-def test_tokens_of_another_tokenizer_are_refused(inputs, tmp_path, vocab_size, end, message):
-    write_token_set(tmp_path / "tokens", {"a": [[1, 2, 3]]}, vocab_size=vocab_size, end_of_text_id=end)
+def test_tokens_that_the_model_cannot_read_or_may_not_be_its_own_are_refused(inputs, tmp_path, greatest, end, message):
+    facts = {"end_of_text": "END"}
+    write_token_set(tmp_path / "tokens", {"a": [[1, 2, greatest]]}, vocab_size=400, end_of_text_id=end, facts=facts)
     settings = StreamedActivations(kind="stream", **harvest_settings(inputs, tokens=tmp_path / "tokens"))
     with pytest.raises(UserError, match=message):
         open_source(settings, Run(tmp_path / "run"), CPU)

@@ -9,7 +9,7 @@ import torch
 import transformers
 from tiny_models import tiny_gpt2, tiny_llama, tiny_token_set, tiny_tokenizer
 
-from pipeline.activations.harvest import check_tokens
+from pipeline.activations.token_check import check_tokens
 from pipeline.config.errors import UserError
 from pipeline.config.language_model import LanguageModelConfig
 from pipeline.language_model import LanguageModel

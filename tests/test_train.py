@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from toy_activations import BATCH_TOPK, LAYERS, RELU, VARIANTS, MemorySource, random_activations, train_config
 
-from pipeline.activations.source import ActivationBatch
+from pipeline.activations.source import ActivationBatch, Provenance
 from pipeline.config.errors import UserError
 from pipeline.crosscoder.checkpoint import load_crosscoder
 from pipeline.crosscoder.trainer import Trainer
@@ -341,6 +341,5 @@ def test_the_record_names_what_the_crosscoder_was_trained_on(tmp_path: Path) -> 
     trainer(tmp_path, MemorySource(random_activations(300))).train()
     trained = load_crosscoder(tmp_path)
     assert (trained.layers, trained.d_model, trained.num_features, trained.tokens_trained) == (LAYERS, 6, 16, 1000)
-    assert (trained.activations_id, trained.language_model_hash) == ("f" * 64, "m" * 64)
-    assert (trained.tokens_id, trained.tokenizer_hash, trained.batch_positions) == ("d" * 64, "t" * 64, 32)
-    assert (trained.context_tokens, trained.drop_positions) == (16, [0])
+    assert (trained.activations_id, trained.batch_positions) == ("f" * 64, 32)
+    assert trained.provenance == Provenance("m" * 64, "d" * 64, "t" * 64, 16, [0])

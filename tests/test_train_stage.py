@@ -65,8 +65,8 @@ def test_inputs_are_bound_to_the_run(harvest: dict[str, Any], tmp_path: Path) ->
     train_crosscoder.run(config(stream(harvest)), Run(tmp_path, stage="train"))
     trained = load_crosscoder(tmp_path)
     inputs = json.loads((tmp_path / "inputs.json").read_text())
-    assert inputs["tokens"]["data_id"] == trained.tokens_id
-    assert inputs["language_model"]["data_id"] == trained.language_model_hash
+    assert inputs["tokens"]["data_id"] == trained.provenance.tokens_id
+    assert inputs["language_model"]["data_id"] == trained.provenance.language_model_hash
 
 
 def test_a_run_stopped_while_the_stream_computes_ends_as_one_that_was_not(harvest: dict[str, Any], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.activations.source import ActivationBatch, LayerStatistics
+from pipeline.activations.source import ActivationBatch, LayerStatistics, Provenance
 from pipeline.config.schema import build
 from pipeline.config.train_crosscoder import TrainConfig
 
@@ -20,8 +20,7 @@ class MemorySource:
     def __init__(self, acts_NLD: Tensor, *, data_id: str = "f" * 64) -> None:
         self.acts_NLD = acts_NLD
         self.data_id = data_id
-        self.language_model_hash, self.tokens_id, self.tokenizer_hash = "m" * 64, "d" * 64, "t" * 64
-        self.context_tokens, self.drop_positions = 16, [0]
+        self.provenance = Provenance("m" * 64, "d" * 64, "t" * 64, 16, [0])
         self.layers = LAYERS[: acts_NLD.shape[1]]
         self.d_model = acts_NLD.shape[2]
         self.num_positions = acts_NLD.shape[0]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from pipeline.activations.order import ModelBatch, Order
-from pipeline.activations.source import ActivationBatch
+from pipeline.activations.source import ActivationBatch, Provenance
+from pipeline.activations.token_check import check_tokens
 from pipeline.config.activation_source import Harvest
 from pipeline.config.errors import UserError
-from pipeline.contexts import Contexts
+from pipeline.contexts import Contexts, beginning_of_text
 from pipeline.language_model import LanguageModel
 from pipeline.tokens import TokenSet
 
@@ -25,13 +26,23 @@ class Harvester:
     def __init__(self, tokens: TokenSet, model: LanguageModel, settings: Harvest, check_stop: Callable[[], None]) -> None:
         model.check_layers(settings.layers)
         model.check_context(settings.context_tokens)
-        check_tokens(tokens, model)
+        beginning = beginning_of_text(settings.beginning_of_text, tokens)
+        is_checked = settings.language_model.check_tokenizer
+        on_tokens = check_tokens(tokens, model, check_tokenizer=is_checked, beginning_of_text_id=beginning.token_id)
+        self.remarks = [*on_tokens, beginning.remark]
+        """Sentences for the log."""
         self.tokens = tokens
         self.model = model
         self.settings = settings
         self.layers = settings.layers
-        self.contexts = Contexts(tokens, settings.context_tokens)
-        self.order = Order(self.contexts.lengths, settings)
+        self.contexts = Contexts(tokens, settings.context_tokens, beginning_of_text_id=beginning.token_id)
+        drop_positions = settings.drop_positions
+        if beginning.token_id is not None and 0 not in drop_positions:
+            drop_positions = [0, *drop_positions]  # it is no token of the text
+        self.order = Order(self.contexts.lengths, settings, drop_positions=drop_positions)
+        self.provenance = Provenance(
+            model.hash, tokens.data_id, tokens.tokenizer_hash, settings.context_tokens, drop_positions, beginning.token_id
+        )
         self._check_stop = check_stop
 
     @property
@@ -105,23 +116,4 @@ class _FiniteCheck(NamedTuple):
             f"the activations of {self.layers[layer]} are not finite (NaN or infinite) in context {context:,}, position "
             f"{int(self.rows.positions_B[row])}, document {int(self.rows.documents_B[row]):,}: check the model's weights, "
             "or choose a dtype with a wider range (bfloat16 or float32)"
-        )
-
-
-def check_tokens(tokens: TokenSet, model: LanguageModel) -> None:
-    """Raises `UserError` if `model` can't read the ids of `tokens`, or they come from a tokenizer that is not its own."""
-    if tokens.vocab_size > model.vocab_size:
-        raise UserError(
-            f"{tokens.directory} was made with a vocabulary of {tokens.vocab_size:,} ids, but {model.name} knows {model.vocab_size:,}: "
-            "it is another tokenizer's; tokenize with the model's own"
-        )
-    if model.end_of_text_ids and tokens.end_of_text_id not in model.end_of_text_ids:
-        raise UserError(
-            f"{tokens.directory} has end-of-text id {tokens.end_of_text_id}, but {model.name} has {model.end_of_text_id}: "
-            "it is another tokenizer's; tokenize with the model's own"
-        )
-    if tokens.tokenizer_hash and model.tokenizer_hash and tokens.tokenizer_hash != model.tokenizer_hash:
-        raise UserError(
-            f"{tokens.directory} was made by tokenizer {tokens.tokenizer_hash[:12]}, but {model.name} has {model.tokenizer_hash[:12]}; "
-            "tokenize with the model's own, or set language_model.check_tokenizer to false if the two give the same ids"
         )

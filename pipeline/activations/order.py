@@ -38,9 +38,10 @@ class ModelBatch(NamedTuple):
 class Order:
     """The order in which `settings` take positions out of contexts of the given lengths."""
 
-    def __init__(self, lengths: Numbers, settings: Harvest) -> None:
+    def __init__(self, lengths: Numbers, settings: Harvest, *, drop_positions: list[int] | None = None) -> None:
+        """`drop_positions` takes the place of the setting where more is left out than it says."""
         self.settings = settings
-        dropped = np.array(sorted(settings.drop_positions), np.int64)
+        dropped = np.array(sorted(settings.drop_positions if drop_positions is None else drop_positions), np.int64)
         self.kept_positions = np.setdiff1d(np.arange(settings.context_tokens), dropped)
         """Positions that a full context keeps."""
         self._contexts, self._kept = _take(lengths, dropped, settings)
@@ -49,7 +50,7 @@ class Order:
         """Rows of each generation."""
         self.num_positions = int(self.rows.sum())
         if self.num_positions == 0:
-            raise UserError(f"{settings.tokens} has no position left when {settings.drop_positions} of each context are dropped")
+            raise UserError(f"{settings.tokens} has no position left when {dropped.tolist()} of each context are dropped")
 
     @property
     def num_generations(self) -> int:

@@ -22,7 +22,7 @@ from pipeline import records
 from pipeline.activations.order import Numbers, Piece, batch_pieces, generation_order
 from pipeline.activations.prefetch import prefetched
 from pipeline.activations.shard_file import ShardFile, ShardLayout
-from pipeline.activations.source import ActivationBatch, LayerStatistics
+from pipeline.activations.source import ActivationBatch, LayerStatistics, Provenance
 from pipeline.config.errors import UserError
 from pipeline.records import Record
 
@@ -37,9 +37,10 @@ SHARED_FACTS = (
     "language_model_hash",
     "context_tokens",
     "drop_positions",
+    "beginning_of_text_id",
     "seed",
 )
-"""What the records of all shards of a set and its manifest have in common."""
+"""What the records of all shards of a set and its manifest have in common; `beginning_of_text_id` is only there if contexts begin so."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "uint16": torch.uint16, "uint32": torch.uint32}
 
@@ -70,11 +71,7 @@ class ActivationSet:
         self.num_positions: int = manifest["num_positions"]
         self.dtype = DTYPES[manifest["dtype"]]
         self.seed: int = manifest["seed"]
-        self.language_model_hash: str = manifest["language_model_hash"]
-        self.tokens_id: str = manifest["tokens_data_id"]
-        self.tokenizer_hash: str = manifest["tokenizer_hash"]
-        self.context_tokens: int = manifest["context_tokens"]
-        self.drop_positions: list[int] = manifest["drop_positions"]
+        self.provenance = Provenance.from_facts(manifest | {"tokens_id": manifest["tokens_data_id"]})
         self.statistics = LayerStatistics.from_json(manifest["statistics"])
         self._device = device
         self._prefetch_batches = prefetch_batches
@@ -186,12 +183,13 @@ def _received(sent: Iterator[tuple[ActivationBatch, torch.cuda.Event]]) -> Itera
 
 def _check_record(directory: Path, stem: str, record: Record, manifest: Record) -> None:
     for key in SHARED_FACTS:
-        if record[key] != manifest[key]:
-            raise UserError(f"{directory / stem}.json has {key} {record[key]!r}, the set's manifest {manifest[key]!r}: two sets are mixed")
-    expected, found = layout_of(record).file_bytes(), record["files"][f"{stem}.safetensors"]["bytes"]
-    if found != expected:
+        found, expected = record.get(key), manifest.get(key)
+        if found != expected:
+            raise UserError(f"{directory / stem}.json has {key} {found!r}, the set's manifest {expected!r}: two sets are mixed")
+    size, held = layout_of(record).file_bytes(), record["files"][f"{stem}.safetensors"]["bytes"]
+    if held != size:
         raise UserError(
-            f"{directory / stem}.safetensors holds {found:,} bytes, its record's {record['num_positions']:,} positions take {expected:,}: "
+            f"{directory / stem}.safetensors holds {held:,} bytes, its record's {record['num_positions']:,} positions take {size:,}: "
             f"the shard is damaged; delete {directory / stem}.json and run the cache stage again, it redoes only that shard"
         )
 
@@ -208,6 +206,6 @@ def seal(directory: Path, shards: Mapping[str, Record], statistics: LayerStatist
                 "context does not count), so they have no scale; cache more positions, or another layer"
             )
     num_positions = sum(record["num_positions"] for record in shards.values())
-    facts = {key: first[key] for key in SHARED_FACTS} | {"num_positions": num_positions}
+    facts = {key: first[key] for key in SHARED_FACTS if key in first} | {"num_positions": num_positions}
     facts |= {"scale": scale_L.tolist(), "statistics": statistics.to_json()}
     return records.write_manifest(directory, SET_FORMAT, dict(shards), facts)

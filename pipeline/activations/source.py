@@ -59,6 +59,31 @@ class LayerStatistics:
         return cls(mean_LD, torch.tensor(values["mean_squared_norm"], dtype=torch.float64), values["num_positions"])
 
 
+class Provenance(NamedTuple):
+    """What activations come from, as far as whoever compares others with them has to do the same; goes along into checkpoints."""
+
+    language_model_hash: str
+    tokens_id: str
+    """Data id of the token set."""
+    tokenizer_hash: str
+    """Of the tokenizer that made that token set; empty where none did."""
+    context_tokens: int
+    """Length of the contexts that the model read."""
+    drop_positions: list[int]
+    """Positions of every context that are left out."""
+    beginning_of_text_id: int | None = None
+    """What every context begins with; None: with the text itself."""
+
+    def facts(self) -> dict[str, Any]:
+        """As entries of a record; there is none of a beginning that is not there, so that older identities hold."""
+        return {key: value for key, value in self._asdict().items() if value is not None}
+
+    @classmethod
+    def from_facts(cls, facts: dict[str, Any]) -> "Provenance":
+        """The inverse of `facts`, from a record that holds more."""
+        return cls(**{key: facts[key] for key in cls._fields if key in facts})
+
+
 class ActivationSource(Protocol):
     """Activations of the same positions in the same order at every call, in batches, from any point on."""
 
@@ -68,29 +93,7 @@ class ActivationSource(Protocol):
         ...
 
     @property
-    def language_model_hash(self) -> str:
-        """Of the model that computes the rows."""
-        ...
-
-    @property
-    def tokens_id(self) -> str:
-        """Data id of the token set that they are computed from."""
-        ...
-
-    @property
-    def tokenizer_hash(self) -> str:
-        """Of the tokenizer that made that token set; empty where none did."""
-        ...
-
-    @property
-    def context_tokens(self) -> int:
-        """Length of the contexts that the model read."""
-        ...
-
-    @property
-    def drop_positions(self) -> list[int]:
-        """Positions of every context that are left out."""
-        ...
+    def provenance(self) -> Provenance: ...
 
     @property
     def layers(self) -> list[str]: ...

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -29,11 +30,9 @@ class ActivationStream:
         self._config = config
         self._run = run
         self._harvester = Harvester(tokens, model, config, run.check_stop)
-        self.language_model_hash = model.hash
-        self.tokens_id = tokens.data_id
-        self.tokenizer_hash = tokens.tokenizer_hash
-        self.context_tokens = config.context_tokens
-        self.drop_positions = config.drop_positions
+        for remark in self._harvester.remarks:
+            run.say(remark)
+        self.provenance = self._harvester.provenance
         self.layers = config.layers
         self.d_model = model.d_model
         self.num_positions = self._harvester.order.num_positions
@@ -43,8 +42,10 @@ class ActivationStream:
         """sha256 over all that determines the rows and their order."""
         harvester = self._harvester
         settings = self._config.identity()
-        rows_settings = {key: settings[key] for key in Harvest.model_fields if key in settings}
-        made_from = [rows_settings, harvester.tokens.data_id, harvester.model.hash]
+        rows_settings = {key: settings[key] for key in Harvest.model_fields if key in settings and key != "beginning_of_text"}
+        made_from: list[Any] = [rows_settings, harvester.tokens.data_id, harvester.model.hash]
+        if self.provenance.beginning_of_text_id is not None:
+            made_from.append(self.provenance.beginning_of_text_id)
         return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
     @functools.cached_property

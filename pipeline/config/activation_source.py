@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from pipeline.config.beginning_of_text import BeginningOfTextSetting
 from pipeline.config.language_model import LanguageModelConfig
 from pipeline.config.schema import OPERATIONAL, Config, Count, DataPath, PositiveCount
 
@@ -28,7 +29,10 @@ class Harvest(Config):
     layers: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
     """Module paths of the blocks whose output is read (`transformer.h.7`), in the order of the crosscoder's layers."""
     context_tokens: Annotated[PositiveCount, Field(le=65_536)] = 1024
-    """Length of a context, in tokens."""
+    """Length of a context, in tokens; a beginning-of-text token is one of them."""
+    beginning_of_text: BeginningOfTextSetting = "auto"
+    """Whether every context begins with the tokenizer's beginning-of-text token, as Gemma and Llama need it; `auto`: if the
+    tokenizer's own call puts it before a text. It is position 0 and no token of the text, so it is always left out."""
     drop_positions: Annotated[list[Count], AfterValidator(_distinct)] = [0]
     """Positions of every context that are left out; the norm at position 0 is many times the others'."""
     contexts_per_generation: PositiveCount = 1024

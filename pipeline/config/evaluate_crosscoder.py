@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from pipeline.config.beginning_of_text import BeginningOfTextSetting
 from pipeline.config.language_model import LanguageModelConfig
 from pipeline.config.schema import OPERATIONAL, RUN, DataPath, PositiveCount
 from pipeline.config.stage import StageConfig
@@ -34,8 +35,11 @@ class EvaluateConfig(StageConfig):
     """The model whose activations the crosscoder was trained on."""
     context_tokens: Annotated[PositiveCount, Field(ge=3)] = 1024
     """Length of the contexts that the model reads, in tokens; as in training, for comparable activations."""
+    beginning_of_text: BeginningOfTextSetting = "auto"
+    """Whether every context begins with the tokenizer's beginning-of-text token; `auto`: as in training. Another than in
+    training is refused: the activations would be others."""
     max_tokens: PositiveCount | None = 1_000_000
-    """Read at most so many tokens (separators counted), in whole contexts drawn by `seed`; null reads the whole set."""
+    """Read at most so many tokens (separators and beginning-of-text counted), in whole contexts drawn by `seed`; null reads the whole set."""
     batch_contexts: Annotated[PositiveCount, Field(json_schema_extra=OPERATIONAL)] = 8
     """Contexts in one forward pass. Twice their logits (batch_contexts * context_tokens * vocabulary numbers) lie in memory."""
     other_layer_distance: PositiveCount = 1

@@ -108,6 +108,7 @@ def _expected(place: Place, fault: Mapping[str, Any]) -> str:
         return "a group of settings" + (f": {', '.join(keys)}" if keys else ", `key: value` lines")
     if kind == "literal_error":
         words = [word.strip(" '") for word in limits["expected"].replace(" or ", ", ").split(",")]
+        words = [word.lower() if word in ("True", "False") else word for word in words]  # as YAML writes them
         return _choice(words, fault["input"])
     if kind in EXPECTED:
         return EXPECTED[kind].format(**limits)

@@ -17,9 +17,14 @@ class Config(pydantic.BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=())
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the bytes of the output, as JSON values: all but those marked `operational`."""
-        fields = type(self).model_fields.items()
-        return {key: _identity_of(getattr(self, key)) for key, field in fields if not _is_operational(field.json_schema_extra)}
+        """The settings that decide the bytes of the output, as JSON values: all but `OPERATIONAL` ones, and `ADDED` ones at a default."""
+        identity = {}
+        for key, field in type(self).model_fields.items():
+            value = getattr(self, key)
+            at_default = _is_marked(field.json_schema_extra, "added") and value == field.get_default(call_default_factory=True)
+            if not at_default and not _is_marked(field.json_schema_extra, "operational"):
+                identity[key] = _identity_of(value)
+        return identity
 
     def resolved(self) -> dict[str, Any]:
         """Every setting, defaults included, as values that YAML and JSON can hold."""
@@ -36,8 +41,8 @@ class Config(pydantic.BaseModel):
         return chosen
 
 
-def _is_operational(extra: object) -> bool:
-    return isinstance(extra, dict) and bool(extra.get("operational"))
+def _is_marked(extra: object, mark: str) -> bool:
+    return isinstance(extra, dict) and bool(extra.get(mark))
 
 
 def _identity_of(value: Any) -> Any:
@@ -52,6 +57,9 @@ def _identity_of(value: Any) -> Any:
 
 OPERATIONAL: dict[str, Any] = {"operational": True}
 """`Field(default, json_schema_extra=OPERATIONAL)` marks a setting that changes cost or place, never the output's bytes."""
+
+ADDED: dict[str, Any] = {"added": True}
+"""Marks a setting that came after identities had been recorded without it: at its default it leaves them as they were."""
 
 RUN: dict[str, Any] = {**OPERATIONAL, "run": True}
 """The same for a path of a run, which may also be given as `train/demo`: the stage and name under the root of runs."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline import records
+from pipeline.activations.source import Provenance
 from pipeline.config.crosscoder import CrosscoderConfig
 from pipeline.config.errors import UserError
 from pipeline.config.schema import build
@@ -20,17 +21,8 @@ from pipeline.crosscoder.checkpoint_files import Part
 from pipeline.crosscoder.model import Crosscoder
 from pipeline.crosscoder.normalizer import Normalizer
 
-FACTS = (
-    "dead_window_tokens",
-    "batch_positions",
-    "activations_id",
-    "language_model_hash",
-    "tokens_id",
-    "tokenizer_hash",
-    "context_tokens",
-    "drop_positions",
-)
-"""What the record of a crosscoder says of its training, besides step, tokens and layers."""
+FACTS = ("dead_window_tokens", "batch_positions", "activations_id")
+"""What the record of a crosscoder says of its training, besides step, tokens, layers and the activations' provenance."""
 
 logger = logging.getLogger(__name__)
 
@@ -53,18 +45,10 @@ class TrainedCrosscoder:
     """sha256 over configuration, layers and weights: by content, wherever the checkpoint lies."""
     activations_id: str
     """Data id of the activations that it was trained on."""
-    language_model_hash: str
-    """Of the model whose activations it was trained on."""
-    tokens_id: str
-    """Data id of the token set that it was trained on."""
-    tokenizer_hash: str
-    """Of the tokenizer that made that token set; empty where none did."""
+    provenance: Provenance
+    """What those activations come from."""
     batch_positions: int
     """Positions of a training batch."""
-    context_tokens: int
-    """Length of the contexts that the language model read in training."""
-    drop_positions: list[int]
-    """Positions of every context that training left out."""
 
     @property
     def num_features(self) -> int:
@@ -96,7 +80,7 @@ class TrainedCrosscoder:
 def crosscoder_part(
     crosscoder: Crosscoder, normalizer: Normalizer, tokens_since_fired_F: Tensor, config: CrosscoderConfig, facts: dict[str, Any]
 ) -> Part:
-    """The shard of a checkpoint that `load_crosscoder` reads. `facts`: step, tokens, layers and all of `FACTS`."""
+    """The shard of a checkpoint that `load_crosscoder` reads. `facts`: step, tokens, layers, all of `FACTS` and of a provenance."""
     tensors = dict(crosscoder.state_dict())
     tensors |= {"mean_LD": normalizer.mean_LD, "scale_L": normalizer.scale_L, "tokens_since_fired_F": tokens_since_fired_F}
     return Part(tensors, {"config": config.resolved(), **facts})
@@ -122,6 +106,7 @@ def load_crosscoder(path: Path, device: torch.device | str = "cpu") -> TrainedCr
         tokens_trained=facts["tokens"],
         tokens_since_fired_F=tokens_since_fired_F,
         identity=records.data_id([facts]),
+        provenance=Provenance.from_facts(facts),
         **{name: facts[name] for name in FACTS},
     )
 

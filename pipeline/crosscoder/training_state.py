@@ -35,11 +35,7 @@ class TrainingState:
             "dead_window_tokens": config.dead_window_tokens,
             "batch_positions": config.batch_positions,
             "activations_id": source.data_id,
-            "language_model_hash": source.language_model_hash,
-            "tokens_id": source.tokens_id,
-            "tokenizer_hash": source.tokenizer_hash,
-            "context_tokens": source.context_tokens,
-            "drop_positions": source.drop_positions,
+            **source.provenance.facts(),
         }
         self.layers = list(source.layers)
         self.device = device

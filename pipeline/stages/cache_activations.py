@@ -43,11 +43,21 @@ def run(config: CacheConfig, run: Run) -> dict[str, Any]:
     model = LanguageModel.load(config.language_model)
     run.bind_input("language_model", model.hash)
     harvester = Harvester(tokens, model, config, run.check_stop)
-    inputs = {"tokens": tokens.data_id, "language_model": model.hash}
-    records.claim(config.output, {"stage": "cache", "settings": config.identity(), "inputs": inputs})
+    for remark in harvester.remarks:
+        run.say(remark)
+    inputs: dict[str, Any] = {"tokens": tokens.data_id, "language_model": model.hash}
+    inputs |= _beginning(harvester)
+    settings = {key: value for key, value in config.identity().items() if key != "beginning_of_text"}
+    records.claim(config.output, {"stage": "cache", "settings": settings, "inputs": inputs})
     cache = _Cache(config, harvester, run)
     cache.write_missing()
     return cache.seal_if_complete() | model.memory_used()
+
+
+def _beginning(harvester: Harvester) -> Record:
+    """What contexts begin with, as an entry of records; none where they begin with the text."""
+    token_id = harvester.provenance.beginning_of_text_id
+    return {} if token_id is None else {"beginning_of_text_id": token_id}
 
 
 class _Cache:
@@ -127,10 +137,11 @@ class _Cache:
             "dtype": config.language_model.dtype,
             "token_dtype": harvester.tokens.dtype.name,
             "context_tokens": config.context_tokens,
-            "drop_positions": config.drop_positions,
+            "drop_positions": harvester.provenance.drop_positions,
             "seed": config.seed,
             "generation": generation,
             "model_batch_contexts": config.model_batch_contexts,
+            **_beginning(harvester),
         }
 
     def _check_disk(self, missing: list[int]) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import safetensors.torch
 
 from pipeline import records
-from pipeline.activations.harvest import check_tokens
+from pipeline.activations.source import Provenance
+from pipeline.activations.token_check import check_tokens
 from pipeline.config.errors import UserError
 from pipeline.config.evaluate_crosscoder import EvaluateConfig
 from pipeline.contexts import Contexts
@@ -36,22 +37,22 @@ def run(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     language_model = LanguageModel.load(config.language_model)
     trained = load_crosscoder(find_run(config.crosscoder), language_model.device)
     tokens = TokenSet.open(config.tokens)
-    check_inputs(trained, language_model, tokens, config)
+    remarks = check_inputs(trained, language_model, tokens, config)
     if config.check_hashes:
         tokens.check_hashes(run)
     identities = {"crosscoder": trained.identity, "language_model": language_model.hash, "tokens": tokens.data_id}
     for field, identity in identities.items():
         run.bind_input(field, identity)
     held_out = HeldOut(
-        Contexts(tokens, config.context_tokens),
+        Contexts(tokens, config.context_tokens, beginning_of_text_id=trained.provenance.beginning_of_text_id),
         max_tokens=config.max_tokens,
         seed=config.seed,
         batch_contexts=config.batch_contexts,
         device=language_model.device,
     )
-    if trained.tokens_id == tokens.data_id:
+    if trained.provenance.tokens_id == tokens.data_id:
         run.say(f"{tokens.directory} is the token set that the crosscoder was trained on: these are no held-out figures")
-    for line in differences_from_training(trained, config):
+    for line in [*remarks, *differences_from_training(trained.provenance, config)]:
         run.say(line)
     found = measure(trained, language_model, held_out, config, run)
     document = {"format": METRICS_FORMAT, "inputs": identities, **as_json(found, trained)}
@@ -75,11 +76,12 @@ def find_run(path: Path) -> Path:
     return max(finished, key=lambda directory: directory.name)
 
 
-def check_inputs(trained: TrainedCrosscoder, language_model: LanguageModel, tokens: TokenSet, config: EvaluateConfig) -> None:
-    """Raises `UserError` where crosscoder, language model and token set don't belong together."""
-    if trained.language_model_hash != language_model.hash:
+def check_inputs(trained: TrainedCrosscoder, language_model: LanguageModel, tokens: TokenSet, config: EvaluateConfig) -> list[str]:
+    """Sentences for the log; raises `UserError` where crosscoder, language model and token set don't belong together."""
+    provenance = trained.provenance
+    if provenance.language_model_hash != language_model.hash:
         raise UserError(
-            f"the crosscoder in {config.crosscoder} was trained on a language model of hash {_short(trained.language_model_hash)}, but "
+            f"the crosscoder in {config.crosscoder} was trained on a language model of hash {_short(provenance.language_model_hash)}, but "
             f"language_model.model {language_model.name} has {_short(language_model.hash)}; name the model that it was trained on"
         )
     missing = [layer for layer in trained.layers if layer not in language_model.block_names]
@@ -93,16 +95,26 @@ def check_inputs(trained: TrainedCrosscoder, language_model: LanguageModel, toke
             f"the crosscoder in {config.crosscoder} reads activations of width {trained.d_model:,}, but {language_model.name} has width "
             f"{language_model.d_model:,}; name the model that it was trained on"
         )
-    if trained.tokenizer_hash != tokens.tokenizer_hash:
+    if provenance.tokenizer_hash != tokens.tokenizer_hash:
         raise UserError(
             f"{tokens.directory} was made by the tokenizer {_short(tokens.tokenizer_hash)}, the tokens that the crosscoder was trained on "
-            f"by {_short(trained.tokenizer_hash)}; tokenize the held-out text with the same tokenizer"
+            f"by {_short(provenance.tokenizer_hash)}; tokenize the held-out text with the same tokenizer"
         )
-    check_tokens(tokens, language_model)
+    beginning = provenance.beginning_of_text_id
+    if config.beginning_of_text not in ("auto", beginning is not None):
+        was = "without beginning-of-text" if beginning is None else f"that begin with beginning-of-text, id {beginning:,}"
+        raise UserError(
+            f"beginning_of_text is {str(config.beginning_of_text).lower()}, but the crosscoder in {config.crosscoder} was trained on "
+            f"contexts {was}; set it to auto, which does as training did"
+        )
     language_model.check_context(config.context_tokens)
+    check_tokenizer = config.language_model.check_tokenizer
+    remarks = check_tokens(tokens, language_model, check_tokenizer=check_tokenizer, beginning_of_text_id=beginning)
+    does = "without beginning-of-text" if beginning is None else f"with beginning-of-text, id {beginning:,}"
+    return [*remarks, f"contexts begin {does}, as in training"]
 
 
-def differences_from_training(trained: TrainedCrosscoder, config: EvaluateConfig) -> list[str]:
+def differences_from_training(trained: Provenance, config: EvaluateConfig) -> list[str]:
     """A sentence for each way in which the measured activations are others than those trained on; the figures hold all the same."""
     lines = []
     if trained.context_tokens != config.context_tokens:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from pipeline import records
 from pipeline.config.activation_source import DiskActivations, Harvest
+from pipeline.config.beginning_of_text import is_wanted
 from pipeline.config.cache_activations import CacheConfig
 from pipeline.config.count_tokens import CountConfig
 from pipeline.config.errors import UserError
@@ -121,31 +122,39 @@ def _manifest(directory: Path, pending: Sequence[Path], kind: str) -> Facts | No
 
 def _harvest_faults(settings: Harvest, shape: ModelShape, tokens: Facts | None) -> list[str]:
     name, faults = settings.language_model.model, model_preflight.faults_of(settings.language_model)
-    faults += _reading_faults(settings.context_tokens, settings.language_model, shape, tokens)
+    faults += _reading_faults(settings.context_tokens, settings.language_model, shape, tokens, settings.tokens)
+    if tokens is not None and settings.beginning_of_text is True and tokens.get("beginning_of_text_id") is None:
+        why = "it was made before that was recorded" if "adds_beginning_of_text" not in tokens else "its tokenizer has none"
+        faults.append(f"beginning_of_text is true, but {settings.tokens} names no such token: {why}; set it to auto or false")
     for index, layer in enumerate(settings.layers):
         if fault := layer_fault(layer, name, shape.model_type, shape.num_blocks):
             faults.append(f"layers[{index}] is {layer}, {fault}")
     return faults
 
 
-def _reading_faults(context_tokens: int, model: LanguageModelConfig, shape: ModelShape, tokens: Facts | None) -> list[str]:
+def _reading_faults(context_tokens: int, model: LanguageModelConfig, shape: ModelShape, tokens: Facts | None, directory: Path) -> list[str]:
     faults = []
     if shape.max_context is not None and context_tokens > shape.max_context:
         faults.append(
             f"context_tokens is {context_tokens:,}, but {model.model} reads at most {shape.max_context:,} tokens; use a smaller number"
         )
-    if tokens is not None and shape.vocab_size is not None and tokens["vocab_size"] > shape.vocab_size:
-        faults.append(
-            f"tokens has a vocabulary of {tokens['vocab_size']:,} ids, but {model.model} knows {shape.vocab_size:,}: it is another "
-            "tokenizer's; tokenize with the model's own"
-        )
+    if tokens is None or shape.vocab_size is None or tokens["vocab_size"] <= shape.vocab_size:
+        return faults
+    # A tokenizer may have more tokens than the model has embeddings; only those that are used have to be there.
+    last = f"{model.model} has embeddings for ids up to {shape.vocab_size - 1:,}"
+    greatest = max((int(records.read_json(directory / f"{stem}.json")["max_id"]) for stem in tokens["shards"]), default=-1)
+    if greatest >= shape.vocab_size:
+        faults.append(f"tokens holds id {greatest:,}, but {last}; tokenize with the model's own tokenizer")
+    elif tokens["end_of_text_id"] >= shape.vocab_size:
+        end = f"id {tokens['end_of_text_id']:,} ({tokens.get('end_of_text', 'not recorded as text')})"
+        faults.append(f"tokens has {end} as its end of text, but {last}; tokenize it again with tokenizer.end_of_text set to another")
     return faults
 
 
 def _evaluate_faults(config: EvaluateConfig, pending: Sequence[Path]) -> list[str]:
     shape, tokens = model_shape(config.language_model), _manifest(config.tokens, pending, "token-set")
     faults = model_preflight.faults_of(config.language_model)
-    faults += _reading_faults(config.context_tokens, config.language_model, shape, tokens)
+    faults += _reading_faults(config.context_tokens, config.language_model, shape, tokens, config.tokens)
     trained = _crosscoder(config.crosscoder)
     if trained is None or is_pending(config.crosscoder, pending):
         return faults
@@ -160,6 +169,11 @@ def _evaluate_faults(config: EvaluateConfig, pending: Sequence[Path]) -> list[st
         faults.append(
             f"tokens was made by the tokenizer {tokens['tokenizer_hash'][:12] or '(none)'}, the tokens that the crosscoder was trained on "
             f"by {trained['tokenizer_hash'][:12] or '(none)'}; tokenize the held-out text with the same tokenizer"
+        )
+    if config.beginning_of_text not in ("auto", "beginning_of_text_id" in trained):
+        does = "begin" if "beginning_of_text_id" in trained else "do not begin"
+        faults.append(
+            f"beginning_of_text is {str(config.beginning_of_text).lower()}, but contexts of the training {does} so; set it to auto"
         )
     return faults
 
@@ -187,8 +201,10 @@ def _cache_disk_faults(config: CacheConfig, shape: ModelShape, tokens: Facts | N
 def cached_positions(config: CacheConfig, tokens: Facts) -> int:
     """About how many rows the cache will have: every id but for the dropped positions of each context."""
     ids = int(tokens["tokens"]) + int(tokens["documents"])
-    dropped = sum(position < config.context_tokens for position in config.drop_positions)
-    kept = ids - -(-ids // config.context_tokens) * dropped
+    leading = {0} if is_wanted(config.beginning_of_text, is_added=tokens.get("adds_beginning_of_text")) else set()
+    contexts = -(-ids // max(config.context_tokens - len(leading), 1))
+    dropped = sum(position < config.context_tokens for position in leading.union(config.drop_positions))
+    kept = ids + contexts * (len(leading) - dropped)
     return min(kept, config.max_tokens) if config.max_tokens is not None else kept
 
 
