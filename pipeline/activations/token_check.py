@@ -53,9 +53,7 @@ def _on_ends_of_text(tokens: TokenSet, model: LanguageModel, *, check_tokenizer:
             f"{found}, and no tokenizer beside the model shows that it made these ids; tokenize with the model's own and "
             "tokenizer.end_of_text set to that token, or set language_model.check_tokenizer to false to go on as it is"
         )
-    return [
-        f"{found}; between documents the model reads the first of them. To choose another, tokenize with tokenizer.end_of_text set to it"
-    ]
+    return [f"{found}; between documents the model reads the former. tokenizer.end_of_text, set when tokenizing, decides"]
 
 
 def ends_of_text(model: LanguageModel) -> list[int]:

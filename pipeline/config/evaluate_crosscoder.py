@@ -39,7 +39,7 @@ class EvaluateConfig(StageConfig):
     """Whether every context begins with the tokenizer's beginning-of-text token; `auto`: as in training. Another than in
     training is refused: the activations would be others."""
     max_tokens: PositiveCount | None = 1_000_000
-    """Read at most so many tokens (separators and beginning-of-text counted), in whole contexts drawn by `seed`; null reads the whole set."""
+    """Read at most so many tokens (separators and beginning-of-text counted), in whole contexts drawn by `seed`; null reads them all."""
     batch_contexts: Annotated[PositiveCount, Field(json_schema_extra=OPERATIONAL)] = 8
     """Contexts in one forward pass. Twice their logits (batch_contexts * context_tokens * vocabulary numbers) lie in memory."""
     other_layer_distance: PositiveCount = 1
