@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline import records
 from pipeline.config.beginning_of_text import is_wanted
 from pipeline.config.errors import UserError
 from pipeline.tokens import TokenSet
@@ -101,7 +100,7 @@ class Beginning(NamedTuple):
 def beginning_of_text(setting: Literal["auto", True, False], tokens: TokenSet) -> Beginning:
     """What contexts of `tokens` begin with under this setting. Raises `UserError` if it asks for a token that the set does not name."""
     known = tokens.beginning_of_text
-    again = f"to have it recorded, delete {tokens.directory / records.MANIFEST} and run tokenize again, which writes that file alone"
+    again = "to have it recorded, run tokenize again: with nothing left to tokenize it writes the manifest alone"
     if is_wanted(setting, is_added=known.is_added):
         if known.id is None:
             why = f"{tokens.directory} was made before it was recorded; {again}" if known.is_added is None else "the tokenizer has none"

@@ -1,6 +1,8 @@
 """Disk and stream give the same batches, every position once an epoch, from any point on."""
 
+import hashlib
 import itertools
+import json
 import shutil
 
 import activation_pieces
@@ -131,6 +133,20 @@ def test_the_identity_of_a_stream_follows_what_decides_its_rows(inputs, tmp_path
     assert original == data_id(language_model={"model": str(tmp_path / "model"), "device": "auto"})
     changes = [{"seed": 8}, {"layers": ["transformer.h.0"]}, {"drop_positions": []}, {"max_tokens": 9}, {"model_batch_contexts": 3}]
     assert len({original, *(data_id(**change) for change in changes)}) == 1 + len(changes)
+
+
+def test_without_beginning_of_text_identities_are_those_of_before_it_could_be_had(inputs, tmp_path):
+    settings = harvest_settings(inputs)
+    source = open_source(StreamedActivations(kind="stream", **settings), Run(tmp_path / "stream"), CPU)
+    rows = {key: settings[key] for key in ("layers", "context_tokens", "contexts_per_generation", "model_batch_contexts", "seed")}
+    rows |= {"drop_positions": [0], "max_tokens": None}
+    rows["language_model"] = {"dtype": "float32", "random_weights": False, "random_weights_seed": 0}
+    model = LanguageModel.load(StreamedActivations(kind="stream", **settings).language_model)
+    made_from = [rows, TokenSet.open(inputs / "tokens").data_id, model.hash]
+    assert source.data_id == hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    cache_activations.run(CacheConfig(name="test", output=tmp_path / "set", **settings), Run(tmp_path / "cache"))
+    for name in ("recipe.json", "000000.json", "manifest.json"):
+        assert '"beginning_of_text' not in (tmp_path / "set" / name).read_text()
 
 
 def test_a_stop_reaches_into_the_filling_of_the_buffer(inputs, tmp_path):

@@ -8,6 +8,7 @@ import yaml
 from pydantic import Field
 
 from pipeline.config import load, yaml_file
+from pipeline.config.activation_source import Harvest
 from pipeline.config.errors import UserError
 from pipeline.config.schema import OPERATIONAL, Config, Count, DataPath, build
 from pipeline.config.site_file import Site, load_site
@@ -192,3 +193,15 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
     config = load.load(path, [], Site())
     assert text.startswith(f"# crosscoder submit configs/{path.parent.name}/{path.name}"), "a YAML opens with its command"
     assert config.stage == path.stem.split("-")[0]
+
+
+def test_beginning_of_text_is_auto_true_or_false_and_at_auto_leaves_identities_as_they_were() -> None:
+    def harvest(**changes: object) -> Harvest:
+        values = {"tokens": "t", "language_model": {"model": "demo"}, "layers": ["a"], **changes}
+        return build(Harvest, values, "cache.yaml")
+
+    assert "beginning_of_text" not in harvest().identity()
+    assert harvest(beginning_of_text=False).identity()["beginning_of_text"] is False
+    for wrong in ("yes", 1, None):
+        with pytest.raises(UserError, match=r"cache\.yaml: beginning_of_text is .*, expected auto, true or false"):
+            harvest(beginning_of_text=wrong)

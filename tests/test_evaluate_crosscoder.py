@@ -174,6 +174,23 @@ def test_other_contexts_or_positions_than_in_training_are_said(pieces: Pieces, t
     assert "training left out" not in said["alike"]
 
 
+def test_the_evaluation_does_as_training_did_about_beginning_of_text_and_refuses_otherwise(
+    pieces: Pieces, trained_run: Path, tmp_path: Path
+) -> None:
+    config = batch_topk_config()
+    with_bos = pieces.write_crosscoder(config, random_crosscoder(config), run="bos", beginning_of_text_id=5)
+    documents = {run.name: evaluated(pieces, run, tmp_path / run.name) for run in (with_bos, trained_run)}
+    held_out = {name: document["held_out"] for name, document in documents.items()}
+    ids = pieces.tokens.num_tokens + pieces.tokens.num_documents
+    assert held_out["bos"]["positions"] == ids > held_out["train-run"]["positions"]
+    assert documents["bos"]["clean_cross_entropy"] != documents["train-run"]["clean_cross_entropy"]
+    evaluated(pieces, with_bos, tmp_path / "said", beginning_of_text=True)
+    message = refused(pieces, with_bos, tmp_path / "no", beginning_of_text=False)
+    assert "beginning_of_text is false, but the crosscoder in" in message
+    assert "contexts that begin with beginning-of-text, id 5; set it to auto, which does as training did" in message
+    assert "was trained on contexts without beginning-of-text" in refused(pieces, trained_run, tmp_path / "yes", beginning_of_text=True)
+
+
 def test_weights_that_are_not_finite_are_named_and_nothing_is_written(pieces: Pieces, tmp_path: Path) -> None:
     config, crosscoder = exact_crosscoder()
     with torch.no_grad():

@@ -29,6 +29,17 @@ def test_positions_and_predictions_of_a_context_worked_by_hand(tmp_path: Path) -
     assert batch.targets_BS[batch.counted_BS].tolist() == [0, 8, 9, 0, 4, 4, 4, 4, 4, 4, 4, 0]
 
 
+def test_with_beginning_of_text_every_id_is_a_position_and_the_first_is_not_predicted(tmp_path: Path) -> None:
+    tokens = write_token_set(tmp_path, {"a-000": [[5, 6], [7, 8, 9]]}, vocab_size=60, end_of_text_id=0)
+    contexts = Contexts(tokens, 5, beginning_of_text_id=50)
+    (batch,) = HeldOut(contexts, max_tokens=None, seed=0, batch_contexts=3, device=torch.device("cpu")).batches()
+    # bos 5 6 e 7 | bos 8 9 e: the prediction of 5 and of 8 is made at bos, which no crosscoder replaces.
+    assert batch.tokens_BS.tolist() == [[50, 5, 6, 0, 7], [50, 8, 9, 0, 0]]
+    assert batch.replaced_BS.int().tolist() == [[0, 1, 1, 1, 1], [0, 1, 1, 1, 0]]
+    assert batch.counted_BS.int().tolist() == [[0, 1, 1, 0, 0], [0, 1, 1, 0, 0]]
+    assert batch.targets_BS[batch.counted_BS].tolist() == [6, 0, 9, 0]
+
+
 def test_a_seed_draws_whole_contexts_up_to_the_limit(tokens: TokenSet) -> None:
     contexts = Contexts(tokens, CONTEXT_TOKENS)
 

@@ -14,6 +14,7 @@ from pipeline.config.cache_activations import CacheConfig
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
 from pipeline.config.stage import StageConfig
+from pipeline.tokens import write_token_set
 from slurm.submission import input_preflight
 
 Usage = namedtuple("Usage", "total used free")
@@ -76,6 +77,42 @@ def test_the_disk_that_a_cache_needs_is_positions_times_layers_times_width_times
     (fault,) = input_preflight.faults_of(config, tmp_path)
     assert f"{positions:,} positions of 2 layers of width 16 in float32" in fault
     assert "activations.kind=stream" in fault
+
+
+def test_with_beginning_of_text_every_id_is_a_position(inputs: dict[str, Any], tmp_path: Path) -> None:
+    facts = {"beginning_of_text_id": 5, "adds_beginning_of_text": True}
+    tokens = records.read_manifest(tmp_path / "tokens") | facts
+    ids = tokens["tokens"] + tokens["documents"]
+    for changes, wanted in (({}, ids), ({"drop_positions": []}, ids), ({"drop_positions": [0, 1]}, ids - -(-ids // 31))):
+        config = cache(inputs, **changes)
+        assert isinstance(config, CacheConfig)
+        assert input_preflight.cached_positions(config, tokens) == wanted
+
+
+def test_beginning_of_text_that_nobody_knows_is_refused_before_the_job(inputs: dict[str, Any], tmp_path: Path) -> None:
+    (fault,) = input_preflight.faults_of(cache(inputs, beginning_of_text=True), tmp_path)
+    assert "names no such token: it was made before that was recorded; set it to auto or false" in fault
+    run = tmp_path / "run"
+    trained = {"layers": ["transformer.h.0"], "tokenizer_hash": "", "beginning_of_text_id": 5}
+    records.write_json(run / "checkpoints/00000010/crosscoder.json", trained)
+    values = {"stage": "evaluate", "name": "x", "crosscoder": str(run), **inputs}
+    assert input_preflight.faults_of(load.from_values(values, where="evaluate.yaml", site=Site()), tmp_path) == []
+    config = load.from_values(values | {"beginning_of_text": False}, where="evaluate.yaml", site=Site())
+    (fault,) = input_preflight.faults_of(config, tmp_path)
+    assert fault == "beginning_of_text is false, but contexts of the training begin so; set it to auto"
+
+
+def test_a_vocabulary_beyond_the_embeddings_is_let_through_if_no_id_is(inputs: dict[str, Any], tmp_path: Path) -> None:
+    write_token_set(tmp_path / "fits", {"a": [[1, 299]]}, vocab_size=400, end_of_text_id=0)
+    write_token_set(tmp_path / "beyond", {"a": [[1], [300]]}, vocab_size=400, end_of_text_id=0)
+    write_token_set(tmp_path / "end", {"a": [[1]]}, vocab_size=400, end_of_text_id=350, facts={"end_of_text": "END"})
+    found = {}
+    for name in ("fits", "beyond", "end"):
+        found[name] = input_preflight.faults_of(cache(inputs | {"tokens": str(tmp_path / name)}), tmp_path)
+    assert found["fits"] == []
+    assert "tokens holds id 300, but" in found["beyond"][0]
+    assert "tokens has id 350 (END) as its end of text, but" in found["end"][0]
+    assert "tokenizer.end_of_text" in found["end"][0]
 
 
 def test_a_cache_that_takes_some_positions_needs_only_theirs(inputs: dict[str, Any], tmp_path: Path) -> None:

@@ -5,6 +5,9 @@
 - A prediction counts if it is made at such a position and the token that follows is of the same document. So the end of a
   document is to be predicted from its last token, and the first token of the next document is not: nothing before it tells.
 
+Contexts that begin with beginning-of-text have it at position 0: it is left as it is, and what is predicted at it does not count, since
+no replacement changes that. So every id of the text is a position, and every prediction is one of a token of the text.
+
 For one context of 8 that holds the documents [5, 6] and [7, 8, 9], `e` being end-of-text and `.` padding:
 
     tokens      5 6 e 7 8 9 e .

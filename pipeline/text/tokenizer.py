@@ -153,10 +153,11 @@ def transformers_ids(tokenizer: Any, text: str, special_text: SpecialText) -> li
 
 def _first_difference(tokenizer: Any, backend: Any, special_text: SpecialText, added_tokens: list[str]) -> str | None:
     """The first probe for which transformers gives other ids than `backend` of the library `tokenizers`; None if it is the same for all."""
-    for text in [*PROBES, *added_token_probes(added_tokens)]:
-        if backend.encode(text, add_special_tokens=False).ids != transformers_ids(tokenizer, text, special_text):
-            return text
-    return None
+    texts = [*PROBES, *added_token_probes(added_tokens)]
+    # In one call: there may be thousands of added tokens.
+    wanted = tokenizer(texts, add_special_tokens=False, split_special_tokens=special_text == "text", verbose=False)["input_ids"]
+    found = backend.encode_batch_fast(texts, add_special_tokens=False)
+    return next((text for text, ids, encoding in zip(texts, wanted, found, strict=True) if encoding.ids != ids), None)
 
 
 def _on_file_beside(
