@@ -197,6 +197,7 @@ def _broken_on(word):
     class Broken(ReferenceEncoder):
         def _encode(self, texts):
             encoded = self.encode(texts)
-            return encoded._replace(ids=encoded.ids + 1) if word in texts[0] else encoded
+            is_broken = np.repeat([word in text for text in texts], encoded.lengths)
+            return encoded._replace(ids=encoded.ids + is_broken)
 
     return Broken

@@ -8,6 +8,8 @@ lines, and each says how many of its documents are here and how many elsewhere, 
 A special token written out in a text, such as `<|endoftext|>`, becomes the special token, as the tokenizer does by default, or
 ordinary text with `special_text: text` (see `pipeline.text.tokenizer`). Between documents stands the separator, never a token.
 
+Where gigatoken is found wrong on a text, nothing that it made counts any more: see `pipeline.text.encoder_difference`.
+
 Task i of n takes the sources i, i + n, ... in the order of their names; whoever finds every part done writes the manifests.
 """
 
