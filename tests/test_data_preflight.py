@@ -86,7 +86,7 @@ def test_an_output_that_holds_something_else_is_refused(values: dict[str, Any], 
 def test_text_that_is_not_there_is_no_stages_to_make(tmp_path: Path) -> None:
     (fault,) = input_preflight.faults_of(tokenize(tmp_path, str(tmp_path / "txt")), tmp_path)
     assert fault == f"sources[0] is {tmp_path}/txt, which does not exist; name files or folders of JSON lines that exist"
-    (tmp_path / "a.jsonl").write_text("")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     for there in ("a.jsonl", "*.jsonl", "**/a.jsonl"):
         assert input_preflight.faults_of(tokenize(tmp_path, str(tmp_path / there)), tmp_path) == []
     assert len(input_preflight.faults_of(tokenize(tmp_path, str(tmp_path / "*.gz")), tmp_path)) == 1

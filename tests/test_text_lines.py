@@ -65,6 +65,52 @@ def test_the_texts_are_those_that_the_json_module_reads():
     assert parse(*lines, field="body", limit=2000).texts == [value for value in values for _ in range(2)]
 
 
+@pytest.mark.parametrize(
+    "field", ["body", "été", "a field", 'q"uote', "back\\slash", "tab\there", "", ".", "a..b", "dotted.name", "三.四", "$ref", "text"]
+)
+def test_a_field_of_any_name_is_found_however_its_line_is_written(field):
+    values = ["one", "zwei 😀", "три"]
+    lines = [json.dumps({"other": 1, field: value}, ensure_ascii=ascii_only).encode() for value in values for ascii_only in (True, False)]
+    found = parse(*lines, b'{"other": 1}', json.dumps({field: 7}).encode(), json.dumps({field: ""}).encode(), field=field)
+    assert found.texts == [value for value in values for _ in range(2)]
+    assert [reject.reason for reject in found.rejects] == ["no_text_field", "not_a_string", "empty"]
+
+
+@pytest.mark.parametrize(
+    ("line", "outcome"),
+    [
+        (b'{"a": {"b": "x"}}', "x"),
+        (b'{"a": {"n": 1, "b": "x", "m": {"b": 2}}, "b": "y"}', "x"),
+        (b'{"a.b": "y", "a": {"b": "x"}}', "y"),
+        (b'{"a": {"b": "x"}, "a.b": "y"}', "y"),
+        (b'{"a": "no object", "a.b": "y"}', "y"),
+        (b'{"a": {"b": "x", "m": "\\ud800"}}', "x"),
+        (b'{"a.b": 1, "a": {"b": "x"}}', "not_a_string"),
+        (b'{"a": {"b": 1}}', "not_a_string"),
+        (b'{"a": {"b": {"c": "x"}}}', "not_a_string"),
+        (b'{"a": {"c": "x"}}', "no_text_field"),
+        (b'{"a": "x"}', "no_text_field"),
+        (b'{"a": ["b"]}', "no_text_field"),
+        (b'{"b": "x"}', "no_text_field"),
+        (b"{}", "no_text_field"),
+        (b'{"a": {"b": ""}}', "empty"),
+        (b'{"a": {"b": "x"}', "not_json"),
+    ],
+)
+def test_a_nested_field_is_reached_by_its_path_and_one_called_like_the_path_comes_first(line, outcome):
+    found = parse(line, field="a.b")
+    assert [*found.texts, *(reject.reason for reject in found.rejects)] == [outcome]
+
+
+def test_a_path_may_go_deeper():
+    assert parse(b'{"a": {"b": {"c d": {"\xc3\xa9": "x"}}}}', field="a.b.c d.é").texts == ["x"]
+
+
+def test_blank_lines_are_counted_apart_from_texts_that_are_empty():
+    found = parse(b"", b" \t\r", b'{"text": ""}', b"\xef\xbb\xbf", b'{"text": "a"}', b"x")
+    assert (found.num_blank, [reject.reason for reject in found.rejects]) == (3, ["empty"] * 4 + ["not_json"])
+
+
 def test_a_line_that_was_dropped_while_reading_is_rejected_under_its_number():
     found = LineParser("text", 100).parse(Chunk(3, 7, b"", LongLine(5_000, b"\xc3{"), None))
     assert [tuple(r) for r in found.rejects] == [(7, 3, "too_long", 5_000, "\ufffd{")]

@@ -10,7 +10,8 @@ import zstandard
 from token_fixtures import compressed
 
 from pipeline.config.errors import UserError
-from pipeline.text.text_source import LongLine, TextFile, find_sources, read_chunks, source_name
+from pipeline.config.text_files import TextFile, find_sources, source_name
+from pipeline.text.text_source import LongLine, read_chunks
 
 LINES = [b"x" * n for n in (3, 0, 20, 7, 1, 50, 2, 2, 9)]
 TEXT = b"".join(line + b"\n" for line in LINES)

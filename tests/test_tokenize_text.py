@@ -136,6 +136,29 @@ def test_too_many_bad_lines_fail_with_the_side_file_in_place_and_finished_source
     assert tokenize(corpus, max_bad_fraction=0.2)["sealed"]
 
 
+@pytest.mark.parametrize("part_bytes", [200, 1 << 30])
+def test_blank_lines_are_empty_ones_and_no_bad_ones(corpus, part_bytes):
+    (corpus / "s0.jsonl").write_bytes(b"\n\n" + b"\n \r\n".join(json_lines(make_texts(10)).splitlines()) + b"\n\n\n")
+    result = tokenize(corpus, max_bad_fraction=0.0, part_bytes=part_bytes)
+    assert (result["this_run"]["lines"], result["this_run"]["documents"], result["this_run"]["empty"]) == (143, 130, 13)
+    for record in records.committed_shards(corpus / "tokens" / "train", "token-shard/1").values():
+        assert record["lines"] == record["documents"] + record["documents_elsewhere"] + record["empty"] + record["rejected"]
+    (corpus / "s0.jsonl").write_bytes(b"\n" * 1000 + b"\n".join([*json_lines(make_texts(9)).splitlines(), b'{"text": ""}']))
+    with pytest.raises(UserError, match=r"s0\.jsonl: 1 of 10 lines give no document, more than max_bad_fraction 0\.09"):
+        tokenize(corpus, output=str(corpus / "other"), max_bad_fraction=0.09)
+
+
+def test_a_nested_field_gives_the_same_documents(corpus):
+    tokenize(corpus, output=str(corpus / "flat"))
+    for number in range(3):
+        for path in corpus.glob(f"s{number}.*"):
+            path.unlink()
+        texts = make_texts(60, seed=number)
+        (corpus / f"s{number}.jsonl").write_bytes(b"".join(json.dumps({"message": {"content": text}}).encode() + b"\n" for text in texts))
+    tokenize(corpus, text_field="message.content")
+    assert documents_of(corpus / "tokens" / "train") == documents_of(corpus / "flat" / "train")
+
+
 def test_a_text_that_the_tokenizer_makes_nothing_of_is_empty(corpus):
     own = tokenizers.Tokenizer.from_file(str(corpus / "tokenizer.json"))
     own.normalizer = tokenizers.normalizers.Strip()

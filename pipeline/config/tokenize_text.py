@@ -45,12 +45,13 @@ class TokenizeConfig(StageConfig):
     )
     stage: Literal["tokenize"] = "tokenize"
     sources: Annotated[list[DataPath], Field(min_length=1, json_schema_extra=OPERATIONAL)]
-    """JSON-lines files, plain, `.gz` or `.zst`: paths, directories or glob patterns (`**` goes into directories)."""
+    """JSON-lines files, plain, `.gz` or `.zst`: paths, directories or glob patterns (`**` goes into directories). A file whose
+    first bytes are of another kind is refused."""
     output: Annotated[DataPath, Field(json_schema_extra=OPERATIONAL)]
     """Directory of the two token sets `train/` and `validation/`, and of `rejects/`."""
     tokenizer: TokenizerConfig
     text_field: str = "text"
-    """Key of the text in each line's object."""
+    """Key of the text in each line's object. `a.b` is the key `b` of the object under `a`, where no key is called `a.b` itself."""
     validation_fraction: Fraction = 0.005
     """Share of documents that go to `validation/`, chosen by a hash of their text and `seed`; 0 makes no such set."""
     part_bytes: PositiveCount = GIB
@@ -58,7 +59,7 @@ class TokenizeConfig(StageConfig):
     max_line_bytes: PositiveCount = 16 * MIB
     """A longer line is rejected without being held in memory."""
     max_bad_fraction: Annotated[Fraction, Field(json_schema_extra=OPERATIONAL)] = 0.01
-    """Share of a source's lines that may be empty or rejected; above it the stage fails."""
+    """Share of a source's lines that may give no document, blank lines not counted; above it the stage fails."""
     encoder: Annotated[Literal["auto", "gigatoken", "tokenizers", "transformers"], Field(json_schema_extra=OPERATIONAL)] = "auto"
     """What makes the ids, the same ids each way: `auto` takes gigatoken where it agrees with the tokenizer, else tokenizers."""
     processes: Annotated[PositiveCount | None, Field(json_schema_extra=OPERATIONAL)] = None

@@ -18,10 +18,13 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from pipeline import records
 from pipeline.config.errors import UserError
+from pipeline.config.text_files import Source, TextFile, find_sources
+from pipeline.config.text_kinds import faults_of
 from pipeline.config.tokenize_text import TokenizeConfig
 from pipeline.records import Record
 from pipeline.run import Run
@@ -31,7 +34,7 @@ from pipeline.text.encoders import choose_encoder
 from pipeline.text.running_check import EncoderDiffers
 from pipeline.text.source_parts import PartWriter, SourceParts
 from pipeline.text.text_lines import LineParser
-from pipeline.text.text_source import Chunk, PartEnd, Source, TextFile, find_sources, read_chunks
+from pipeline.text.text_source import Chunk, PartEnd, read_chunks
 from pipeline.text.tokenizer import TokenizerDefinition, load_tokenizer
 from pipeline.tokens import SHARD_FORMAT, seal
 
@@ -43,6 +46,8 @@ def run(config: TokenizeConfig, run: Run) -> dict[str, Any]:
     started = time.monotonic()
     sources = find_sources(config.sources)
     mine = sources[run.task :: run.num_tasks]
+    if faults := faults_of(mine):
+        raise UserError("; ".join(faults))
     tokenizer = load_tokenizer(
         config.tokenizer.name,
         revision=config.tokenizer.revision,
@@ -71,10 +76,6 @@ def run(config: TokenizeConfig, run: Run) -> dict[str, Any]:
     for split, manifest in (manifests or {}).items():
         counts = "  ".join(f"{count:,} {key}" for key, count in _totals(manifest).items())
         run.say(f"{split}: {counts}  data id {manifest['data_id'][:12]}")
-        if not manifest["documents"]:
-            some = any(other["documents"] for other in (manifests or {}).values())
-            why = "the hash chose none of so few; set another validation_fraction or seed" if some else "the sources hold none"
-            run.say(f"{split} holds no document: {why}")
     return {
         "sealed": manifests is not None,
         "sources": len(mine),
@@ -189,18 +190,43 @@ def seal_if_complete(config: TokenizeConfig, sources: list[Source], tokenizer: T
     if not all(parts.are_complete() for parts in all_parts):
         return None
     stems = [parts.stem(part) for parts in all_parts for part in sorted(parts.done)]
-    manifests = {}
+    found: dict[str, dict[str, Record]] = {}
     for split, directory in config.outputs().items():
-        shards = records.committed_shards(directory, SHARD_FORMAT)
-        strays = sorted(shards.keys() - set(stems))
+        found[split] = records.committed_shards(directory, SHARD_FORMAT)
+        strays = sorted(found[split].keys() - set(stems))
         if strays:
             raise UserError(
                 f"{directory} holds {', '.join(strays[:3])}{', ...' if len(strays) > 3 else ''}, made of files that sources no longer "
                 "names; name them again, or delete these shards"
             )
-        facts = {key: sum(record[key] for record in shards.values()) for key in ("lines", "documents_elsewhere", "empty", "rejected")}
-        manifests[split] = seal(directory, shards, tokenizer.vocabulary, {"split": split, **tokenizer.facts(), **facts})
-    return manifests
+    facts = {split: _facts(shards) for split, shards in found.items()}
+    for split, directory in config.outputs().items():
+        _check_holds_documents(directory, facts[split], config)
+    made_by = tokenizer.facts()
+    return {
+        split: seal(config.outputs()[split], found[split], tokenizer.vocabulary, {"split": split, **made_by, **facts[split]})
+        for split in found
+    }
+
+
+def _facts(shards: dict[str, Record]) -> Record:
+    return {key: sum(record[key] for record in shards.values()) for key in ("lines", "documents_elsewhere", "empty", "rejected")}
+
+
+def _check_holds_documents(directory: Path, facts: Record, config: TokenizeConfig) -> None:
+    """Raises `UserError` for a set without a document: what reads it could only fail, or find nothing."""
+    if facts["lines"] > facts["documents_elsewhere"] + facts["empty"] + facts["rejected"]:
+        return
+    again = f"choose another output or delete {config.output}"
+    if elsewhere := facts["documents_elsewhere"]:
+        raise UserError(
+            f"{directory} would hold none of the {elsewhere:,} documents, so it is not sealed: the hash chose none of so few; set another "
+            f"validation_fraction (0 makes no validation set) or seed, and {again}"
+        )
+    raise UserError(
+        f"{directory} would hold no document, so it is not sealed: of {facts['lines']:,} lines {facts['empty']:,} are empty, "
+        f"{facts['rejected']:,} rejected (see {config.output / 'rejects'}); name other sources, and {again}"
+    )
 
 
 def _totals(manifest: Record) -> Record:

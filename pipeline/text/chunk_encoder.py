@@ -41,15 +41,18 @@ class EncodedChunk(NamedTuple):
     """Lines that gave no document, by reason."""
     rejects: bytes
     """The same as JSON lines."""
+    num_blank: int
+    """Of the lines that gave no document, those of white space alone."""
 
     def counts(self) -> Counter[str]:
-        """Lines, documents and tokens of both splits, and lines without a document."""
+        """Lines, documents and tokens of both splits, and lines without a document; blank ones are empty ones too."""
         splits = (self.train, self.validation)
         return Counter(
             lines=self.num_lines,
             documents=sum(len(split.lengths) for split in splits),
             tokens=sum(int(split.lengths.sum()) for split in splits),
             empty=self.reasons[EMPTY],
+            blank=self.num_blank,
             rejected=self.reasons.total() - self.reasons[EMPTY],
         )
 
@@ -77,6 +80,7 @@ class ChunkEncoder:
             parsed.num_lines,
             Counter(reject.reason for reject in rejects),
             b"".join(_json_line(reject) for reject in rejects),
+            parsed.num_blank,
         )
 
 

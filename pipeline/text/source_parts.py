@@ -14,13 +14,14 @@ from typing import Any
 
 from pipeline import records
 from pipeline.config.errors import UserError
+from pipeline.config.text_files import Source
 from pipeline.config.tokenize_text import TokenizeConfig
 from pipeline.records import Record
 from pipeline.text import encoder_difference
 from pipeline.text.chunk_encoder import EncodedChunk
 from pipeline.text.rejects import RejectFiles
 from pipeline.text.text_lines import REASONS
-from pipeline.text.text_source import PartEnd, Source
+from pipeline.text.text_source import PartEnd
 from pipeline.tokens import SHARD_FORMAT, TokenShardWriter, Vocabulary
 
 
@@ -117,6 +118,7 @@ class PartWriter:
             "documents_elsewhere": self._counts["documents"] - num_documents,
             "lines": end.num_lines,
             "empty": self._counts["empty"],
+            **({"blank": self._counts["blank"]} if self._counts["blank"] else {}),
             "rejected": self._counts["rejected"],
             "rejected_by_reason": {reason: self._reasons[reason] for reason in REASONS if self._reasons[reason]},
             "text_field": self._config.text_field,
@@ -126,12 +128,19 @@ class PartWriter:
 
     def _check_bad_fraction(self) -> None:
         known = [record for part, record in self._parts.done.items() if part < self._part]
-        lines = self._counts["lines"] + sum(record["lines"] for record in known)
-        bad = self._reasons.total() + sum(record["empty"] + record["rejected"] for record in known)
-        if bad > self._config.max_bad_fraction * lines:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self._reasons.most_common())
+        blank = self._counts["blank"] + sum(record.get("blank", 0) for record in known)
+        lines = self._counts["lines"] + sum(record["lines"] for record in known) - blank
+        bad = self._reasons.total() + sum(record["empty"] + record["rejected"] for record in known) - blank
+        if bad <= self._config.max_bad_fraction * lines:
+            return
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self._reasons.most_common())
+        found = f"(in part {self._part}: {reasons}); see {self._parts.rejects.part(self._part)}"
+        if bad == lines:
             raise UserError(
-                f"{self._parts.source.path}: {bad:,} of {lines:,} lines give no document, more than max_bad_fraction "
-                f"{self._config.max_bad_fraction:g} (in part {self._part}: {reasons}); see {self._parts.rejects.part(self._part)}, then "
-                "mend the file or raise max_bad_fraction"
+                f"{self._parts.source.path}: none of {lines:,} lines gives a document {found}; give JSON lines with the text in the field "
+                f"{self._config.text_field!r}, or set text_field"
             )
+        raise UserError(
+            f"{self._parts.source.path}: {bad:,} of {lines:,} lines give no document, more than max_bad_fraction "
+            f"{self._config.max_bad_fraction:g} {found}, then mend the file or raise max_bad_fraction"
+        )

@@ -1,6 +1,7 @@
 """Looks on the login node at what stands where data are read and written: no data set, no text, or another's output.
 
-Reads names, recipes and manifests alone. What is not there yet, or made by an earlier run of the chain, is left to others.
+Reads names, recipes, manifests and the first bytes of text. What is not there yet, or made by an earlier run of the chain, is
+left to others.
 """
 
 import glob
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import records
+from pipeline.config import text_files, text_kinds
+from pipeline.config.errors import UserError
 from pipeline.config.stage import StageConfig
 from pipeline.config.tokenize_text import TokenizeConfig
 from slurm.record.comparison import flatten, shown
@@ -32,12 +35,23 @@ def set_faults(field: str, directory: Path, pending: Sequence[Path]) -> list[str
 
 
 def source_faults(config: TokenizeConfig, pending: Sequence[Path]) -> list[str]:
-    """A phrase for each source of text that is not there."""
-    return [
+    """A phrase for each source of text that is not there, or whose first bytes are not those of JSON lines."""
+    patterns = [(f"sources[{number}]", path) for number, path in enumerate(config.sources) if not is_pending(path, pending)]
+    missing = [
         f"{field} is {path}, which does not exist; name files or folders of JSON lines that exist"
-        for field, path in config.inputs().items()
-        if not is_pending(path, pending) and not path.exists() and next(glob.iglob(str(path), recursive=True), None) is None
+        for field, path in patterns
+        if not path.exists() and next(glob.iglob(str(path), recursive=True), None) is None
     ]
+    if missing or not patterns:
+        return missing
+    try:
+        sources = text_files.find_sources([path for _, path in patterns])
+    except UserError as error:
+        return [str(error)]
+    faults = text_kinds.faults_of(sources)
+    if not faults and not any(source.num_bytes for source in sources) and len(patterns) == len(config.sources):
+        return [f"sources: every file there has 0 bytes ({len(sources)}, such as {sources[0].path}); name files that hold text"]
+    return [f"sources: {fault}" for fault in faults]
 
 
 def output_faults(config: StageConfig, pending: Sequence[Path]) -> list[str]:
