@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -86,7 +87,12 @@ def remove_leftovers(directory: Path, stem: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` to `path` atomically, indented, keys in their order."""
     with atomic_file(path) as file:
-        file.write((json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        file.write(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
@@ -99,12 +105,14 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}): the file is damaged") from error
 
 
-def hash_file(path: Path, check_stop: Callable[[], None] = lambda: None) -> str:
-    """xxh3-128 of the file's bytes, as hex. Calls `check_stop` every few milliseconds."""
+def hash_file(path: Path, check_stop: Callable[[], None] = lambda: None, *, num_bytes: int | None = None) -> str:
+    """xxh3-128 of the file's bytes, or of its first `num_bytes`, as hex. Calls `check_stop` every few milliseconds."""
     hasher = xxhash.xxh3_128()
+    left = num_bytes if num_bytes is not None else sys.maxsize
     with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(CHUNK_BYTES):
+        while chunk := file.read(min(left, CHUNK_BYTES)):
             hasher.update(chunk)
+            left -= len(chunk)
             check_stop()
     return hasher.hexdigest()
 
@@ -141,17 +149,18 @@ def with_checksum(value: Record) -> Record:
     return {**{key: entry for key, entry in value.items() if key != "checksum"}, "checksum": _checksum(value)}
 
 
-def _read_checked(path: Path, wanted_format: str | None) -> Record:
-    """The record or manifest at `path`, if it is of that format (None: of any) and its checksum is right."""
+def read_checked(path: Path, wanted_format: str | None, *, advice: str = "") -> Record:
+    """The record or manifest at `path`, if it is of that format (None: of any) and its checksum is right; else `UserError`.
+
+    advice : what to do about a damaged one; without it, what mends a data set.
+    """
     value = read_json(path)
     found = value.get("format") if isinstance(value, dict) else None
     if not isinstance(value, dict) or (wanted_format is not None and found != wanted_format):
         raise UserError(f"{path} is of format {found!r}, expected {wanted_format!r}")
     if value.get("checksum") != _checksum(value):
-        raise UserError(
-            f"{path} does not say what was written (its checksum differs): the file is damaged; delete it and run the stage again, it "
-            "redoes only what this file stands for"
-        )
+        advice = advice or "delete it and run the stage again, it redoes only what this file stands for"
+        raise UserError(f"{path} does not say what was written (its checksum differs): the file is damaged; {advice}")
     return value
 
 
@@ -160,7 +169,7 @@ def read_shard(directory: Path, stem: str, shard_format: str | None) -> Record:
     path = directory / f"{stem}.json"
     if not path.exists():
         raise UserError(f"{path} does not exist, so its shard does not either; run the stage that makes it again, it redoes only that")
-    record = _read_checked(path, shard_format)
+    record = read_checked(path, shard_format)
     for name, described in record["files"].items():
         file = directory / name
         size = file.stat().st_size if file.exists() else None
@@ -215,7 +224,7 @@ def read_manifest(directory: Path, set_format: str | None = None) -> Record:
         if not directory.exists():
             raise UserError(f"{directory} does not exist; run the stage that makes it first")
         raise UserError(f"{directory} has no {MANIFEST}: it is not a finished data set; run the stage that makes it again, it resumes")
-    return _read_checked(directory / MANIFEST, set_format)
+    return read_checked(directory / MANIFEST, set_format)
 
 
 def read_data_set(directory: Path, set_format: str | None, shard_format: str | None) -> tuple[Record, dict[str, Record]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import records
+from slurm.record.verification import verify
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
 
@@ -113,6 +114,22 @@ def test_a_flipped_bit_is_named_by_verify_and_mended_as_its_sentence_says(place:
     assert shard.read_bytes() == whole
     assert {path: path.stat().st_mtime_ns for path in others} == others
     assert "damaged" not in place.crosscoder("verify", str(directory))
+
+
+def test_whatever_a_run_of_each_stage_contains_is_checked(place: Place) -> None:
+    wanted = {"train": {"metrics.jsonl", "result.json"}, "evaluate": {"metrics.json", "features.safetensors", "feature_density.png"}}
+    for stage in STAGES:
+        run = place.runs(stage)[0]
+        names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+        names = {name for name in names if name not in ("job.json", "seal.json") and not name.startswith("code/")}
+        assert names >= wanted.get(stage, set())
+        assert verify(str(run), place.directory / "runs")[1] == []
+        for name in names:
+            content = (run / name).read_bytes()
+            (run / name).write_bytes(bytes([content[0] ^ 1]) + content[1:] if content else b"x")
+            damages = verify(str(run), place.directory / "runs")[1]
+            (run / name).write_bytes(content)
+            assert any(damage.startswith(f"{run / name} ") for damage in damages), (stage, name, damages)
 
 
 def test_a_local_job_trains_from_the_stream(place: Place) -> None:

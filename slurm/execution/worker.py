@@ -2,7 +2,7 @@
 
 `python -m slurm.execution.worker DIRECTORY [TASK]`, with `code/` of the run directory first on `PYTHONPATH`, is a whole job; the
 executors start the same through submitit. Whatever happens, the run directory tells: a line in attempts.jsonl when the
-task is taken up and when it is left, and result.json when it ends by itself.
+task is taken up and when it is left, and result.json when it ends by itself, sealed (see `slurm.record.seal`) if it finished.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from pipeline.run import Run, Stopped, duration
 from slurm.execution import job_process
 from slurm.execution.requeue import go_on_later, place
 from slurm.execution.terminal import OutputThatMayBeLost, logged_to, print_any_letter
-from slurm.record import environment, run_inputs, snapshot
+from slurm.record import environment, run_inputs, seal, snapshot
 from slurm.record.holder import Holder
 from slurm.record.output_writer import only_writer
 from slurm.record.run_directory import RunDirectory, append_line
@@ -80,7 +80,8 @@ def _attempt(run: RunDirectory, task: int, process: job_process.Process, *, froz
     view = _view(run, task, here)
     with _stop_on_signals(view, interactive=interactive), threads_say_what_can_be_mended():
         append_line(here / "attempts.jsonl", {**begin, "place": place(run.progress(task))})
-        (here / "result.json").unlink(missing_ok=True)
+        for name in ("result.json", seal.SEAL):  # in this order: what has a result is sealed
+            (here / name).unlink(missing_ok=True)
         ending = _guarded(lambda: _run_stage(run, task, view, frozen=frozen))
         if ending.status == "stopped":
             ending = _failure_beside(here, identity) or ending
@@ -88,6 +89,9 @@ def _attempt(run: RunDirectory, task: int, process: job_process.Process, *, froz
             view.say(f"stopped after {duration(time.time() - started)}: {ending.error}; what was done is saved")
         record = {"status": ending.status, "started": started, "ended": time.time(), **identity}
         record |= {"error": ending.error, "result": ending.result}
+        if ending.status == "finished":
+            record["seal"] = seal.FORMAT
+            seal.write(run, task, record)
         records.write_json(here / "result.json", record)
         next_step = "stays as it is"
         if ending.status == "stopped":

@@ -11,7 +11,7 @@
       attempts.jsonl     one line when a process takes up the task, one when it leaves it
       lock.json          the process that holds the task now (see `slurm.record.holder`)
       progress.json      heartbeat, metrics.jsonl, tensorboard/, checkpoints/: written by the stage
-      result.json        how the task ended (below)
+      result.json        how the task ended (below); seal.json: what a finished one left, by hash (see `slurm.record.seal`)
 
 A run of one task has no `tasks/`: its task directory is the run directory itself. A sweep's tasks have a config.yaml,
 inputs.json and job.json of their own (see `slurm.submission.sweep`).
@@ -42,7 +42,8 @@ attempts.jsonl: {"event": "start", "time": 1795424131.2, "job": "1042_0", "resta
 
 result.json, written when an attempt ends by itself: {"status": "finished", "started": ..., "ended": ..., "job": "1042_0",
 "error": null, "result": {...}}. `status` is finished, failed (`error` says why) or stopped; `result` is what the stage
-returned; one that was stopped has `next`, what becomes of it, too. A task that is killed leaves none: its lock, or the queue, tells.
+returned. One that was stopped has `next` too, what becomes of it; one that finished has `seal`, the format of seal.json. A task that is
+killed leaves none: its lock, or the queue, tells.
 """
 
 import difflib

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline import records
 from pipeline.config.errors import UserError
-from slurm.record import run_inputs, snapshot
+from slurm.record import run_inputs, seal, snapshot
 from slurm.record.run_directory import RunDirectory, find
 
 
@@ -29,7 +29,7 @@ def verify(reference: str, runs: Path) -> tuple[list[str], list[str]]:
         raise UserError(
             f"no run is called {reference!r} under {runs}, and {path} does not exist; {_contents(path.parent, path.name)}"
         ) from None
-    return [f"run {run.path}"], verify_run(run)
+    return [_checked(run)], verify_run(run)
 
 
 def _contents(directory: Path, name: str = "", most: int = 8) -> str:
@@ -41,24 +41,84 @@ def _contents(directory: Path, name: str = "", most: int = 8) -> str:
     return f"{directory} holds {', '.join(names[:most])}{more}" if names else f"{directory} is empty"
 
 
+def _checked(run: RunDirectory) -> str:
+    """The run, and what of it could not be checked."""
+    states = [_standing(run, task) for task in range(run.num_tasks)]
+    unfinished, unsealed = states.count("not finished"), states.count("finished before seals")
+    which = "it" if run.num_tasks == 1 else "{} of its tasks"
+    said = f"run {run.path}"
+    if unfinished:
+        said += f"; {which.format(unfinished)} did not finish yet, so only what was frozen and read, and checkpoints, could be checked"
+    if unsealed:
+        said += f"; {which.format(unsealed)} finished before runs were sealed, so results, metrics and figures could not be checked"
+    return said
+
+
+def _standing(run: RunDirectory, task: int) -> str:
+    """sealed, not sealed, finished before seals, or not finished."""
+    if seal.is_there(run, task):
+        return "sealed"
+    result = run.result(task)
+    if result is None or result["status"] != "finished":
+        return "not finished"
+    return "not sealed" if "seal" in result else "finished before seals"
+
+
 def verify_run(run: RunDirectory) -> list[str]:
-    """Damages to the frozen code and configuration, to the inputs since the run read them, and to the checkpoints."""
-    changed = [phrase.partition(" ") for phrase in snapshot.differences(run.path)]
-    damages = [f"{run.code / name} {what} since it was frozen" for name, _, what in changed]
-    if records.hash_file(run.path / "config.yaml") != run.job()["config_hash"]:
-        damages.append(f"{run.path / 'config.yaml'} was changed since it was frozen")
-    for directory in (run.task_directory(task) for task in range(run.num_tasks)):
-        inputs = directory / "inputs.json"
-        if inputs.exists():
-            damages += _input_damages(dict(records.read_json(inputs)))
-        for checkpoint in sorted((directory / "checkpoints").glob("*")):
-            if not checkpoint.name.startswith("."):
-                damages += _checkpoint_damages(checkpoint)
+    """Damages to the frozen code and configuration, to the inputs since the run read them, and to what each task left."""
+    damages = _code_damages(run)
+    for record in dict.fromkeys([run, *(run.record_of_task(task) for task in range(run.num_tasks))]):
+        damages += _config_damages(record)
+    for task in range(run.num_tasks):
+        damages += _task_damages(run, task)
     return list(dict.fromkeys(damages))
 
 
-def _input_damages(entries: dict[str, run_inputs.Entry]) -> list[str]:
-    damages = []
+def _code_damages(run: RunDirectory) -> list[str]:
+    try:
+        changed = [phrase.partition(" ") for phrase in snapshot.differences(run.path)]
+        recorded = snapshot.tree_hash(records.read_json(run.path / "code.json")["files"])
+    except UserError as error:
+        return [str(error)]
+    damages = [f"{run.code / name} {what} since it was frozen" for name, _, what in changed]
+    return damages + ([f"{run.path / 'code.json'} was changed since it was frozen"] if recorded != run.job()["code_hash"] else [])
+
+
+def _config_damages(record: RunDirectory) -> list[str]:
+    path = record.path / "config.yaml"
+    if not path.exists():
+        return [f"{path} is missing"]
+    return [f"{path} was changed since it was frozen"] if records.hash_file(path) != record.job()["config_hash"] else []
+
+
+def _task_damages(run: RunDirectory, task: int) -> list[str]:
+    directory, standing = run.task_directory(task), _standing(run, task)
+    damages, compared = seal.check(run, task) if standing == "sealed" else ([], set[str]())
+    if standing == "not sealed":
+        damages = [f"{directory} finished, but is not sealed: {seal.SEAL} is missing, so what it left can't be checked; restore that file"]
+    if "result.json" not in compared:
+        damages += _unreadable(directory / "result.json")
+    damages += _input_damages(directory / "inputs.json")
+    for checkpoint in sorted((directory / "checkpoints").glob("*")):
+        if not checkpoint.name.startswith(".") and f"checkpoints/{checkpoint.name}/{records.MANIFEST}" not in compared:
+            damages += _checkpoint_damages(checkpoint)
+    return damages
+
+
+def _unreadable(path: Path) -> list[str]:
+    try:
+        return (
+            [] if not path.exists() or isinstance(records.read_json(path), dict) else [f"{path} holds no JSON object: the file is damaged"]
+        )
+    except UserError as error:
+        return [str(error)]
+
+
+def _input_damages(path: Path) -> list[str]:
+    damages = _unreadable(path)
+    if damages or not path.exists():
+        return damages
+    entries: dict[str, run_inputs.Entry] = records.read_json(path)
     for field, entry in entries.items():
         if entry.get("kind") == "pending":
             continue
