@@ -11,7 +11,7 @@ from toy_project import ToyProject
 from pipeline import records
 from slurm.record import seal
 from slurm.record.run_directory import RunDirectory
-from slurm.record.verification import verify
+from slurm.record.verification import verify, verify_run
 
 RESULT = {"status": "finished", "ended": 2.0, "result": {"loss": 0.25}, "seal": seal.FORMAT}
 CONTENTS = {
@@ -94,6 +94,15 @@ def test_a_checkpoint_s_hashes_come_from_its_records(run: RunDirectory, monkeypa
     assert records.read_json(run.path / seal.SEAL) == before
     assert "crosscoder.json" in hashed
     assert "crosscoder.safetensors" not in hashed
+
+
+def test_a_checkpoint_that_is_damaged_before_the_seal_keeps_no_run_from_its_end_and_is_named(run: RunDirectory) -> None:
+    (run.path / CHECKPOINT[0]).write_bytes(b"weight")
+    seal.write(run, 0, RESULT)
+    records.write_json(run.path / "result.json", RESULT)
+    assert seal.check(run, 0)[0] == []
+    (damage,) = (told for told in verify_run(run) if "checkpoints/00000002/" in told)
+    assert damage.startswith(f"{run.path / CHECKPOINT[0]} holds 6 bytes, its record says 7 bytes")
 
 
 def test_a_damaged_seal_is_named_itself(run: RunDirectory) -> None:

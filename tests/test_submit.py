@@ -47,7 +47,7 @@ def test_a_run_directory_is_complete(project: ToyProject) -> None:
     assert "at step 0\n" in (run.path / "log/terminal.log").read_text()
     assert {path.name for path in run.path.iterdir()} == {
         *("config.yaml", "code", "code.json", "code.diff", "environment.json", "inputs.json", "job.json", "log"),
-        *("attempts.jsonl", "progress.json", "result.json", "state.json"),
+        *("attempts.jsonl", "progress.json", "result.json", "seal.json", "state.json"),
     }
 
 

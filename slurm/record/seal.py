@@ -82,7 +82,10 @@ def _is_sealed(name: str) -> bool:
 def _entries(here: Path, directory: Path, names: list[str]) -> Iterator[tuple[str, Entry]]:
     recorded: dict[str, Entry] = {}
     if records.MANIFEST in names:
-        _, shards = records.read_data_set(directory, None, None)
+        try:
+            _, shards = records.read_data_set(directory, None, None)
+        except UserError:  # damaged already: left to its own records, which `verify` then asks
+            return
         recorded = {name: entry for shard in shards.values() for name, entry in shard["files"].items()}
     for name in names:
         if (directory / name).is_file():
