@@ -6,7 +6,6 @@ Hooks on the blocks read it, not `output_hidden_states`: there the last entry of
 Shapes: B contexts in a batch, S positions in a context, L layers read, D model width, V vocabulary.
 """
 
-import contextlib
 import difflib
 import hashlib
 import json
@@ -17,9 +16,9 @@ from typing import Any
 import torch
 import transformers
 import xxhash
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline import records
+from pipeline import blocks, model_loading, model_trial, records
 from pipeline.config.errors import UserError
 from pipeline.config.language_model import LanguageModelConfig
 from pipeline.text.tokenizer import load_tokenizer
@@ -29,10 +28,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 # Say where and by what a model was saved, not what it computes; `dtype` is the format of the file, whose bytes are hashed anyway.
 _CONFIG_KEYS_WITHOUT_MEANING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
-
-
-class _LastLayerRead(Exception):
-    """Ends a forward pass once everything asked for has been read."""
 
 
 class LanguageModel:
@@ -45,14 +40,16 @@ class LanguageModel:
         self.tokenizer_hash = tokenizer_hash
         """Of the tokenizer that lies beside the weights; None where there is none, or it is not to be compared."""
         text_config = model.config.get_text_config()
-        self.d_model: int = text_config.hidden_size
         self.vocab_size: int = model.get_input_embeddings().num_embeddings
-        self.max_context: int | None = getattr(text_config, "max_position_embeddings", None)
-        ends = text_config.eos_token_id
+        self.max_context: int | None = model_trial.context_limit(model.config)
+        ends = getattr(text_config, "eos_token_id", None)
         self.end_of_text_ids: list[int] = [] if ends is None else ends if isinstance(ends, list) else [ends]
         self.device: torch.device = next(model.parameters()).device
         self.dtype: torch.dtype = next(model.parameters()).dtype
-        self.block_names = _block_names(model, text_config.num_hidden_layers)
+        self.block_names = blocks.block_names(model)
+        trial = model_trial.try_model(model, self.block_names, name)
+        self.d_model: int = trial.d_model
+        self._not_finite = trial.not_finite
 
     @classmethod
     def load(cls, config: LanguageModelConfig) -> "LanguageModel":
@@ -66,20 +63,16 @@ class LanguageModel:
         device = _device(config.device)
         dtype = DTYPES[config.dtype]
         tokenizer_hash = None
-        try:
+        with model_loading.one_sentence(config.model, where):
             if config.random_weights:
-                model = _with_random_weights(where, config, dtype)
+                seed = config.random_weights_seed
+                model = model_loading.with_random_weights(where, revision=config.revision, dtype=dtype, seed=seed)
                 content_hash = _hash_of_tensors(model)
             else:
-                model = transformers.AutoModelForCausalLM.from_pretrained(where, revision=config.revision, dtype=dtype)
+                model = model_loading.from_checkpoint(where, revision=config.revision, dtype=dtype)
                 content_hash = _hash_of_files(where, config.revision)
                 tokenizer_hash = _tokenizer_hash(where, config.revision) if config.check_tokenizer else None
-        except (OSError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            first_line = str(error).strip().splitlines()[0]
-            raise UserError(f"the language model {config.model!r} could not be loaded: {first_line}") from error
-        model = model.eval().requires_grad_(False).to(device)
+            model = model.eval().requires_grad_(False).to(device)
         return cls(model, name=config.model, content_hash=content_hash, tokenizer_hash=tokenizer_hash)
 
     @property
@@ -95,39 +88,46 @@ class LanguageModel:
 
     def check_layers(self, layers: list[str]) -> None:
         """Raises `UserError` naming the first layer that the model does not have, and what it has."""
-        blocks = self.block_names
-        prefix, first = blocks[0].rpartition(".")[::2]
+        names = self.block_names
+        prefix, first = names[0].rpartition(".")[::2]
         for index, layer in enumerate(layers):
-            if layer in blocks:
+            if layer in names:
                 continue
-            found = f"layers[{index}] is {layer}, but {self.name} has blocks {first} to {blocks[-1].rpartition('.')[2]} ({prefix}.N)"
+            found = f"layers[{index}] is {layer}, but {self.name} has blocks {first} to {names[-1].rpartition('.')[2]} ({prefix}.N)"
             if layer.rpartition(".")[0] == prefix and layer.rpartition(".")[2].isdigit():
                 raise UserError(f"{found}; use a smaller number")
-            near = difflib.get_close_matches(layer, blocks, n=1)
-            raise UserError(f"{found}; " + (f"did you mean {near[0]}?" if near else f"the first is {blocks[0]}"))
+            near = difflib.get_close_matches(layer, names, n=1)
+            raise UserError(f"{found}; " + (f"did you mean {near[0]}?" if near else f"the first is {names[0]}"))
 
-    def check_context(self, context_tokens: int) -> None:
-        """Raises `UserError` if contexts of this length are longer than the model can read."""
-        if self.max_context is not None and context_tokens > self.max_context:
+    def check_use(self, layers: list[str], context_tokens: int, *, predictions: bool = False) -> None:
+        """Raises `UserError` unless the model can be read at `layers` in contexts of that length; what is cheap to see before any work.
+
+        predictions : the logits are used, too.
+        """
+        self.check_layers(layers)
+        used = [*layers, model_trial.LOGITS] if predictions else layers
+        if wrong := [place for place in used if place in self._not_finite]:
             raise UserError(
-                f"context_tokens is {context_tokens:,}, but {self.name} reads at most {self.max_context:,} tokens; use a smaller number"
+                f"{wrong[0]} of {self.name} is not finite (NaN or infinite) on the first tokens tried, in {self.dtype}; check the model's "
+                "weights, or choose a dtype with a wider range (bfloat16 or float32)"
             )
+        model_trial.check_length(self.model, self.block_names, context_tokens, self.name)
 
     @torch.inference_mode()
     def activations(self, tokens_BS: Tensor, layers: list[str]) -> Tensor:
         """acts_BSLD of `layers`, in their order; no block after the last of them is computed."""
         self.check_layers(layers)
         last = max(layers, key=self.block_names.index)
-        read: dict[str, Tensor] = {}
+        acts_BSLD = torch.empty((*tokens_BS.shape, len(layers), self.d_model), dtype=self.dtype, device=self.device)
 
         def read_output(name: str, output: Any) -> None:
-            read[name] = _hidden(output)
+            # Copied at once, since a later block may add to the residual stream in place. Mamba keeps it in float32 whatever the dtype.
+            acts_BSLD[:, :, layers.index(name)] = blocks.hidden(output)
             if name == last:
-                raise _LastLayerRead
+                raise blocks.EnoughRead
 
-        with contextlib.suppress(_LastLayerRead):
-            self._run(tokens_BS, dict.fromkeys(layers, read_output))
-        return torch.stack([read[name] for name in layers], dim=2)
+        blocks.run(self.model, tokens_BS.to(self.device), dict.fromkeys(layers, read_output))
+        return acts_BSLD
 
     @torch.inference_mode()
     def logits(self, tokens_BS: Tensor, replace: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> Tensor:
@@ -139,30 +139,14 @@ class LanguageModel:
         self.check_layers(list(replace))
 
         def replaced(name: str, output: Any) -> Any:
-            acts_BSD = _hidden(output)
+            acts_BSD = blocks.hidden(output)
             new_BSD = replace[name](acts_BSD)
             if new_BSD.shape != acts_BSD.shape:
                 raise ValueError(f"the replacement of {name} has shape {tuple(new_BSD.shape)}, expected {tuple(acts_BSD.shape)}")
-            new_BSD = new_BSD.to(acts_BSD)
-            return (new_BSD, *output[1:]) if isinstance(output, tuple) else new_BSD
+            return blocks.with_hidden(output, new_BSD.to(acts_BSD))
 
-        logits_BSV: Tensor = self._run(tokens_BS, dict.fromkeys(replace, replaced)).logits
+        logits_BSV: Tensor = blocks.run(self.model, tokens_BS.to(self.device), dict.fromkeys(replace, replaced)).logits
         return logits_BSV
-
-    def _run(self, tokens_BS: Tensor, actions: dict[str, Callable[[str, Any], Any]]) -> Any:
-        """A forward pass that calls `actions[layer](layer, output)` after each of these blocks; a result replaces the output."""
-        with contextlib.ExitStack() as stack:
-            for name, action in actions.items():
-                hook = self.model.get_submodule(name).register_forward_hook(lambda _m, _i, output, n=name, a=action: a(n, output))
-                stack.callback(hook.remove)
-            # A trainer that streams may call from within its own autocast; the model computes in the dtype it was loaded in.
-            stack.enter_context(torch.autocast(self.device.type, enabled=False))
-            return self.model(input_ids=tokens_BS.to(self.device), use_cache=False)
-
-
-def _hidden(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
 
 
 def _device(name: str) -> torch.device:
@@ -171,22 +155,6 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def _block_names(model: nn.Module, num_blocks: int) -> list[str]:
-    """Module paths of the model's blocks: the outermost list of `num_blocks` modules."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == num_blocks]
-    if not lists:
-        raise UserError(f"{type(model).__name__} has no list of its {num_blocks} blocks, so its layers can't be named; use another model")
-    outermost = min(lists, key=lambda name: name.count("."))
-    return [f"{outermost}.{index}" for index in range(num_blocks)]
-
-
-def _with_random_weights(where: str, config: LanguageModelConfig, dtype: torch.dtype) -> Any:
-    architecture = transformers.AutoConfig.from_pretrained(where, revision=config.revision)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.random_weights_seed)
-        return transformers.AutoModelForCausalLM.from_config(architecture, dtype=dtype)
 
 
 def _hash_of_tensors(model: Any) -> str:
@@ -212,7 +180,7 @@ def _tokenizer_hash(where: str, revision: str | None) -> str | None:
     if found is None:
         return None
     # The token that ends a text is no part of the hash; any that exists will do for a tokenizer that names none.
-    tokenizer = transformers.AutoTokenizer.from_pretrained(where, revision=revision)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
     end_of_text = None if tokenizer.eos_token is not None else tokenizer.convert_ids_to_tokens(0)
     return load_tokenizer(where, revision=revision, special_text="token", end_of_text=end_of_text).vocabulary.tokenizer_hash
 

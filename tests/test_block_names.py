@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from pipeline.language_model import _block_names
+from pipeline.blocks import block_names
 from slurm.submission.block_names import BLOCKS, layer_fault
 
 
@@ -18,7 +18,7 @@ def test_a_model_type_names_its_blocks_as_the_library_does(prefix: str, model_ty
         pytest.skip(f"this version of transformers does not know {model_type}")
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    assert _block_names(model, 2) == [f"{prefix}.0", f"{prefix}.1"]
+    assert block_names(model) == [f"{prefix}.0", f"{prefix}.1"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["config", "records", "run", "tokens", "text", "contexts", "language_model", "activations", "crosscoder", "interventions"]
+ORDER = ["config", "records", "run", "tokens", "text", "contexts", "blocks", "model_trial", "model_loading", "language_model"]
+ORDER += ["activations", "crosscoder", "interventions"]
 ORDER += ["evaluation", "stages"]
 SLURM_ORDER = ["client", "cluster", "record", "execution", "submission", "watching", "changing", "commands"]
 TORCH_FREE = {"pipeline.config", "pipeline.records", "pipeline.run"}

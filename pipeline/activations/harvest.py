@@ -24,8 +24,7 @@ class Harvester:
     """Computes the rows of any generation. Raises `UserError` when token set, model and settings don't fit together."""
 
     def __init__(self, tokens: TokenSet, model: LanguageModel, settings: Harvest, check_stop: Callable[[], None]) -> None:
-        model.check_layers(settings.layers)
-        model.check_context(settings.context_tokens)
+        model.check_use(settings.layers, settings.context_tokens)
         beginning = beginning_of_text(settings.beginning_of_text, tokens)
         is_checked = settings.language_model.check_tokenizer
         on_tokens = check_tokens(tokens, model, check_tokenizer=is_checked, beginning_of_text_id=beginning.token_id)

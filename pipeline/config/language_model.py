@@ -6,6 +6,9 @@ from pydantic import Field
 
 from pipeline.config.schema import OPERATIONAL, Config, Count
 
+CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions", "n_ctx", "seq_length")
+"""Keys of a model's config.json that limit its contexts, by family; the least of those that stand there counts."""
+
 
 class LanguageModelConfig(Config):
     """A Hugging Face causal language model. What it computes enters identities through the hash of its weights and config."""

@@ -107,7 +107,7 @@ def check_inputs(trained: TrainedCrosscoder, language_model: LanguageModel, toke
             f"beginning_of_text is {str(config.beginning_of_text).lower()}, but the crosscoder in {config.crosscoder} was trained on "
             f"contexts {was}; set it to auto, which does as training did"
         )
-    language_model.check_context(config.context_tokens)
+    language_model.check_use(trained.layers, config.context_tokens, predictions=True)
     check_tokenizer = config.language_model.check_tokenizer
     remarks = check_tokens(tokens, language_model, check_tokenizer=check_tokenizer, beginning_of_text_id=beginning)
     does = "without beginning-of-text" if beginning is None else f"with beginning-of-text, id {beginning:,}"

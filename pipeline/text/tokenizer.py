@@ -128,7 +128,7 @@ def load_transformers_tokenizer(location: str, revision: str | None) -> Any:
 
     location = str(DEMO_DIRECTORY) if location == "demo" else location
     try:
-        return AutoTokenizer.from_pretrained(location, revision=revision)
+        return AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
