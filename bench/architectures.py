@@ -60,6 +60,7 @@ def configurations(name: str, directory: Path) -> dict[str, dict[str, object]]:
             "output": tokens,
             "tokenizer": {"name": str(directory / "model")},
             "validation_fraction": 0.2,
+            "processes": 1,
         },
         "cache": {"tokens": f"{tokens}/train", "output": activations, "language_model": model, **harvest},
         "train": {

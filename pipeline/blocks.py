@@ -22,15 +22,16 @@ class EnoughRead(Exception):
 
 def block_names(model: Any) -> list[str]:
     """Module paths of the blocks of the text decoder, in order. Raises `UserError` for a model that has no list of them."""
-    num_blocks = model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    # Of a model with an encoder too, such as BART, num_hidden_layers counts the encoder's.
+    num_blocks = getattr(config, "decoder_layers", None) or config.num_hidden_layers
     # A model of pictures and text has a tower of blocks for each; those of the text are in what transformers calls its decoder.
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    whole = {id(module): name for name, module in model.named_modules()}
-    lists = [
-        whole[id(module)]
-        for module in (decoder if id(decoder) in whole else model).modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_blocks
-    ]
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    names = {id(module): name for name, module in model.named_modules()}
+    lists: list[str] = []
+    for part in (decoder, model):
+        found = part.modules() if isinstance(part, nn.Module) else ()
+        lists = lists or [names[id(module)] for module in found if isinstance(module, nn.ModuleList) and len(module) == num_blocks]
     if not lists:
         raise UserError(f"{type(model).__name__} has no list of its {num_blocks} blocks, so its layers can't be named; use another model")
     # The experts of a block are a list too, and may be as many: the blocks are the outermost.

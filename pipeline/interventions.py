@@ -42,7 +42,8 @@ def clean_run(language_model: LanguageModel, tokens_BS: Tensor, layers: Sequence
         return read_acts
 
     logits_BSV = language_model.logits(tokens_BS, {layer: reader(layer) for layer in layers})
-    return CleanRun(logits_BSV, torch.stack([read[layer] for layer in layers], dim=2))
+    # In the dtype in which they are trained on: Mamba's blocks give float32 whatever the model's dtype is.
+    return CleanRun(logits_BSV, torch.stack([read[layer] for layer in layers], dim=2).to(language_model.dtype))
 
 
 def replaceable(lengths_B: Tensor, context_tokens: int) -> Tensor:

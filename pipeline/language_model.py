@@ -63,7 +63,7 @@ class LanguageModel:
         device = _device(config.device)
         dtype = DTYPES[config.dtype]
         tokenizer_hash = None
-        with model_loading.one_sentence(config.model, where):
+        with model_loading.one_sentence(config.model, where, config.revision):
             if config.random_weights:
                 seed = config.random_weights_seed
                 model = model_loading.with_random_weights(where, revision=config.revision, dtype=dtype, seed=seed)

@@ -64,14 +64,14 @@ def with_random_weights(where: str, *, revision: str | None, dtype: torch.dtype,
 
 
 @contextlib.contextmanager
-def one_sentence(name: str, where: str) -> Iterator[None]:
+def one_sentence(name: str, where: str, revision: str | None) -> Iterator[None]:
     """Turns whatever is raised while the files of a model are read into a `UserError` that names the file, where one is to blame."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # safetensors has error types of its own, tokenizers raises bare Exception
-        fault = _damaged_file(where) or first_line(error)
+        fault = _damaged_file(where, revision) or first_line(error)
         advice = "; install what it names, or take a model whose weights are not quantized" if isinstance(error, ImportError) else ""
         raise UserError(f"the language model {name!r} could not be loaded: {fault}{advice}") from error
 
@@ -149,9 +149,10 @@ def _wrapper_prefix(missing: list[str], unexpected: list[str]) -> str | None:
     return prefix if prefix and all(key.startswith(prefix) for key in unexpected) else None
 
 
-def _damaged_file(where: str) -> str | None:
+def _damaged_file(where: str, revision: str | None) -> str | None:
     """What is wrong with the first file of weights or of a tokenizer that can't be read; None if all can, or lie on the hub alone."""
-    config = transformers.utils.cached_file(where, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    config = transformers.utils.cached_file(where, "config.json", revision=revision, local_files_only=True, **quietly)
     if config is None:
         return None
     directory = Path(config).parent

@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_architectures
 from tiny_models import tiny_gpt2, tiny_token_set
 
 from pipeline import records
 from pipeline.config import load
 from pipeline.config.cache_activations import CacheConfig
 from pipeline.config.errors import UserError
+from pipeline.config.language_model import LanguageModelConfig
 from pipeline.config.site_file import Site
 from pipeline.config.stage import StageConfig
+from pipeline.language_model import LanguageModel
 from pipeline.tokens import write_token_set
 from slurm.submission import input_preflight
 
@@ -170,3 +173,10 @@ def test_a_data_set_of_another_kind_is_refused_with_both_names(inputs: dict[str,
     config = load.from_values(values, where="train.yaml", site=Site())
     with pytest.raises(UserError, match="is of format 'token-set/1', expected 'activation-set'"):
         input_preflight.check([("train.yaml", config)], tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["MPT", "CodeGen", "RWKV", "XGLM", "OPT (350M's form)", "BLOOM", "Mamba", "Gemma 3 (text and pictures)"])
+def test_the_login_node_takes_the_same_limits_from_a_config_as_the_job(tmp_path: Path, kind: str) -> None:
+    config = LanguageModelConfig(model=str(tiny_architectures.save(kind, tmp_path)), device="cpu")
+    seen, loaded = input_preflight.model_shape(config), LanguageModel.load(config)
+    assert (seen.num_blocks, seen.d_model, seen.max_context) == (len(loaded.block_names), loaded.d_model, loaded.max_context)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import tiny_architectures
 import torch
 from tiny_models import tiny_gpt2, tiny_llama
 from torch import Tensor
@@ -45,6 +46,13 @@ def test_a_run_can_be_read_in_a_model_whose_blocks_give_plain_tensors(tmp_path: 
     clean = clean_run(llama, tokens_BS, ["model.layers.1"])
     assert torch.equal(clean.logits_BSV, llama.logits(tokens_BS))
     assert torch.equal(clean.acts_BSLD, llama.activations(tokens_BS, ["model.layers.1"]))
+
+
+def test_what_an_evaluation_reads_is_what_is_trained_on_bit_for_bit(tmp_path: Path, tokens_BS: Tensor) -> None:
+    # Mamba's blocks give float32 in a model of bfloat16.
+    config = LanguageModelConfig(model=str(tiny_architectures.save("Mamba", tmp_path)), device="cpu", dtype="bfloat16")
+    mamba = LanguageModel.load(config)
+    assert torch.equal(clean_run(mamba, tokens_BS, mamba.block_names).acts_BSLD, mamba.activations(tokens_BS, mamba.block_names))
 
 
 def test_a_layer_replaced_by_its_own_activations_changes_no_bit(

@@ -6,8 +6,12 @@ from pydantic import Field
 
 from pipeline.config.schema import OPERATIONAL, Config, Count
 
-CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions", "n_ctx", "seq_length")
-"""Keys of a model's config.json that limit its contexts, by family; the least of those that stand there counts."""
+CONTEXT_FIELDS = (
+    *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
+    *("max_target_positions", "seq_length", "context_length"),
+)
+"""Keys of a model's config.json that limit its contexts, by family; the least of those that stand there counts. The window of a
+sliding attention is no limit, and a model without any of these has none."""
 
 
 class LanguageModelConfig(Config):

@@ -1,12 +1,19 @@
 """How the model types of the Hugging Face library name their blocks: known here without loading a model."""
 
 BLOCKS = {
-    "transformer.h": ("gpt2", "gpt_neo", "gptj", "bloom", "falcon", "codegen"),
+    "transformer.h": ("gpt2", "gpt_neo", "gptj", "bloom", "falcon", "codegen", "gpt_bigcode", "ctrl", "openai-gpt"),
+    "transformer.blocks": ("mpt",),
     "gpt_neox.layers": ("gpt_neox",),
     "model.decoder.layers": ("opt",),
+    "backbone.layers": ("mamba", "mamba2", "falcon_mamba"),
+    "rwkv.blocks": ("rwkv",),
+    "model.language_model.layers": ("gemma3", "gemma4"),
     "model.layers": (
-        *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"),
-        *("phi", "phi3", "olmo", "olmo2", "olmoe", "stablelm", "starcoder2", "cohere", "granite", "smollm3"),
+        *("llama", "mistral", "ministral3", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text"),
+        *("gemma", "gemma2", "gemma3_text", "gemma4_text", "recurrent_gemma", "vaultgemma", "phi", "phi3", "phimoe"),
+        *("olmo", "olmo2", "olmo3", "olmoe", "stablelm", "starcoder2", "cohere", "cohere2", "granite", "granitemoe", "smollm3"),
+        *("glm", "glm4", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4_text", "jamba", "xglm", "persimmon", "exaone4"),
+        *("falcon_h1", "helium", "seed_oss", "apertus", "ernie4_5", "bamba", "nemotron_h", "lfm2"),
     ),
 }
 """The module path before the number, by model type."""

@@ -16,7 +16,7 @@ from pipeline.config.cache_activations import CacheConfig
 from pipeline.config.count_tokens import CountConfig
 from pipeline.config.errors import UserError
 from pipeline.config.evaluate_crosscoder import EvaluateConfig
-from pipeline.config.language_model import LanguageModelConfig
+from pipeline.config.language_model import CONTEXT_FIELDS, LanguageModelConfig
 from pipeline.config.stage import StageConfig
 from pipeline.config.tokenize_text import TokenizeConfig
 from pipeline.config.train_crosscoder import TrainConfig
@@ -97,9 +97,9 @@ def model_shape(config: LanguageModelConfig) -> ModelShape:
         return next((int(facts[key]) for key in keys if isinstance(facts.get(key), int)), None)
 
     return ModelShape(
-        first("num_hidden_layers", "n_layer", "num_layers"),
+        first("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
         first("hidden_size", "n_embd", "d_model"),
-        first("max_position_embeddings", "n_positions"),
+        min((limit for key in CONTEXT_FIELDS if (limit := first(key)) and limit > 0), default=None),
         first("vocab_size"),
         model_type,
     )
