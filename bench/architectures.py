@@ -1,6 +1,6 @@
 """What models of many architectures do in every stage: tiny ones, through tokenize, cache, train and evaluate by the command line.
 
-    python -m bench.architectures                       # all, about 4 minutes on 2 cores
+    python -m bench.architectures                       # all, about 6 minutes on 2 cores
     python -m bench.architectures --only Llama BERT     # some
     python -m bench.architectures --json bench/results/architectures.json
 
@@ -93,7 +93,7 @@ def taken_through(name: str, directory: Path) -> Row:
         config = directory / f"{stage}.yaml"
         config.write_text(json.dumps({"stage": stage, "name": "tiny", **settings}))  # JSON is YAML
         code, output = crosscoder("run", str(config), log=directory / f"{stage}.log")
-        found[stage] = "ok" if code == 0 else refusal(output)
+        found[stage] = "ok" if code == 0 else refusal(output).replace(f"{directory}/", "")
         if code:
             break
     refused = next((said for said in found.values() if said not in ("ok", "-")), None)
@@ -126,7 +126,8 @@ def crosscoder(*arguments: str, log: Path) -> tuple[int, str]:
 def refusal(output: str) -> str:
     """The last line of what a failed stage printed; a traceback shows as one."""
     lines = [line for line in output.splitlines() if line.strip()]
-    return "Traceback: " + lines[-1] if "Traceback" in output else lines[-1] if lines else "nothing was printed"
+    last = lines[-1].removeprefix("crosscoder: ") if lines else "nothing was printed"
+    return f"Traceback: {last}" if "Traceback" in output else last
 
 
 def printed(row: Row) -> str:

@@ -327,8 +327,8 @@ def test_a_shard_cut_short_is_found_before_the_work_starts(inputs, finished, tmp
 def test_activations_that_are_not_finite_are_refused(tmp_path, inputs):
     shutil.copytree(inputs / "tokens", tmp_path / "tokens")
     model = LanguageModel.load(cache_config(inputs, tmp_path).language_model)
-    model.model.transformer.h[1].mlp.c_fc.weight.data[0, 0] = float("nan")
+    model.model.transformer.wpe.weight.data[10] = float("nan")  # beyond the few tokens on which a model is tried out
     model.model.save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match=r"activations of transformer\.h\.1 are not finite .* in context \d+, position 1, document \d+"):
+    with pytest.raises(UserError, match=r"activations of transformer\.h\.\d are not finite .* in context \d+, position \d+, document \d+"):
         cache(cache_config(tmp_path, tmp_path / "set"), tmp_path)
     assert not list((tmp_path / "set").glob("*.safetensors"))
