@@ -1,6 +1,6 @@
 """What models of many architectures do in every stage: tiny ones, through tokenize, cache, train and evaluate by the command line.
 
-    python -m bench.architectures                       # all, about 6 minutes on 2 cores
+    python -m bench.architectures                       # all, 13 minutes on 2 cores that others kept busy
     python -m bench.architectures --only Llama BERT     # some
     python -m bench.architectures --json bench/results/architectures.json
 

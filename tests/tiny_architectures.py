@@ -108,9 +108,7 @@ ARCHITECTURES = {
     "Jamba": Architecture(
         "JambaConfig",
         "model.layers",
-        GROUPED
-        | {"num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
-        | {"attn_layer_period": 2, "attn_layer_offset": 1},
+        GROUPED | {"num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4} | {"attn_layer_period": 2, "attn_layer_offset": 1},
     ),
     "BERT (decoder)": Architecture("BertConfig", "bert.encoder.layer", DENSE | {"is_decoder": True}),
     "BART (decoder)": Architecture("BartConfig", "model.decoder.layers", BART | IDS),
