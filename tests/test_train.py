@@ -2,17 +2,21 @@
 
 import functools
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
 from toy_activations import BATCH_TOPK, LAYERS, RELU, VARIANTS, MemorySource, random_activations, train_config
 
 from pipeline.activations.source import ActivationBatch, Provenance
 from pipeline.config.errors import UserError
+from pipeline.crosscoder import training_log
 from pipeline.crosscoder.checkpoint import load_crosscoder
 from pipeline.crosscoder.trainer import Trainer
 from pipeline.run import Run, Stopped
@@ -238,6 +242,20 @@ def test_progress_counts_tokens_and_names_loss_l0_and_explained_variance(tmp_pat
     assert (beat["phase"], beat["step"], beat["total"], beat["unit"]) == ("train", 1000, 1000, "tokens")
     assert all(word in beat["note"] for word in ("loss", "L0", "explained"))
     assert "100.0 %" in capsys.readouterr().out
+
+
+def test_curves_of_a_start_come_after_those_of_a_start_within_the_same_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1_795_000_000.25]
+    fake = SimpleNamespace(time=lambda: clock[0], sleep=lambda s: clock.append(clock.pop() + s), monotonic=time.monotonic)
+    monkeypatch.setattr(training_log, "time", fake)
+    monkeypatch.setattr(event_file_writer, "time", fake)
+    (tmp_path / "tensorboard").mkdir()
+    earlier = tmp_path / "tensorboard/events.out.tfevents.1795000000.zzz.99999.0"
+    earlier.touch()  # of a host, or a process id, that comes late in the order of names
+    trainer(tmp_path, MemorySource(random_activations(300))).train()
+    first, second = sorted((tmp_path / "tensorboard").iterdir())
+    assert first == earlier
+    assert second.name.startswith("events.out.tfevents.1795000001.")
 
 
 # -- how it stops ---------------------------------------------------------------------------------------------------

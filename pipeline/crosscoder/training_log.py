@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class TrainingLog:
         run.rewind_metrics(state.step)
         self.last_row = _last_row(run)
         # Earlier starts may have drawn points beyond the checkpoint: TensorBoard hides those from purge_step on.
+        _wait_for_a_later_name(run.directory / "tensorboard")
         self.writer = SummaryWriter(str(run.directory / "tensorboard"), purge_step=state.step + 1)
         self.seconds_waited = 0.0
         """Since the last row, that the trainer's thread waited for its next batch."""
@@ -102,6 +104,18 @@ def _tag(name: str) -> str:
     if name == "explained_variance":
         return "explained_variance/all"
     return f"time/{name}" if name in TIME_FIELDS else f"training/{name}"
+
+
+def _wait_for_a_later_name(directory: Path) -> None:
+    """Until a new event file comes after those of earlier starts, a second at most.
+
+    TensorBoard reads event files in the order of their names, which hold the second they were made in and then host and process id:
+    of two starts within a second the later one may be read first, and what it drew be hidden.
+    """
+    seconds = [int(path.name.split(".")[3]) for path in directory.glob("events.out.tfevents.*.*")]
+    ahead = max(seconds, default=0) + 1 - time.time()
+    if 0 < ahead <= 1:  # more: a clock was put back, which no wait makes good
+        time.sleep(ahead)
 
 
 def _last_row(run: Run) -> dict[str, Any] | None:
