@@ -39,10 +39,14 @@ def test_an_array_of_which_a_task_has_ended_is_changed_on_record_too(queue: Queu
 
 
 def test_a_run_that_is_not_queued_yet_is_changed_on_record_and_queued_so(queue: Queue) -> None:
+    # On a full node: a job that has begun, if only for a moment, would make it a run whose settings can't be changed any more.
+    block = queue.cluster.command("sbatch", "--parsable", "-w", "n3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 600").strip()
+    wait_until(lambda: queue.slurm_state(block) == "RUNNING", "a full node")
     (run,) = queue.submit(queue.project.config(steps=2), "--node", "n3")
     queue.cluster.command("scancel", queue.job(run))
-    wait_until(lambda: queue.slurm_state(queue.job(run)) in ("CANCELLED", "COMPLETED"), "an empty queue")
-    (run.path / "result.json").unlink(missing_ok=True)
+    wait_until(lambda: queue.slurm_state(queue.job(run)) == "CANCELLED", "Slurm's word of it")
+    queue.cluster.command("scancel", block)
+    assert run.attempts() == []
     backlog.set_tasks(run, [0], "your submit limit is 3")
     for setting in ("steps=7", "timeout_min=9"):
         done = queue.project.crosscoder("change", run.reference, setting, SLURM_CONF=str(queue.cluster.configuration))
