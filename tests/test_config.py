@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
+import shipped
 import yaml
 from pydantic import Field
 
@@ -13,8 +14,6 @@ from pipeline.config.errors import UserError
 from pipeline.config.schema import OPERATIONAL, Config, Count, DataPath, build
 from pipeline.config.site_file import Site, load_site
 from pipeline.config.stage import StageConfig
-
-ROOT = Path(__file__).parent.parent
 
 
 class Adam(Config):
@@ -186,7 +185,7 @@ def test_the_site_file_is_found_through_the_environment(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
-    "path", sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "sweeps"), ids=lambda p: f"{p.parent.name}/{p.name}"
+    "path", [p for p in shipped.files("configs/*/*.yaml") if p.parent.name != "sweeps"], ids=lambda p: f"{p.parent.name}/{p.name}"
 )
 def test_every_shipped_configuration_loads(path: Path) -> None:
     text = path.read_text()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import shipped
 
 ROOT = Path(__file__).parent.parent
 ORDER = ["config", "records", "run", "tokens", "text", "contexts", "blocks", "model_trial", "model_loading", "language_model"]
@@ -13,7 +14,7 @@ ORDER += ["activations", "crosscoder", "interventions"]
 ORDER += ["evaluation", "stages"]
 SLURM_ORDER = ["client", "cluster", "record", "execution", "submission", "watching", "changing", "commands"]
 TORCH_FREE = {"pipeline.config", "pipeline.records", "pipeline.run"}
-PYTHON_FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("slurm/**/*.py")])
+PYTHON_FILES = shipped.files("pipeline/**/*.py", "slurm/**/*.py")
 EMPTY_NAMES = {"utils", "util", "common", "helpers", "misc", "manager", "base"}
 
 
@@ -47,7 +48,7 @@ def test_a_part_of_the_pipeline_imports_only_parts_before_it() -> None:
 
 def test_a_part_of_slurm_imports_only_parts_before_it() -> None:
     wrong = []
-    for path in ROOT.glob("slurm/*/*.py"):
+    for path in shipped.files("slurm/*/*.py"):
         floor = SLURM_ORDER.index(path.parent.name)
         parts = {m.split(".")[1] for m in imported_modules(path) if m.startswith("slurm.")}
         wrong += [f"{path.relative_to(ROOT)} imports slurm.{name}" for name in parts if SLURM_ORDER.index(name) > floor]
@@ -55,7 +56,7 @@ def test_a_part_of_slurm_imports_only_parts_before_it() -> None:
 
 
 def test_a_stage_never_imports_another_stage() -> None:
-    for path in ROOT.glob("pipeline/stages/*.py"):
+    for path in shipped.files("pipeline/stages/*.py"):
         others = {
             m for m in imported_modules(path) if m.startswith("pipeline.stages.") and not m.startswith(f"pipeline.stages.{path.stem}")
         }
@@ -63,14 +64,14 @@ def test_a_stage_never_imports_another_stage() -> None:
 
 
 def test_slurm_imports_only_the_torch_free_parts_of_the_pipeline() -> None:
-    for path in ROOT.glob("slurm/**/*.py"):
+    for path in shipped.files("slurm/**/*.py"):
         modules = {part(m) for m in imported_modules(path) if m.startswith("pipeline.")}
         assert modules <= TORCH_FREE, path
         assert not {m for m in imported_modules(path) if m.split(".")[0] in ("torch", "transformers")}, path
 
 
 def test_the_pipeline_never_imports_slurm() -> None:
-    for path in ROOT.glob("pipeline/**/*.py"):
+    for path in shipped.files("pipeline/**/*.py"):
         assert not {m for m in imported_modules(path) if m.split(".")[0] in ("slurm", "submitit")}, path
 
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import shipped
 from toy_project import ToyProject
 from waiting import wait_until
 
@@ -170,6 +171,6 @@ def test_a_stages_configuration_is_no_sweep() -> None:
 
 
 def test_every_shipped_sweep_reads() -> None:
-    for path in sorted((Path(__file__).parent.parent / "configs/sweeps").glob("*.yaml")):
+    for path in shipped.files("configs/sweeps/*.yaml"):
         assert path.read_text().startswith(f"# crosscoder sweep configs/sweeps/{path.name}")
         assert len(sweep.read_sweep(path, [], Site()).members) > 1
