@@ -1,5 +1,10 @@
 """Fixtures of a private Slurm, and a loud word about the tests that are left out where Slurm's packages are missing."""
 
+import isolation
+
+isolation.isolate()  # before anything reads the caller's settings
+
+# ruff: noqa: E402
 import os
 import shutil
 import tempfile
