@@ -23,12 +23,20 @@ from evaluation_pieces import (
     random_crosscoder,
     reconstruction_row,
 )
+from rounding import forward_pass
 from torch import Tensor
 
 from pipeline.config.crosscoder import CrosscoderConfig, Relu
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder, load_crosscoder
 
 pieces, trained_run, metrics = evaluation_pieces.pieces, evaluation_pieces.trained_run, evaluation_pieces.metrics
+
+# The language model's float32 rounds differently in batches of other shapes, and on other processors; all that is summed afterwards is
+# float64. Losses are of logits and their log-sum-exp, log(300) in size; squares change twice as much as what is squared, and both a
+# share's numerator and its denominator change.
+ROUNDING = forward_pass(context_tokens=CONTEXT_TOKENS)
+NATS = ROUNDING * math.log(300)
+SHARE = 4 * ROUNDING
 
 
 # -- a slow evaluation: one context after the other, straight from the documents, with hooks of its own --------------------------
@@ -110,7 +118,7 @@ def slow_replacement(name: str, trained: TrainedCrosscoder, acts: np.ndarray) ->
 def test_cross_entropy_and_divergence_agree_with_one_context_at_a_time(pieces: Pieces, trained_run: Path, metrics: Json) -> None:
     contexts, trained, acts = slow_contexts(pieces), load_crosscoder(trained_run), all_acts(pieces)
     loss, _, number = slow_loss(pieces, slow_replacement("clean", trained, acts), contexts)
-    assert metrics["clean_cross_entropy"] == pytest.approx(loss, rel=1e-6)
+    assert metrics["clean_cross_entropy"] == pytest.approx(loss, abs=NATS)
     assert metrics["held_out"]["predictions"] == number
     rows = {
         "first spliced": loss_row(metrics, LAYERS[0], "crosscoder"),
@@ -123,10 +131,10 @@ def test_cross_entropy_and_divergence_agree_with_one_context_at_a_time(pieces: P
     }
     for name, found in rows.items():
         changed, divergence, _ = slow_loss(pieces, slow_replacement(name, trained, acts), contexts)
-        assert found["cross_entropy"] == pytest.approx(changed, rel=1e-6), name
-        assert found["difference"] == pytest.approx(changed - loss, abs=1e-5), name
-        assert found["kl"] == pytest.approx(divergence, abs=1e-6), name
-        assert abs(changed - loss) > 1e-4, "a replacement that changes nothing would prove nothing"
+        assert found["cross_entropy"] == pytest.approx(changed, abs=NATS), name
+        assert found["difference"] == pytest.approx(changed - loss, abs=2 * NATS), name
+        assert found["kl"] == pytest.approx(divergence, abs=2 * NATS), name
+        assert abs(changed - loss) > 5 * 2 * NATS, "a replacement that changes nothing would prove nothing"
 
 
 def test_recovered_is_the_share_of_the_ablation_that_the_splice_avoids(metrics: Json) -> None:
@@ -140,6 +148,11 @@ def test_recovered_is_the_share_of_the_ablation_that_the_splice_avoids(metrics: 
             assert loss_row(metrics, layer, ablation)[f"recovered_against_{ablation}"] == 0
 
 
+def explained(error: float, spread: float) -> Any:
+    """The share of `spread` that leaves `error`, as near as float32 activations let it be known."""
+    return pytest.approx(1 - error / spread, abs=SHARE * max(1.0, error / spread))
+
+
 def test_reconstruction_agrees_with_a_loop_over_all_positions(pieces: Pieces, trained_run: Path, metrics: Json) -> None:
     acts, trained = all_acts(pieces), load_crosscoder(trained_run)
     features_NF = trained.encode(torch.from_numpy(acts).float())
@@ -150,16 +163,16 @@ def test_reconstruction_agrees_with_a_loop_over_all_positions(pieces: Pieces, tr
     assert metrics["held_out"]["positions"] == len(acts)
     for index, layer in enumerate(LAYERS):
         found = reconstruction_row(metrics, layer, "crosscoder")
-        assert found["explained_variance"] == pytest.approx(1 - errors[index] / spreads[index], rel=1e-5)
+        assert found["explained_variance"] == explained(errors[index], spreads[index])
         assert reconstruction_row(metrics, layer, "mean")["explained_variance"] == pytest.approx(0, abs=1e-12)
-    joint = 1 - (scale**2 @ errors) / (scale**2 @ spreads)
-    assert reconstruction_row(metrics, "joint", "crosscoder")["explained_variance"] == pytest.approx(joint, rel=1e-5)
+    joint = explained(scale**2 @ errors, scale**2 @ spreads)
+    assert reconstruction_row(metrics, "joint", "crosscoder")["explained_variance"] == joint
     taken = ((acts[:, 0] - acts[:, 1]) ** 2).sum()
     found = reconstruction_row(metrics, LAYERS[0], "other_layer", LAYERS[1])
-    assert found["explained_variance"] == pytest.approx(1 - taken / spreads[0], rel=1e-9)
+    assert found["explained_variance"] == explained(taken, spreads[0])
     matched = mean[1] + (acts[:, 0] - mean[0]) * math.sqrt(spreads[1] / spreads[0])
     found = reconstruction_row(metrics, LAYERS[1], "other_layer_matched", LAYERS[0])
-    assert found["explained_variance"] == pytest.approx(1 - ((acts[:, 1] - matched) ** 2).sum() / spreads[1], rel=1e-9)
+    assert found["explained_variance"] == explained(((acts[:, 1] - matched) ** 2).sum(), spreads[1])
 
 
 def test_sparsity_agrees_with_a_loop_over_positions_and_groups(pieces: Pieces, tmp_path: Path) -> None:
@@ -167,6 +180,8 @@ def test_sparsity_agrees_with_a_loop_over_positions_and_groups(pieces: Pieces, t
     run = pieces.write_crosscoder(config, random_crosscoder(config), run="sparsity")
     trained, acts_NLD = load_crosscoder(run), torch.from_numpy(all_acts(pieces)).float()
     fired_NF = trained.encode(acts_NLD) > 0
+    pre_NF = trained.crosscoder.pre_activations(trained.normalizer.normalize(acts_NLD)) * trained.crosscoder.decoder_norms()
+    assert (pre_NF - trained.crosscoder.threshold).abs().min() > ROUNDING * pre_NF.abs().max(), "rounding must not decide what fires"
     groups = [trained.encode(acts_NLD[start : start + 16], batch_topk=True) > 0 for start in range(0, len(acts_NLD), 16)]
     assert len(groups[-1]) < 16
     assert min(int(group.sum()) for group in groups[:-1]) < 12 * 16 == max(int(group.sum()) for group in groups)
@@ -191,17 +206,30 @@ def test_a_crosscoder_that_gives_back_its_input_loses_nothing(pieces: Pieces, tm
     for layer in [*LAYERS, "joint", "mean_over_layers"]:
         reconstruction = reconstruction_row(found, layer, "crosscoder")
         assert reconstruction["explained_variance"] == pytest.approx(1, abs=1e-9)
-        assert reconstruction["best_scalar"] == pytest.approx(1, abs=1e-6)
+        assert reconstruction["best_scalar"] == pytest.approx(1, abs=ROUNDING)
     for layer in [*LAYERS, "all"]:
         loss = loss_row(found, layer, "crosscoder")
-        assert loss["kl"] == pytest.approx(0, abs=1e-7)
-        assert loss["difference"] == pytest.approx(0, abs=1e-6)
-        assert loss["recovered_against_zero"] == pytest.approx(1, abs=1e-4)
+        assert loss["kl"] == pytest.approx(0, abs=2 * NATS)
+        assert loss["difference"] == pytest.approx(0, abs=2 * NATS)
+        assert loss["recovered_against_zero"] == pytest.approx(1, abs=2 * NATS / abs(loss_row(found, layer, "zero")["difference"]))
     assert found["sparsity"]["l0_as_trained"] is None
 
 
-def _numbers(row: Json) -> Json:
-    return {key: value for key, value in row.items() if isinstance(value, float)}
+def nearly(row: Json, document: Json) -> Json:
+    """The row with every number replaced by what is equal to it but for the rounding of float32."""
+    near = dict(row)
+    for key, value in row.items():
+        if key.startswith("recovered_against_") and value is not None:
+            damage = abs(loss_row(document, row["layer"], key.removeprefix("recovered_against_"))["difference"])
+            near[key] = pytest.approx(value, abs=4 * NATS * (1 + abs(value)) / damage)
+        elif key in ("cross_entropy", "difference", "kl"):
+            near[key] = pytest.approx(value, abs=2 * NATS)
+        elif isinstance(value, float):
+            # A median is the middle of a bin a two-thousandth wide: rounding may move it into the next.
+            near[key] = pytest.approx(
+                value, rel=1e-3 if key == "median_error" else SHARE, abs=SHARE * max(1.0, row["fraction_unexplained"])
+            )
+    return near
 
 
 def test_batches_do_not_change_the_metrics(pieces: Pieces, trained_run: Path, metrics: Json, tmp_path: Path) -> None:
@@ -209,11 +237,7 @@ def test_batches_do_not_change_the_metrics(pieces: Pieces, trained_run: Path, me
         found = evaluated(pieces, trained_run, tmp_path / str(batch_contexts), batch_contexts=batch_contexts)
         for table in ("reconstruction", "replaced"):
             for ours, theirs in zip(found[table], metrics[table], strict=True):
-                # The language model's float32 rounds differently in other batch shapes; the sums themselves are exact to 1e-12.
-                assert ours == {
-                    **theirs,
-                    **{key: pytest.approx(value, rel=1e-3, abs=1e-5) for key, value in theirs.items() if isinstance(value, float)},
-                }
+                assert ours == nearly(theirs, metrics)
         assert found["sparsity"] == metrics["sparsity"]
         assert found["held_out"] == metrics["held_out"]
 
@@ -228,7 +252,7 @@ def test_the_same_evaluation_gives_the_same_bytes(pieces: Pieces, trained_run: P
 def test_all_layers_together_lose_what_the_last_one_loses(metrics: Json) -> None:
     for by in ("crosscoder", "mean", "zero"):
         together, last = loss_row(metrics, "all", by), loss_row(metrics, LAYERS[-1], by)
-        assert together["cross_entropy"] == pytest.approx(last["cross_entropy"], rel=1e-6)
+        assert together["cross_entropy"] == pytest.approx(last["cross_entropy"], abs=NATS)
 
 
 def test_a_bfloat16_model_gives_nearly_the_same(pieces: Pieces, trained_run: Path, metrics: Json, tmp_path: Path) -> None:
