@@ -16,7 +16,7 @@ CROSSCODER := $(BIN)/crosscoder
 DEMO := $(foreach stage,tokenize count cache train evaluate,configs/demo/$(stage).yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test end-to-end check format lint types tokenize count cache train evaluate chain jobs accelerators tensorboard cluster cluster-stop sweep clean
+.PHONY: help install demo test test-fast end-to-end check format lint types tokenize count cache train evaluate chain jobs accelerators tensorboard cluster cluster-stop sweep clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1 ~ / / ? "STAGE" : $$1, $$2}'
@@ -41,10 +41,19 @@ demo: install  ## the whole pipeline on real text, on this machine, in under fiv
 	@echo; echo "Look next at the figures and numbers named above, at the training curves (make tensorboard), at configs/demo/train.yaml,"
 	@echo "and at what a run records: $(CROSSCODER) show train/demo"
 
-test: install  ## the fast tests, no network needed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not end_to_end" $(PYTEST)
+# Files are dealt out in the order of tests/conftest.py: those that wait for Slurm first.
+TESTS := $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder
 
-end-to-end: install  ## whole stages in sequence, some minutes
+test: install  ## all tests but the long ones, no network needed
+	@echo "about 4 minutes on 2 idle cores; without the tests on a real Slurm (make test-fast) about 2"
+	$(TESTS) -n 4 -m "not end_to_end" $(PYTEST)
+
+test-fast: install  ## the same without the tests on a real Slurm
+	@echo "about 2 minutes on 2 idle cores"
+	$(TESTS) -n auto --maxprocesses 8 -m "not end_to_end and not slurm" $(PYTEST)
+
+end-to-end: install  ## whole stages in sequence
+	@echo "about 4 minutes on 2 idle cores"
 	$(BIN)/python -m pytest -q -m end_to_end $(PYTEST)
 
 check: lint types test end-to-end  ## all that CI runs: format, lint, types, tests; changes nothing

@@ -28,11 +28,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slurm_munge: needs munge besides")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slurm_accounting") or item.get_closest_marker("slurm_munge"):
+            item.add_marker("slurm")
+    # What waits for Slurm begins first, and what computes fills the time. With --dist loadfile a file is one worker's.
+    waiting = {item.path for item in items if item.get_closest_marker("slurm")}
+    items.sort(key=lambda item: item.path not in waiting)
     left_out: dict[str, int] = {}
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
-        if not marks & {"slurm", "slurm_accounting", "slurm_munge"}:
+        if "slurm" not in marks:
             continue
         missing = packages.missing(munge="slurm_munge" in marks, accounting="slurm_accounting" in marks)
         if missing:

@@ -42,6 +42,8 @@ def isolate() -> None:
     os.environ["GIT_CONFIG_NOSYSTEM"] = "1"
     # The caller's configs/site.yaml is not read: the site of the tests has the defaults.
     os.environ["CROSSCODER_SITE"] = str(home / "site.yaml")
+    # Several processes share the cores: threads of each would wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["LC_ALL"] = "C.UTF-8"
     locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
     os.umask(0o022)

@@ -44,18 +44,23 @@ def listed(project: ToyProject) -> "tuple[dict[str, Any], subprocess.CompletedPr
     return {row["name"]: row for row in json.loads(done.stdout)}, done
 
 
-@pytest.mark.parametrize("content", [b"", b'{"stage": "toy"', b"[1, 2]", b"{}", b"\xff\xfe\x00"])
-def test_a_damaged_job_record_hides_no_other_run(project: ToyProject, content: bytes) -> None:
-    broken, whole = finished_run(project, "broken"), finished_run(project, "whole")
-    (broken.path / "job.json").write_bytes(content)
+def test_damaged_job_records_hide_no_other_run(project: ToyProject) -> None:
+    first, whole = finished_run(project, "broken"), finished_run(project, "whole")
+    broken = [first, *(RunDirectory(first.path.with_name(f"{first.id[:-4]}dup{number}")) for number in range(4))]
+    for run, content in zip(broken, [b"", b'{"stage": "toy"', b"[1, 2]", b"{}", b"\xff\xfe\x00"], strict=True):
+        if run != first:
+            shutil.copytree(first.path, run.path)
+        (run.path / "job.json").unlink()
+        (run.path / "job.json").write_bytes(content)
     rows, done = listed(project)
     assert list(rows) == ["whole"]
-    assert done.stderr.count(f"crosscoder: left out: {broken.path / 'job.json'}") == 1
-    assert "the file is damaged" in done.stderr
+    assert [done.stderr.count(f"crosscoder: left out: {run.path / 'job.json'}") for run in broken] == [1] * 5
+    assert done.stderr.count("the file is damaged") == 5
     again = project.crosscoder("submit", "--executor", "debug", "whole.yaml", "broken.yaml")
     assert again.returncode == 0, again.stderr
-    shown = project.crosscoder("show", str(broken.path))
-    assert (shown.returncode, shown.stderr.count("\n"), "Traceback" in shown.stderr) == (1, 1, False)
+    for run in broken:
+        shown = project.crosscoder("show", str(run.path))
+        assert (shown.returncode, shown.stderr.count("\n"), "Traceback" in shown.stderr) == (1, 1, False)
     assert project.crosscoder("show", whole.reference).returncode == 0
 
 

@@ -19,7 +19,8 @@ def without_slurm(tmp_path: Path) -> dict[str, str]:
 
 
 def run_tests(variables: dict[str, str], *options: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "pytest", "-q", str(TESTS / "test_doctor.py"), str(TESTS / "test_watch.py"), *options]
+    files = [str(TESTS / name) for name in ("test_doctor.py", "test_watch.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "slurm", *files, *options]
     return subprocess.run(command, env=variables, cwd=TESTS.parent, capture_output=True, text=True, check=False, timeout=120)
 
 
