@@ -2,11 +2,13 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from waiting import PATIENCE_SECONDS
 
 from pipeline.config.errors import UserError
 from slurm.record import holder
@@ -17,6 +19,18 @@ from slurm.record.holder import Holder
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holder, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(holder, "STALE_SECONDS", 0.6)
+
+
+def fake_clock(monkeypatch: pytest.MonkeyPatch, when_asleep: Callable[[], object]) -> list[float]:
+    """A clock, in seconds, that goes on while somebody sleeps, and not while the machine is busy with other things."""
+    clock = [0.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        when_asleep()
+
+    monkeypatch.setattr(holder, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep, time=time.time))
+    return clock
 
 
 def leave_lock(directory: Path, **changes: object) -> Path:
@@ -45,13 +59,13 @@ def test_a_second_holder_is_refused_while_the_first_works_and_let_in_after(tmp_p
         pass
 
 
-def test_the_lock_of_an_ended_process_is_taken_over_at_once(tmp_path: Path) -> None:
+def test_the_lock_of_an_ended_process_is_taken_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = leave_lock(tmp_path, pid=ended_pid())
     assert not holder.looks_held(path)
-    started = time.monotonic()
+    clock = fake_clock(monkeypatch, lambda: None)
     with Holder(tmp_path, job="8", restart=0) as mine:
         assert json.loads(path.read_text()) == mine.lock
-    assert time.monotonic() - started < holder.STALE_SECONDS
+    assert clock == [0.0]
 
 
 def test_a_pid_that_another_process_got_since_counts_as_ended(tmp_path: Path) -> None:
@@ -60,22 +74,14 @@ def test_a_pid_that_another_process_got_since_counts_as_ended(tmp_path: Path) ->
         pass
 
 
-def test_another_hosts_lock_is_taken_over_only_if_nobody_touches_it(tmp_path: Path) -> None:
+def test_another_hosts_lock_is_taken_over_only_if_nobody_touches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = leave_lock(tmp_path, host="elsewhere")
-    stop = threading.Event()
-
-    def touch() -> None:
-        while not stop.wait(0.1):
-            os.utime(path)
-
-    toucher = threading.Thread(target=touch)
-    toucher.start()
+    clock = fake_clock(monkeypatch, lambda: os.utime(path, (clock[0], clock[0])))
     with pytest.raises(UserError, match="on elsewhere"), Holder(tmp_path, job="8", restart=0):
         pass
-    stop.set()
-    toucher.join()
+    clock = fake_clock(monkeypatch, lambda: None)
     with Holder(tmp_path, job="8", restart=0):
-        pass
+        assert clock[0] >= holder.STALE_SECONDS
 
 
 def test_a_lock_that_a_kill_left_empty_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +113,7 @@ def test_a_later_attempt_of_the_same_job_takes_over_and_the_earlier_one_ends_wit
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
         with Holder(tmp_path, job="7", restart=1):
-            assert first.wait(10) == holder.LOST_EXIT_CODE
+            assert first.wait(PATIENCE_SECONDS) == holder.LOST_EXIT_CODE
         assert "took it over; this process ends without saving" in first.communicate()[1]
     finally:
         first.kill()
@@ -128,7 +134,7 @@ def test_a_holder_whose_run_directory_was_deleted_ends(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         (tmp_path / "lock.json").unlink()
-        assert process.wait(10) == holder.LOST_EXIT_CODE
+        assert process.wait(PATIENCE_SECONDS) == holder.LOST_EXIT_CODE
         assert "its lock was deleted" in process.communicate()[1]
     finally:
         process.kill()

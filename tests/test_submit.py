@@ -12,17 +12,23 @@ from pathlib import Path
 
 import pytest
 from toy_project import ToyProject
-from waiting import finished, wait_until
+from waiting import PATIENCE_SECONDS, finished, wait_until
 
 from pipeline import records
 from slurm.record.run_directory import RunDirectory
-
-PATIENCE_SECONDS = 30.0
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> ToyProject:
     return ToyProject(tmp_path)
+
+
+@pytest.fixture
+def hold(project: ToyProject) -> Path:
+    """A file that a run with `hold=hold` waits for, after its first step, to be gone."""
+    file = project.root / "hold"
+    file.touch()
+    return file
 
 
 def runs_of(output: str) -> list[RunDirectory]:
@@ -88,8 +94,8 @@ def test_a_stages_failure_is_recorded_and_a_crash_has_its_traceback(project: Toy
     assert "Traceback" in (run.path / "log/terminal.log").read_text()
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(project: ToyProject) -> None:
-    command = [sys.executable, "-P", "-m", "slurm", "run", project.config(steps=20, step_seconds=0.1)]
+def test_ctrl_c_saves_and_says_how_to_go_on(project: ToyProject, hold: Path) -> None:
+    command = [sys.executable, "-P", "-m", "slurm", "run", project.config(hold=hold)]
     with subprocess.Popen(command, cwd=project.root, env=project.environment(), stdout=subprocess.PIPE, text=True) as process:
         wait_until(lambda: list(project.runs.glob("toy/*/*/state.json")), "the first step")
         process.send_signal(signal.SIGINT)
@@ -99,6 +105,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(project: ToyProject) -> None:
     assert process.returncode == 75
     assert f"`crosscoder submit --resume {run.reference}` goes on from there" in output
     assert run.state() == "stopped"
+    hold.unlink()
     again = project.crosscoder("submit", "--resume", run.reference, "--executor", "local")
     assert f"hello from {run.code / 'pipeline/stages/toy.py'} at step {saved}" in again.stdout
     assert finished(run)
@@ -273,7 +280,8 @@ def test_the_sites_setup_lines_hold_for_a_local_job_and_a_failing_one_is_said(pr
 
 def test_a_local_job_is_told_to_stop_before_its_time_limit(project: ToyProject) -> None:
     (run,) = runs_of(project.crosscoder("run", project.config(), "fail_at=0", "step_seconds=0.2").stdout)
-    program = "import sys; from slurm.execution.local_queue import LocalQueue; LocalQueue(sys.argv[1], [0], 1, [], 3.0)()"
+    # Seconds: the process must have begun, on a busy machine too, before it is told to stop.
+    program = "import sys; from slurm.execution.local_queue import LocalQueue; LocalQueue(sys.argv[1], [0], 1, [], 8.0)()"
     values = (run.path / "config.yaml").read_text().replace("fail_at: 0", "fail_at: null").replace("steps: 3", "steps: 1000")
     (run.path / "config.yaml").write_text(values)
     run.write_job(run.job() | {"config_hash": records.hash_file(run.path / "config.yaml")})
@@ -303,14 +311,15 @@ def test_a_full_log_disk_costs_log_lines_and_not_the_run(project: ToyProject) ->
     assert (run.result() or {})["error"] == "the toy fails at step 1, as it was told"
 
 
-def test_a_run_may_wait_for_one_that_was_submitted_before(project: ToyProject) -> None:
-    first = project.config("first", output="data/first", steps=10, step_seconds=0.2)
+def test_a_run_may_wait_for_one_that_was_submitted_before(project: ToyProject, hold: Path) -> None:
+    first = project.config("first", output="data/first", hold=hold)
     (maker,) = runs_of(project.crosscoder("submit", first, "--executor", "local").stdout)
     second = project.config("second", data="data/first")
     refused = project.crosscoder("submit", second, "--executor", "local")
     assert "data/first does not exist; run the stage that makes it first, or submit both in one chain" in refused.stderr
     done = project.crosscoder("submit", second, "--executor", "local", "--after", maker.reference)
     (reader,) = runs_of(done.stdout)
+    hold.unlink()
     wait_until(lambda: finished(reader), "the run that waits")
     assert reader.inputs()["data"]["made_by"] == str(maker.path)
 
@@ -326,8 +335,8 @@ def test_a_second_run_does_not_write_what_another_is_writing(project: ToyProject
     wait_until(lambda: run.state() == "stopped", "the stop")
 
 
-def test_two_processes_on_one_run_one_wins_and_the_other_says_so(project: ToyProject) -> None:
-    done = project.crosscoder("submit", project.config(steps=30, step_seconds=0.1), "--executor", "local")
+def test_two_processes_on_one_run_one_wins_and_the_other_says_so(project: ToyProject, hold: Path) -> None:
+    done = project.crosscoder("submit", project.config(hold=hold), "--executor", "local")
     (run,) = runs_of(done.stdout)
     wait_until(lambda: (run.path / "progress.json").exists(), "the first step")
     environment = project.environment() | {"PYTHONPATH": str(run.code), "PYTHONSAFEPATH": "1"}
@@ -335,16 +344,18 @@ def test_two_processes_on_one_run_one_wins_and_the_other_says_so(project: ToyPro
     second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
     assert second.returncode == 1
     assert "one at a time; wait for it, or cancel it first" in second.stderr
+    hold.unlink()
     wait_until(lambda: finished(run), "the first")
     assert len(run.attempts()) == 2
 
 
-def test_a_killed_process_leaves_a_run_that_can_be_resumed(project: ToyProject) -> None:
-    done = project.crosscoder("submit", project.config(steps=30, step_seconds=0.1), "--executor", "local")
+def test_a_killed_process_leaves_a_run_that_can_be_resumed(project: ToyProject, hold: Path) -> None:
+    done = project.crosscoder("submit", project.config(hold=hold), "--executor", "local")
     (run,) = runs_of(done.stdout)
     wait_until(lambda: (run.path / "state.json").exists(), "the first step")
     os.kill(run.attempts()[0]["pid"], signal.SIGKILL)
     wait_until(lambda: not Path(f"/proc/{run.job()['jobs'][0]['id']}").exists(), "the controller's end")
+    hold.unlink()
     again = project.crosscoder("submit", "--resume", run.reference)
     assert again.returncode == 0, again.stderr
     wait_until(lambda: finished(run), "the second attempt")

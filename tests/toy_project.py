@@ -1,7 +1,8 @@
 """A small checkout of the project with one more stage, `toy`, that counts to a number: for tests of submission.
 
 The stage is torch-free, so a job of it takes as long as Python's start. It writes a data set if `output` is given, reads
-one if `data` is, and resumes from `state.json`.
+one if `data` is, and resumes from `state.json`. After its first step it stays as long as the file `hold` exists: a test that does
+something to a run at work need not be quicker than it.
 """
 
 import os
@@ -32,6 +33,7 @@ class ToyConfig(StageConfig):
     crash_at: Count | None = None
     data: DataPath | None = None
     source: DataPath | None = None
+    hold: Annotated[DataPath | None, Field(json_schema_extra=OPERATIONAL)] = None
     output: Annotated[DataPath | None, Field(json_schema_extra=OPERATIONAL)] = None
 
     def inputs(self) -> dict[str, Path]:
@@ -71,6 +73,9 @@ def run(config, run):
             time.sleep(0.02)
         records.write_json(state, {"step": step + 1})
         run.report("count", step + 1, config.steps, unit="steps", done=True)
+        while config.hold is not None and config.hold.exists():
+            run.check_stop()
+            time.sleep(0.02)
     if config.output is not None:
         recipe_inputs = {"data": records.read_manifest(config.data)["data_id"]} if config.data else {}
         records.claim(config.output, {"stage": "toy", "settings": config.identity(), "inputs": recipe_inputs})
