@@ -25,7 +25,8 @@ def queue(tmp_path: Path, cluster: PrivateCluster) -> Iterator[Queue]:
 @pytest.mark.slurm
 def test_a_chain_whose_front_was_cancelled_is_resumed_from_its_front(queue: Queue) -> None:
     project = queue.project
-    first = project.config("first", output="data/first", steps=6, step_seconds=0.5)
+    hold = project.hold()
+    first = project.config("first", output="data/first", hold=hold)
     second = project.config("second", data="data/first", output="data/second")
     runs = queue.submit(first, second, project.config("third", data="data/second"))
     wait_until(lambda: (runs[0].progress() or {"step": 0})["step"] >= 1, "the first step")
@@ -33,6 +34,7 @@ def test_a_chain_whose_front_was_cancelled_is_resumed_from_its_front(queue: Queu
     wait_until(lambda: not queue.cluster.command("squeue", "-h", "--me", "-o", "%i").split(), "the end of all three")
     queue.submit("--resume", runs[2].reference, expect=1)
     assert f"{runs[2].reference} needs {runs[0].reference}, which did not finish and is not queued; resume that first" in queue.said
+    hold.unlink()
     queue.submit("--resume", runs[0].reference)
     command = "  crosscoder submit --resume "
     assert queue.said.splitlines()[-2:] == [command + run.reference for run in runs[1:]]

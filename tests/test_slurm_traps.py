@@ -56,9 +56,9 @@ def test_a_signal_to_stop_that_reaches_the_jobs_shell_and_srun_too_does_not_end_
     """A node's shutdown sends SIGTERM to every process of the job."""
     ways = {"term": "--full --signal=TERM", "usr1": "--full --signal=USR1", "usr2": "--full --signal=USR2", "everyone": ""}
     ways |= {"shell": "--batch --signal=TERM"}
-    runs = {}
+    hold, runs = queue.project.hold(), {}
     for name, way in ways.items():
-        run = runs[name] = queue.submit(queue.project.config(name, steps=40, step_seconds=0.2))[0]
+        run = runs[name] = queue.submit(queue.project.config(name, steps=5, hold=hold))[0]
         wait_until(lambda run=run: at_step(run, 2), "the first steps")
         if way:
             queue.cluster.command("scancel", *way.split(), queue.job(run))
@@ -67,6 +67,8 @@ def test_a_signal_to_stop_that_reaches_the_jobs_shell_and_srun_too_does_not_end_
             everyone = [pid for pid in processes.of_jobs(queue.cluster.configuration) if its_job in processes.variables_of(pid)]
             assert len(everyone) > 2
             processes.signal_all(everyone, signal.SIGTERM)
+    wait_until(lambda: sum(line["event"] == "start" for line in runs["usr2"].attempts()) == 2, "a second attempt")
+    hold.unlink()
     wait_until(lambda: all(finished(run) for run in runs.values()), "the second attempts")
     # What srun kills at once when it gets a SIGTERM itself can't say how it ended.
     ends = {name: [line["status"] for line in run.attempts() if line["event"] == "end"] for name, run in runs.items()}
@@ -135,7 +137,8 @@ def test_a_submission_to_a_cluster_that_is_gone_is_refused_at_once(queue: Queue,
 
 
 def test_a_suspended_job_is_neither_done_nor_queued_again(queue: Queue) -> None:
-    (run,) = queue.submit(queue.project.config(steps=30, step_seconds=0.2))
+    hold = queue.project.hold()
+    (run,) = queue.submit(queue.project.config(hold=hold))
     wait_until(lambda: at_step(run, 2), "the first steps")
     queue.cluster.command("scontrol", "suspend", queue.job(run))
     wait_until(lambda: queue.slurm_state(queue.job(run)) == "SUSPENDED", "Slurm's word of it")
@@ -144,6 +147,7 @@ def test_a_suspended_job_is_neither_done_nor_queued_again(queue: Queue) -> None:
     queue.submit("--resume", run.reference, expect=1)
     assert f"is queued or being worked on as job {queue.job(run)}" in queue.said
     queue.cluster.command("scontrol", "resume", queue.job(run))
+    hold.unlink()
     wait_until(lambda: finished(run), "the job")
     assert len(run.job()["jobs"]) == 1
 
@@ -172,15 +176,19 @@ def test_a_task_of_several_processes_saves_and_goes_on_as_one(queue: Queue) -> N
         "    state = run.directory / 'state.json'\n"
         "    first = records.read_json(state) if state.exists() else 0\n"
         "    for step in range(first, config.steps):\n"
-        "        run.check_stop()\n"
-        "        time.sleep(0.2)\n"
+        "        while step >= 2 and config.hold.exists():\n"
+        "            run.check_stop()\n"
+        "            time.sleep(0.05)\n"
         "        records.write_json(state, step + 1)\n"
         "        run.report('count', step + 1, config.steps, unit='steps', done=True)\n"
         "    return {'began_at': first}\n"
     )
-    (run,) = queue.submit(queue.project.config(steps=25), "resources.tasks_per_node=2")
+    hold = queue.project.hold()
+    (run,) = queue.submit(queue.project.config(steps=5, hold=hold), "resources.tasks_per_node=2")
     wait_until(lambda: at_step(run, 2), "the first steps")
     queue.cluster.command("scancel", "--signal=USR1", queue.job(run))
+    wait_until(lambda: any(line["event"] == "end" for line in run.attempts()), "the end of the first attempt")
+    hold.unlink()
     wait_until(lambda: finished(run), "the second attempt")
     assert [line["next"] for line in run.attempts() if line["event"] == "end"] == [f"requeued as job {queue.job(run)}", "stays as it is"]
     assert (run.result() or {})["result"]["began_at"] >= 2
@@ -199,10 +207,13 @@ def test_on_a_cluster_that_forbids_requeues_and_warns_of_nothing_a_run_goes_on(
     monkeypatch.setenv("SLURM_CONF", str(stern.configuration))
     queue = Queue(ToyProject(tmp_path), stern)
     place = ("--partition", "low", "--node", "n2", "resources.cpus=8")
-    (run,) = queue.submit(queue.project.config(steps=35, step_seconds=0.2), *place)
+    hold = queue.project.hold()
+    (run,) = queue.submit(queue.project.config(steps=5, hold=hold), *place)
     wait_until(lambda: at_step(run, 2), "the first steps")
     (high,) = queue.submit(queue.project.config("high"), "resources.cpus=8", "--node", "n2")
-    wait_until(lambda: finished(high) and finished(run), "both jobs")
+    wait_until(lambda: finished(high), "the job that preempts")
+    hold.unlink()
+    wait_until(lambda: finished(run), "the job that was preempted")
     ends = [(line["restart"], line["status"]) for line in run.attempts() if line["event"] == "end"]
     assert ends == [(0, "stopped"), (1, "finished")]
 

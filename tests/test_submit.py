@@ -25,10 +25,7 @@ def project(tmp_path: Path) -> ToyProject:
 
 @pytest.fixture
 def hold(project: ToyProject) -> Path:
-    """A file that a run with `hold=hold` waits for, after its first step, to be gone."""
-    file = project.root / "hold"
-    file.touch()
-    return file
+    return project.hold()
 
 
 def runs_of(output: str) -> list[RunDirectory]:

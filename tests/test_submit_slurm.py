@@ -46,9 +46,12 @@ def test_a_job_runs_the_frozen_code_though_the_checkout_is_edited_while_it_waits
 
 
 def test_a_job_gets_its_gpu_and_not_another_jobs(queue: Queue) -> None:
-    config = queue.project.config(step_seconds=0.5)
+    hold = queue.project.hold()
+    config = queue.project.config(hold=hold)
     runs = [queue.submit(config, f"name=g{i}", "--node", "n1", "resources.gpus=1", "resources.gpu_type=h200")[0] for i in range(2)]
-    wait_until(lambda: all(finished(run) for run in runs), "both jobs")
+    wait_until(lambda: all(at_step(run, 1) for run in runs), "both jobs")
+    hold.unlink()
+    wait_until(lambda: all(finished(run) for run in runs), "their ends")
     assert sorted(str((run.result() or {})["result"]["gpus"]) for run in runs) == ["0", "1"]
 
 
@@ -214,17 +217,18 @@ def test_what_the_cluster_cannot_give_is_refused_before_anything_is_queued(queue
 
 def test_a_preemption_any_signal_to_stop_and_a_requeue_by_hand_save_and_go_on(queue: Queue) -> None:
     ways = {"term": "scancel --signal=TERM", "usr1": "scancel --signal=USR1", "usr2": "scancel --signal=USR2", "byhand": "scontrol requeue"}
-    runs = {}
-    for name, way in ways.items():  # each at once: on a busy machine the first would have ended before the last has begun
-        runs[name] = queue.submit(queue.project.config(name, steps=35, step_seconds=0.2), "--node", "n1")[0]
+    hold, runs = queue.project.hold(), {}
+    for name, way in ways.items():
+        runs[name] = queue.submit(queue.project.config(name, steps=5, hold=hold), "--node", "n1")[0]
         wait_until(lambda run=runs[name]: at_step(run, 2), "the first steps")
         queue.cluster.command(*way.split(), queue.job(runs[name]))
     place = ("--partition", "low", "--node", "n2", "resources.cpus=8")
-    runs["preempted"] = queue.submit(queue.project.config("preempted", steps=35, step_seconds=0.2), *place)[0]
+    runs["preempted"] = queue.submit(queue.project.config("preempted", steps=5, hold=hold), *place)[0]
     wait_until(lambda: at_step(runs["preempted"], 2), "the first steps")
     (high,) = queue.submit(queue.project.config("high"), "resources.cpus=8", "--node", "n2")
     wait_until(lambda: finished(high), "the job that preempts")
     saved = (runs["preempted"].progress() or {})["step"]
+    hold.unlink()
     wait_until(lambda: all(finished(run) for run in runs.values()), "the second attempts")
     for name, run in runs.items():
         lines = run.attempts()
@@ -234,7 +238,7 @@ def test_a_preemption_any_signal_to_stop_and_a_requeue_by_hand_save_and_go_on(qu
             ("finished", "stays as it is"),
         ]
         assert [(line["job"], line["restart"]) for line in lines if line["event"] == "start"] == [(queue.job(run), 0), (queue.job(run), 1)]
-    assert 2 <= saved < 35
+    assert 2 <= saved < 5
     assert f"at step {saved}" in runs["preempted"].log_files()[-1].read_text()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from slurm_queue import Queue
 from toy_project import ToyProject
-from waiting import finished, wait_until
+from waiting import PATIENCE_SECONDS, finished, wait_until
 
 from slurm.client import processes
 from slurm.cluster import hardware, layout
@@ -130,7 +130,7 @@ def test_of_jobs_that_end_together_the_last_to_look_stays_until_there_is_room(qu
         assert backlog.tasks_of(run) == [3]
         hold.unlink()
         wait_until(lambda: finished(run), "all tasks")
-        assert staying.wait(20.0) == 0
+        assert staying.wait(PATIENCE_SECONDS) == 0
 
 
 def test_a_failed_task_and_a_killed_one_do_not_break_the_chain_of_waves(queue: Queue) -> None:

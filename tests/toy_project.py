@@ -1,7 +1,7 @@
 """A small checkout of the project with one more stage, `toy`, that counts to a number: for tests of submission.
 
 The stage is torch-free, so a job of it takes as long as Python's start. It writes a data set if `output` is given, reads
-one if `data` is, and resumes from `state.json`. After its first step it stays as long as the file `hold` exists: a test that does
+one if `data` is, and resumes from `state.json`. After its second step it stays as long as the file `hold` exists: a test that does
 something to a run at work need not be quicker than it.
 """
 
@@ -73,7 +73,7 @@ def run(config, run):
             time.sleep(0.02)
         records.write_json(state, {"step": step + 1})
         run.report("count", step + 1, config.steps, unit="steps", done=True)
-        while config.hold is not None and config.hold.exists():
+        while step >= 1 and config.hold is not None and config.hold.exists():
             run.check_stop()
             time.sleep(0.02)
     if config.output is not None:
@@ -119,6 +119,12 @@ class ToyProject:
         lines = {"stage": "toy", "name": name, **values}
         path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
         return path.name
+
+    def hold(self) -> Path:
+        """A file for a configuration's `hold`: its runs stay at work until it is deleted."""
+        file = self.root / "hold"
+        file.touch()
+        return file
 
     def environment(self, **more: str) -> dict[str, str]:
         plain = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SRUN", "SUBMITIT", "CROSSCODER"))}
