@@ -25,14 +25,14 @@ def queue(tmp_path: Path, cluster: PrivateCluster) -> Iterator[Queue]:
 def test_where_preemption_cancels_the_job_submits_itself_anew_and_is_waited_for(queue: Queue) -> None:
     queue.cluster.command("scontrol", "update", "partitionname=low", "preemptmode=cancel", "gracetime=0")
     try:
-        first = queue.project.config(
-            "first", steps=25, step_seconds=0.2, output="data/first", resources="{cpus: 8, partition: low, node: n2}"
-        )
+        hold = queue.project.hold()
+        first = queue.project.config("first", output="data/first", hold=hold, resources="{cpus: 8, partition: low, node: n2}")
         second = queue.project.config("second", data="data/first")
         runs = queue.submit(first, second)
-        wait_until(lambda: at_step(runs[0], 3), "the first steps")
+        wait_until(lambda: at_step(runs[0], 2), "the first steps")
         (high,) = queue.submit(queue.project.config("high"), "resources.cpus=8", "--node", "n2")
         wait_until(lambda: finished(high), "the job that preempts")
+        hold.unlink()
         wait_until(lambda: finished(runs[0]), "the job submitted anew")
         old, new = [entry["id"] for entry in runs[0].job()["jobs"]]
         end = next(line for line in runs[0].attempts() if line["event"] == "end")
@@ -77,10 +77,12 @@ def stage_has_begun(run: RunDirectory, times: int) -> bool:
 
 
 def test_a_job_whose_node_dies_goes_on_elsewhere(queue: Queue) -> None:
-    (run,) = queue.submit(queue.project.config(steps=20, step_seconds=0.2), "resources.constraint=null")
+    hold = queue.project.hold()
+    (run,) = queue.submit(queue.project.config(hold=hold), "resources.constraint=null")
     wait_until(lambda: at_step(run, 2), "the first steps")
     node = queue.cluster.command("squeue", "-h", "-j", queue.job(run), "-o", "%N").strip()
     faults.crash(queue.cluster, node)
+    hold.unlink()
     try:
         wait_until(lambda: finished(run), "the job's second attempt")
     finally:
@@ -92,7 +94,8 @@ def test_a_job_whose_node_dies_goes_on_elsewhere(queue: Queue) -> None:
 
 def test_a_job_that_slurm_runs_twice_has_one_holder(queue: Queue) -> None:
     """slurmd dies and its job runs on: the attempt that Slurm starts elsewhere takes over, and the first one ends."""
-    (run,) = queue.submit(queue.project.config(steps=50, step_seconds=0.2))
+    hold = queue.project.hold()
+    (run,) = queue.submit(queue.project.config(steps=50, hold=hold))
     wait_until(lambda: at_step(run, 2), "the first steps")
     node = queue.cluster.command("squeue", "-h", "-j", queue.job(run), "-o", "%N").strip()
     faults.lose_contact(queue.cluster, node)
@@ -103,6 +106,7 @@ def test_a_job_that_slurm_runs_twice_has_one_holder(queue: Queue) -> None:
         wait_until(lambda: not Path(f"/proc/{first['pid']}").exists(), "the end of the first")
         assert json.loads((run.path / "lock.json").read_text())["pid"] == second["pid"]
         assert "took it over; this process ends without saving" in "".join(log.read_text() for log in run.log_files())
+        hold.unlink()
         wait_until(lambda: finished(run), "the end of the second")
         assert (run.result() or {})["result"]["steps"] == json.loads((run.path / "state.json").read_text())["step"] == 50
     finally:
