@@ -42,6 +42,7 @@ demo: install  ## the whole pipeline on real text, on this machine, in under fiv
 	@echo "and at what a run records: $(CROSSCODER) show train/demo"
 
 # Files are dealt out in the order of tests/conftest.py: those that wait for Slurm first.
+# Twenty times in a row, until one fails, in a shell: for i in `seq 20`; do make test || break; done
 TESTS := $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder
 
 test: install  ## all tests but the long ones, no network needed
