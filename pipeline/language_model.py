@@ -7,8 +7,6 @@ Shapes: B contexts in a batch, S positions in a context, L layers read, D model 
 """
 
 import difflib
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,16 +16,13 @@ import transformers
 import xxhash
 from torch import Tensor
 
-from pipeline import blocks, model_loading, model_trial, records
+from pipeline import blocks, model_files, model_loading, model_trial
 from pipeline.config.errors import UserError
 from pipeline.config.language_model import LanguageModelConfig
 from pipeline.text.tokenizer import load_tokenizer
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# Say where and by what a model was saved, not what it computes; `dtype` is the format of the file, whose bytes are hashed anyway.
-_CONFIG_KEYS_WITHOUT_MEANING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
 
 
 class LanguageModel:
@@ -163,14 +158,11 @@ def _hash_of_tensors(model: Any) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         hasher.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return _with_config(hasher.hexdigest(), model.config.to_dict())
+    return model_files.with_config(hasher.hexdigest(), model.config.to_dict())
 
 
 def _hash_of_files(where: str, revision: str | None) -> str:
-    """sha256 over the hashes of the weight files and the config: the same wherever they lie and in whatever dtype they are run."""
-    config_path = Path(transformers.utils.cached_file(where, "config.json", revision=revision))
-    hashes = [records.hash_file(path) for path in _weight_files(config_path.parent)]
-    return _with_config(" ".join(hashes), records.read_json(config_path))
+    return model_files.hash_of_files(Path(transformers.utils.cached_file(where, "config.json", revision=revision)).parent)
 
 
 def _tokenizer_hash(where: str, revision: str | None) -> str | None:
@@ -183,19 +175,3 @@ def _tokenizer_hash(where: str, revision: str | None) -> str | None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
     end_of_text = None if tokenizer.eos_token is not None else tokenizer.convert_ids_to_tokens(0)
     return load_tokenizer(where, revision=revision, special_text="token", end_of_text=end_of_text).vocabulary.tokenizer_hash
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """The files that transformers reads the weights from, in the order in which it looks for them."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        if (directory / single).exists():
-            return [directory / single]
-        if (directory / f"{single}.index.json").exists():
-            index = records.read_json(directory / f"{single}.index.json")
-            return [directory / name for name in sorted(set(index["weight_map"].values()))]
-    raise UserError(f"{directory} holds neither model.safetensors nor pytorch_model.bin: it is not a saved model")
-
-
-def _with_config(weights_hash: str, config: dict[str, Any]) -> str:
-    meaning = {key: value for key, value in config.items() if key not in _CONFIG_KEYS_WITHOUT_MEANING}
-    return hashlib.sha256(f"{weights_hash}\n{json.dumps(meaning, sort_keys=True, default=str)}".encode()).hexdigest()

@@ -9,11 +9,10 @@ import pytest
 import shipped
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["config", "records", "run", "tokens", "text", "contexts", "blocks", "model_trial", "model_loading", "language_model"]
-ORDER += ["activations", "crosscoder", "interventions"]
-ORDER += ["evaluation", "stages"]
+ORDER = ["config", "records", "model_files", "run", "tokens", "text", "contexts", "blocks", "model_trial", "model_loading"]
+ORDER += ["language_model", "activations", "crosscoder", "interventions", "evaluation", "stages"]
 SLURM_ORDER = ["client", "cluster", "record", "execution", "submission", "watching", "changing", "commands"]
-TORCH_FREE = {"pipeline.config", "pipeline.records", "pipeline.run"}
+TORCH_FREE = {"pipeline.config", "pipeline.records", "pipeline.model_files", "pipeline.run"}
 PYTHON_FILES = shipped.files("pipeline/**/*.py", "slurm/**/*.py")
 EMPTY_NAMES = {"utils", "util", "common", "helpers", "misc", "manager", "base"}
 
