@@ -21,17 +21,20 @@ from pipeline.config.errors import UserError
 from pipeline.config.language_model import LanguageModelConfig
 from pipeline.text.tokenizer import load_tokenizer
 
-DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class LanguageModel:
     """A causal language model in evaluation mode on one device; `load` makes one."""
 
-    def __init__(self, model: Any, *, name: str, content_hash: str, tokenizer_hash: str | None = None) -> None:
+    def __init__(
+        self, model: Any, *, name: str, content_hash: str, tokenizer_hash: str | None = None, files: dict[str, str] | None = None
+    ) -> None:
         self.model = model
         self.name = name
         self.hash = content_hash
+        self.files = files
+        """The hash of each file that it was loaded from (see `pipeline.model_files`)."""
         self.tokenizer_hash = tokenizer_hash
         """Of the tokenizer that lies beside the weights; None where there is none, or it is not to be compared."""
         text_config = model.config.get_text_config()
@@ -49,12 +52,8 @@ class LanguageModel:
     @classmethod
     def load(cls, config: LanguageModelConfig) -> "LanguageModel":
         """The model that `config` names, on its device, in its dtype. Raises `UserError` when there is none."""
-        where = str(DEMO_MODEL) if config.model == "demo" else config.model
+        where = model_files.location(config.model, "language_model.model")
         transformers.utils.logging.disable_progress_bar()  # it is redrawn with carriage returns even in a log file
-        if where.startswith((".", "/", "~")) and not Path(where).expanduser().is_dir():
-            raise UserError(
-                f"language_model.model is {where}, but there is no such directory; give a model's directory or its name on the hub"
-            )
         device = _device(config.device)
         dtype = DTYPES[config.dtype]
         tokenizer_hash = None
@@ -62,13 +61,14 @@ class LanguageModel:
             if config.random_weights:
                 seed = config.random_weights_seed
                 model = model_loading.with_random_weights(where, revision=config.revision, dtype=dtype, seed=seed)
-                content_hash = _hash_of_tensors(model)
             else:
                 model = model_loading.from_checkpoint(where, revision=config.revision, dtype=dtype)
-                content_hash = _hash_of_files(where, config.revision)
                 tokenizer_hash = _tokenizer_hash(where, config.revision) if config.check_tokenizer else None
+            directory = Path(transformers.utils.cached_file(where, "config.json", revision=config.revision)).parent
+            record = model_files.language_model_record(directory, random_weights=config.random_weights)
+            content_hash = record.get("data_id") or _hash_of_tensors(model)
             model = model.eval().requires_grad_(False).to(device)
-        return cls(model, name=config.model, content_hash=content_hash, tokenizer_hash=tokenizer_hash)
+        return cls(model, name=config.model, content_hash=content_hash, tokenizer_hash=tokenizer_hash, files=record["files"])
 
     @property
     def end_of_text_id(self) -> int | None:
@@ -159,10 +159,6 @@ def _hash_of_tensors(model: Any) -> str:
         hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         hasher.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return model_files.with_config(hasher.hexdigest(), model.config.to_dict())
-
-
-def _hash_of_files(where: str, revision: str | None) -> str:
-    return model_files.hash_of_files(Path(transformers.utils.cached_file(where, "config.json", revision=revision)).parent)
 
 
 def _tokenizer_hash(where: str, revision: str | None) -> str | None:

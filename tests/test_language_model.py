@@ -190,7 +190,7 @@ def test_random_weights_need_no_weights_and_follow_their_seed(directory, tmp_pat
 
 
 def test_a_directory_that_is_missing_or_holds_no_model_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"language_model\.model is /nowhere/gpt2, but there is no such directory"):
+    with pytest.raises(UserError, match=r"language_model\.model is /nowhere/gpt2, which does not exist; put it back"):
         load("/nowhere/gpt2")
     with pytest.raises(UserError, match=r"the language model .* could not be loaded"):
         load(tmp_path)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from tiny_models import tiny_gpt2
 
 from pipeline.config import load
 from pipeline.config.language_model import LanguageModelConfig
@@ -23,16 +24,40 @@ def put_in_cache(cache: Path, folder: str, commit: str, branch: str | None = Non
         (cache / folder / "refs" / branch).write_text(commit)
 
 
-def test_a_directory_needs_a_config_and_a_path_a_directory(tmp_path: Path) -> None:
+def test_a_model_is_a_directory_with_a_config(tmp_path: Path) -> None:
     assert model_preflight.faults_of(model("demo")) == []
     assert model_preflight.faults_of(model(str(tmp_path))) == [f"language_model.model is {tmp_path}, a directory without a config.json"]
     (tmp_path / "config.json").write_text("{}")
-    assert model_preflight.faults_of(model(str(tmp_path))) == []
-    for missing in (str(tmp_path / "no"), "./no", "~/no-such-model"):
-        (fault,) = model_preflight.faults_of(model(missing))
-        assert f"language_model.model is {missing}, but there is no such directory" in fault
+    (fault,) = model_preflight.faults_of(model(str(tmp_path)))
+    assert fault == f"language_model.model: {tmp_path} holds neither model.safetensors nor pytorch_model.bin: it is not a saved model"
+    assert model_preflight.faults_of(LanguageModelConfig(model=str(tmp_path), random_weights=True)) == []
+    for wrong, there in ((tmp_path / "no", "which does not exist"), (tmp_path / "config.json", "a file, not a directory")):
+        (fault,) = model_preflight.faults_of(model(str(wrong)))
+        assert fault == f"language_model.model is {wrong}, {there}; give a model's directory, or its name on the hub"
     (fault,) = model_preflight.faults_of(model("a/b/c"))
     assert "neither a directory here nor a name on the hub" in fault
+
+
+def test_weights_that_are_no_weights_are_named_with_what_they_are(tmp_path: Path) -> None:
+    weights = tiny_gpt2(tmp_path) / "model.safetensors"
+    whole = weights.read_bytes()
+    assert model_preflight.faults_of(model(str(tmp_path))) == []
+    for content, fault in (
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 512\n",
+            "is a pointer of Git LFS, not the weights; run `git lfs",
+        ),
+        (whole[:-100], f"holds {len(whole) - 100:,} bytes, its header says {len(whole):,}; copy it again"),
+        (whole + b"0", f"holds {len(whole) + 1:,} bytes, its header says {len(whole):,}; copy it again"),
+        (whole[:100], "does not begin as a safetensors file does"),
+        (b"", "does not begin as a safetensors file does"),
+        (b"\xff" * 100, "does not begin as a safetensors file does"),
+        (b"<html>404 not found</html>", "does not begin as a safetensors file does"),
+        (b"\x02\0\0\0\0\0\0\0[]", "does not begin as a safetensors file does"),
+    ):
+        weights.write_bytes(content)
+        (found,) = model_preflight.faults_of(model(str(tmp_path)))
+        assert found.startswith(f"language_model.model: {weights} {fault}")
 
 
 @pytest.mark.parametrize("place", ["HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"])
@@ -60,14 +85,12 @@ def test_what_a_job_will_download_is_said(tmp_path: Path) -> None:
 
 def test_the_preflight_of_a_stage_refuses_a_model_that_is_not_there(tmp_path: Path) -> None:
     for stage in (
-        {"stage": "cache", "tokens": "/tokens", "output": str(tmp_path / "a"), "layers": ["h.0"], "language_model": {"model": "/no/model"}},
-        {"stage": "evaluate", "crosscoder": "/runs/train/x", "tokens": "/tokens", "language_model": {"model": "/no/model"}},
+        {"stage": "cache", "tokens": "/tokens", "output": str(tmp_path / "a"), "layers": ["h.0"], "language_model": {"model": "a/b/c"}},
+        {"stage": "evaluate", "crosscoder": "/runs/train/x", "tokens": "/tokens", "language_model": {"model": "a/b/c"}},
     ):
         config = load.from_values({"name": "x", **stage}, where="x.yaml", site=Site())
         faults = input_preflight.faults_of(config, tmp_path)
-        assert (
-            "language_model.model is /no/model, but there is no such directory; give a model's directory or its name on the hub" in faults
-        )
+        assert any("language_model.model is 'a/b/c', neither a directory here nor a name on the hub" in fault for fault in faults)
 
 
 def test_a_tokenizer_is_looked_for_as_a_model_is(tmp_path: Path) -> None:
@@ -78,7 +101,7 @@ def test_a_tokenizer_is_looked_for_as_a_model_is(tmp_path: Path) -> None:
     assert faults(str(tmp_path)) == [f"tokenizer.name is {tmp_path}, a directory without a tokenizer.json"]
     (tmp_path / "tokenizer.json").write_text("{}")
     assert faults(str(tmp_path)) == faults(str(tmp_path / "tokenizer.json")) == []
-    assert "but there is nothing there" in faults("./no")[0]
+    assert "which does not exist" in faults(str(tmp_path / "no"))[0]
     assert "neither a directory here nor a name on the hub" in faults("a/b/c")[0]
     put_in_cache(tmp_path, "models--gpt2", "abc", branch="main")
     (tmp_path / "models--gpt2/snapshots/abc/tokenizer.json").write_text("{}")

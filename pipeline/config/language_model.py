@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.config.schema import OPERATIONAL, Config, Count
+from pipeline.config.schema import OPERATIONAL, Config, Count, PretrainedName
 
 CONTEXT_FIELDS = (
     *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
@@ -17,10 +17,10 @@ sliding attention is no limit, and a model without any of these has none."""
 class LanguageModelConfig(Config):
     """A Hugging Face causal language model. What it computes enters identities through the hash of its weights and config."""
 
-    model: Annotated[str, Field(min_length=1, json_schema_extra=OPERATIONAL)]
-    """Hugging Face name or directory; `demo` is the model shipped in this package."""
+    model: PretrainedName
+    """Directory, or name on the Hugging Face hub; `demo` is the model shipped in this package."""
     revision: Annotated[str | None, Field(json_schema_extra=OPERATIONAL)] = None
-    """Branch, tag or commit on the hub; None takes the default branch."""
+    """Branch, tag or commit on the hub; None takes the default branch. The run is bound to the commit that this is when it is frozen."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of weights and computation, and so of its activations."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Field(json_schema_extra=OPERATIONAL)] = "auto"

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 from pipeline.config import yaml_file
 from pipeline.config.errors import UserError
 from pipeline.config.resources import Resources
-from pipeline.config.schema import RUN, build
+from pipeline.config.schema import PRETRAINED, RUN, build
 from pipeline.config.site_file import Site, load_site
 from pipeline.config.stage import StageConfig
 
@@ -36,7 +37,8 @@ STAGES = {
 def load(path: Path, changes: list[str] | None = None, site: Site | None = None) -> StageConfig:
     """The configuration in the file at `path` with `changes` (`key=value`, dotted keys) laid over it.
 
-    Placeholders and relative paths become absolute. Raises `UserError` naming the file and the field.
+    Placeholders and relative paths become absolute, those of language models and tokenizers too. Raises `UserError` naming
+    the file and the field.
     """
     values = yaml_file.read(path)
     for change in changes or []:
@@ -44,8 +46,12 @@ def load(path: Path, changes: list[str] | None = None, site: Site | None = None)
     return from_values(values, where=str(path), site=site or load_site())
 
 
-def from_values(values: dict[str, Any], *, where: str, site: Site) -> StageConfig:
-    """`values` as read from YAML, as the configuration of the stage that they name."""
+def from_values(values: dict[str, Any], *, where: str, site: Site, frozen: dict[str, Any] | None = None) -> StageConfig:
+    """`values` as read from YAML, as the configuration of the stage that they name.
+
+    frozen : the values of the run that they are taken from. The name of a language model or tokenizer that stands there means
+    what it meant when that run was frozen, whatever lies in the current directory now.
+    """
     stage = values.get("stage")
     if not isinstance(stage, str) or stage not in STAGES:
         near = difflib.get_close_matches(str(stage), STAGES, n=1)
@@ -58,7 +64,8 @@ def from_values(values: dict[str, Any], *, where: str, site: Site) -> StageConfi
         values = {**values, "resources": {**site.resources, **given}}
     build(Resources, site.resources, "the site file's resources")
     config = build(model, values, where)
-    return config.model_copy(update=_absolute_paths(config, site))
+    config = config.model_copy(update=_absolute_paths(config, site))
+    return config.model_copy(update=_found_names(config, where, frozen or {}))
 
 
 def config_class(stage: str) -> type[StageConfig]:
@@ -105,6 +112,30 @@ def _absolute_paths(config: Any, site: Site) -> dict[str, Any]:
         elif hasattr(type(value), "model_fields"):
             update[key] = value.model_copy(update=_absolute_paths(value, site))
     return update
+
+
+def _found_names(config: Any, where: str, frozen: Any, prefix: str = "") -> dict[str, Any]:
+    """The fields of `config` that name a language model or tokenizer, nested groups included: each as it is used from now on."""
+    update: dict[str, Any] = {}
+    for key, field in type(config).model_fields.items():
+        value, known = getattr(config, key), frozen.get(key) if isinstance(frozen, dict) else None
+        if field.json_schema_extra == PRETRAINED and value != known:
+            update[key] = _found_name(value, f"{where}: {prefix}{key}")
+        elif hasattr(type(value), "model_fields") and (inner := _found_names(value, where, known, f"{prefix}{key}.")):
+            update[key] = value.model_copy(update=inner)
+    return update
+
+
+def _found_name(name: str, field: str) -> str:
+    """`name` as an absolute path if something lies there, seen from the current directory; else, and `demo`, as it is."""
+    path = Path(os.path.expanduser(name))  # as it is where `~name` is nobody's home
+    if name == "demo":
+        return name
+    if path.exists():
+        return str(path.absolute())
+    if name.startswith((".", "/", "~")):
+        raise UserError(f"{field} is {name}, but there is nothing at {path.absolute()}; give a path that is there, or a name on the hub")
+    return name
 
 
 def _names_a_run(path: Path) -> bool:

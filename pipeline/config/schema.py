@@ -64,6 +64,9 @@ ADDED: dict[str, Any] = {"added": True}
 RUN: dict[str, Any] = {**OPERATIONAL, "run": True}
 """The same for a path of a run, which may also be given as `train/demo`: the stage and name under the root of runs."""
 
+PRETRAINED: dict[str, Any] = {**OPERATIONAL, "pretrained": True}
+"""The same for the name of a language model or tokenizer: see `PretrainedName`."""
+
 
 def _whole(value: object) -> object:
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
@@ -83,6 +86,10 @@ PositiveCount = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
 
 DataPath = Annotated[Path, BeforeValidator(_path)]
 """A path in a configuration: `{data}`, `{ssd}` and `{runs}` stand for the site's roots (see `pipeline.config.site_file`)."""
+
+PretrainedName = Annotated[str, Field(min_length=1, json_schema_extra=PRETRAINED)]
+"""`demo`, the path of something that lies on this machine, or a name on the Hugging Face hub. A path may be relative to the
+current directory; it is absolute once the configuration is read, so that it is one thing wherever the job runs."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 """A number from 0 to 1."""

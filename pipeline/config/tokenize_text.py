@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from pipeline.config.schema import OPERATIONAL, Config, DataPath, Fraction, PositiveCount
+from pipeline.config.schema import OPERATIONAL, Config, DataPath, Fraction, PositiveCount, PretrainedName
 from pipeline.config.stage import StageConfig
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -14,10 +14,10 @@ GIB, MIB = 1 << 30, 1 << 20
 class TokenizerConfig(Config):
     """Which tokenizer, and how it is used. Its content is recorded by its hash, so its name and place may change."""
 
-    name: Annotated[str, Field(json_schema_extra=OPERATIONAL)]
+    name: PretrainedName
     """A name on the Hugging Face hub, a directory, a tokenizer.json, or `demo` for the one that ships with the demo's model."""
     revision: Annotated[str | None, Field(json_schema_extra=OPERATIONAL)] = None
-    """Commit or branch on the hub; None takes the newest."""
+    """Branch, tag or commit on the hub; None takes the default branch. The run is bound to the commit that this is when it is frozen."""
     end_of_text: str | None = None
     """Token that takes the place of a document's end before a model, as text; None takes the tokenizer's own end-of-text token."""
     special_text: Literal["token", "text"] = "token"

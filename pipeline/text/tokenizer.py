@@ -13,11 +13,10 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from pipeline import model_files
 from pipeline.config.errors import UserError
 from pipeline.text.probes import PROBES, added_token_probes
 from pipeline.tokens import BeginningOfText, Vocabulary
-
-DEMO_DIRECTORY = Path(__file__).parent.parent / "demo" / "model"
 
 SpecialText = Literal["token", "text"]
 
@@ -55,12 +54,13 @@ def load_tokenizer(name: str, *, revision: str | None, special_text: SpecialText
 
     A tokenizer.json by its path, or alone in a directory, is taken as it is; all else goes through transformers.
     """
-    path = DEMO_DIRECTORY if name == "demo" else Path(name).expanduser()
-    file = path / "tokenizer.json" if path.is_dir() else path
-    alone = file.is_file() and file.suffix == ".json" and not (file.parent / "tokenizer_config.json").exists()
-    if alone or path.is_file():
-        return _from_file(name, file, special_text, end_of_text)
-    return _from_transformers(name, str(path) if path.is_dir() else name, revision, special_text, end_of_text)
+    path = model_files.local_path(name)
+    if path is not None:
+        file = path / "tokenizer.json" if path.is_dir() else path
+        alone = file.is_file() and file.suffix == ".json" and not (file.parent / "tokenizer_config.json").exists()
+        if alone or path.is_file():
+            return _from_file(name, file, special_text, end_of_text)
+    return _from_transformers(name, revision, special_text, end_of_text)
 
 
 def _from_file(name: str, file: Path, special_text: SpecialText, end_of_text: str | None) -> TokenizerDefinition:
@@ -86,10 +86,8 @@ def _from_file(name: str, file: Path, special_text: SpecialText, end_of_text: st
     )
 
 
-def _from_transformers(
-    name: str, location: str, revision: str | None, special_text: SpecialText, end_of_text: str | None
-) -> TokenizerDefinition:
-    tokenizer = load_transformers_tokenizer(location, revision)
+def _from_transformers(name: str, revision: str | None, special_text: SpecialText, end_of_text: str | None) -> TokenizerDefinition:
+    tokenizer = load_transformers_tokenizer(name, revision)
     vocab: dict[str, int] = tokenizer.get_vocab()
     end_id = tokenizer.eos_token_id if end_of_text is None else vocab.get(end_of_text)
     if end_of_text is None and end_id is None:
@@ -121,12 +119,12 @@ def _from_transformers(
     )
 
 
-def load_transformers_tokenizer(location: str, revision: str | None) -> Any:
-    """The tokenizer as transformers builds it; `location` is a directory or a name on the hub."""
+def load_transformers_tokenizer(name: str, revision: str | None) -> Any:
+    """The tokenizer called `name` as transformers builds it."""
     # Imported here: it takes seconds and brings torch, which a worker with a definition does without.
     from transformers import AutoTokenizer
 
-    location = str(DEMO_DIRECTORY) if location == "demo" else location
+    location = model_files.location(name, "tokenizer.name")
     try:
         return AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -88,7 +88,7 @@ def _stage_faults(config: StageConfig, runs: Path, pending: Sequence[Path]) -> l
 
 def model_shape(config: LanguageModelConfig) -> ModelShape:
     """The shape of a model whose directory, or copy in the hub's cache, is on this machine."""
-    path = model_preflight.config_file(config)
+    path = model_preflight.telling_file(config)
     facts = records.read_json(path) if path is not None else {}
     model_type = facts.get("model_type")
     facts = facts.get("text_config") or facts

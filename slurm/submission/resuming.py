@@ -75,7 +75,7 @@ def freeze_again(origin: RunDirectory, changes: Sequence[str], executor_name: st
     values = origin.config_values()
     for change in changes:
         load.set_value(values, change, where=origin.reference)
-    config = load.from_values(values, where=origin.reference, site=site)
+    config = load.from_values(values, where=origin.reference, site=site, frozen=origin.config_values())
     return freezing.Freezer(site, executor=executor_name).freeze(config, where=origin.reference, code_of=origin)
 
 
