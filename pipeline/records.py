@@ -95,6 +95,24 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def write_once(path: Path, value: Any) -> Any:
+    """Writes `value` to `path` as JSON unless something stands there, and gives what stands there then.
+
+    Of processes that come at the same time the first decides for all.
+    """
+    if not path.exists():
+        draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.draft")
+        write_json(draft, value)
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links: there the last of those that come at the same time decides
+            os.replace(draft, path)
+        draft.unlink(missing_ok=True)
+    return read_json(path)
+
+
 def read_json(path: Path) -> Any:
     """The value in the JSON file at `path`; a missing or broken one raises `UserError`."""
     try:

@@ -9,10 +9,11 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline import records
+from pipeline import model_files, records
 from pipeline.config.errors import UserError
 
 HEARTBEAT_SECONDS = 2.0
@@ -30,12 +31,23 @@ class Run:
     ----------
     directory : where this task's records, metrics and checkpoints go.
     task, num_tasks : this task's place among those that divide the stage's work, 0 <= task < num_tasks.
+    shared : where tasks that divide the work agree on inputs that the first of them to read it binds; None for a task alone.
     """
 
-    def __init__(self, directory: Path, *, stage: str = "", task: int = 0, num_tasks: int = 1, output: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        stage: str = "",
+        task: int = 0,
+        num_tasks: int = 1,
+        shared: Path | None = None,
+        output: TextIO | None = None,
+    ) -> None:
         if not 0 <= task < num_tasks:
             raise ValueError(f"task {task} of {num_tasks}")
         self.directory = directory
+        self._shared = shared
         self.stage = stage
         self.task = task
         self.num_tasks = num_tasks
@@ -102,20 +114,28 @@ class Run:
 
     # -- records --------------------------------------------------------------------------------------------------
 
-    def bind_input(self, field: str, identity: str) -> None:
-        """Records the identity (data id or hash) of an input, or checks it against the one recorded before.
+    def bind_input(self, field: str, identity: str, files: Mapping[str, str] | None = None) -> None:
+        """Records the identity (data id or hash) of an input that was opened, or checks it against the one recorded before.
 
+        files : the hash of each file that it was made of, for a language model or tokenizer.
         Raises `UserError` if the run was frozen, or began, with other content.
         """
         path = self.directory / "inputs.json"
         inputs = records.read_json(path) if path.exists() else {}
-        entry = inputs.setdefault(field, {})
-        known = entry.get("data_id")
-        if known is not None and known != identity:
+        entry = inputs.get(field, {})
+        now: dict[str, Any] = {"data_id": identity} | ({} if files is None else {"files": dict(files)})
+        if now.keys() - entry.keys():
+            entry = now | entry
+            if self._shared is not None:  # the first task decides for all
+                entry = records.write_once(self._shared / "bound" / f"{field}.json", entry)
+            records.write_json(path, inputs | {field: entry})
+        if changed := model_files.changed_files(entry, now):
+            of = f" ({entry['name']})" if "name" in entry else ""
+            raise UserError(
+                f"input {field}{of} is not what this run began with: {', '.join(changed)}; put back what it was, or submit a new run"
+            )
+        if (known := entry["data_id"]) != identity:
             raise UserError(f"input {field} is {identity[:12]}, but this run began with {known[:12]}: the data changed; submit a new run")
-        if known is None:
-            entry["data_id"] = identity
-            records.write_json(path, inputs)
 
     def log_metrics(self, row: dict[str, Any]) -> None:
         """Appends one row to `metrics.jsonl`; `row` holds at least `step`."""

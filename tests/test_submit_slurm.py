@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from model_copies import copy_of_model, put_on_hub
 from slurm_queue import Queue
 from toy_project import ToyProject
 from waiting import at_step, finished, wait_until
@@ -43,6 +44,20 @@ def test_a_job_runs_the_frozen_code_though_the_checkout_is_edited_while_it_waits
     (log,) = run.log_files()
     assert f"hello from {run.code / 'pipeline/stages/toy.py'} at step 0" in log.read_text()
     assert queue.detail(queue.job(run)).count("ReqNodeList=n1") == 1
+
+
+def test_a_job_reads_the_model_that_was_frozen_or_none(queue: Queue, tmp_path: Path) -> None:
+    own = copy_of_model(queue.project.root / "mymodels/llama")
+    hub = put_on_hub(tmp_path / "hub", "mymodels/llama", "a" * 40, weights=b"those of the hub").parents[2]
+    config = queue.project.config("first", steps=2, step_seconds=0.5, language_model="{model: mymodels/llama}")
+    (first,) = queue.submit(config, HF_HUB_CACHE=str(hub))
+    later = queue.project.config("second", language_model="{model: mymodels/llama}")
+    (second,) = queue.submit(later, "--after", first.reference, HF_HUB_CACHE=str(hub))
+    wait_until(lambda: at_step(first, 1), "the first job")
+    copy_of_model(own, b"replace")
+    wait_until(lambda: finished(first) and second.result() is not None, "both jobs")
+    assert f"the model lies in {own}" in first.log_files()[0].read_text()
+    assert f"language_model ({own}) is another one: model.safetensors was changed" in (second.result() or {})["error"]
 
 
 def test_a_job_gets_its_gpu_and_not_another_jobs(queue: Queue) -> None:

@@ -1,8 +1,8 @@
 """A small checkout of the project with one more stage, `toy`, that counts to a number: for tests of submission.
 
 The stage is torch-free, so a job of it takes as long as Python's start. It writes a data set if `output` is given, reads
-one if `data` is, and resumes from `state.json`. After its second step it stays as long as the file `hold` exists: a test that does
-something to a run at work need not be quicker than it.
+one if `data` is, hashes a model's files if `language_model` is, and resumes from `state.json`. After its second step it stays as long
+as the file `hold` exists: a test that does something to a run at work need not be quicker than it.
 """
 
 import os
@@ -21,6 +21,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from pipeline.config.language_model import LanguageModelConfig
 from pipeline.config.schema import OPERATIONAL, Count, DataPath
 from pipeline.config.stage import StageConfig
 
@@ -34,6 +35,7 @@ class ToyConfig(StageConfig):
     data: DataPath | None = None
     source: DataPath | None = None
     hold: Annotated[DataPath | None, Field(json_schema_extra=OPERATIONAL)] = None
+    language_model: LanguageModelConfig | None = None
     output: Annotated[DataPath | None, Field(json_schema_extra=OPERATIONAL)] = None
 
     def inputs(self) -> dict[str, Path]:
@@ -49,7 +51,7 @@ PROGRAM = '''
 import os
 import time
 
-from pipeline import records
+from pipeline import model_files, records
 from pipeline.config.errors import UserError
 
 GREETING = "hello"
@@ -61,6 +63,11 @@ def run(config, run):
     run.say(f"{GREETING} from {__file__} at step {first}")
     if config.data is not None:
         run.bind_input("data", records.read_manifest(config.data)["data_id"])
+    if config.language_model is not None:
+        place = model_files.find(config.language_model.model, config.language_model.revision)
+        found = model_files.language_model_record(place.path)
+        run.bind_input("language_model", found["data_id"], found["files"])
+        run.say(f"the model lies in {place.path}; started in {os.getcwd()}")
     for step in range(first, config.steps):
         run.check_stop()
         if config.fail_at == step:

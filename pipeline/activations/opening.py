@@ -25,5 +25,5 @@ def open_source(config: DiskActivations | StreamedActivations, run: Run, device:
     if config.check_hashes:
         tokens.check_hashes(run)
     model = LanguageModel.load(config.language_model.model_copy(update={"device": device.type}))
-    run.bind_input("language_model", model.hash)
+    run.bind_input("language_model", model.hash, model.files)
     return ActivationStream(tokens, model, config, run)

@@ -41,7 +41,7 @@ def run(config: CacheConfig, run: Run) -> dict[str, Any]:
     if config.check_hashes:
         tokens.check_hashes(run)
     model = LanguageModel.load(config.language_model)
-    run.bind_input("language_model", model.hash)
+    run.bind_input("language_model", model.hash, model.files)
     harvester = Harvester(tokens, model, config, run.check_stop)
     for remark in harvester.remarks:
         run.say(remark)

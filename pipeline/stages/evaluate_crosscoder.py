@@ -42,7 +42,7 @@ def run(config: EvaluateConfig, run: Run) -> dict[str, Any]:
         tokens.check_hashes(run)
     identities = {"crosscoder": trained.identity, "language_model": language_model.hash, "tokens": tokens.data_id}
     for field, identity in identities.items():
-        run.bind_input(field, identity)
+        run.bind_input(field, identity, language_model.files if field == "language_model" else None)
     held_out = HeldOut(
         Contexts(tokens, config.context_tokens, beginning_of_text_id=trained.provenance.beginning_of_text_id),
         max_tokens=config.max_tokens,

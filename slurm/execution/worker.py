@@ -24,6 +24,7 @@ import pipeline
 from pipeline import records
 from pipeline.config import load
 from pipeline.config.errors import UserError, sentence_of
+from pipeline.config.pretrained import at_commits
 from pipeline.config.stage import StageConfig
 from pipeline.run import Run, Stopped, duration
 from slurm.execution import job_process
@@ -31,6 +32,7 @@ from slurm.execution.requeue import go_on_later, place
 from slurm.execution.terminal import OutputThatMayBeLost, logged_to, print_any_letter
 from slurm.record import environment, run_inputs, seal, snapshot
 from slurm.record.holder import Holder
+from slurm.record.known_hashes import KnownHashes
 from slurm.record.output_writer import only_writer
 from slurm.record.run_directory import RunDirectory, append_line
 
@@ -123,20 +125,20 @@ def _view(run: RunDirectory, task: int, directory: Path) -> Run:
     """What the stage gets. A sweep's tasks are whole stages; another run's divide one."""
     record = run.record_of_task(task)
     place = (0, 1) if run.stage == "sweep" else (task, run.num_tasks)
-    return Run(directory, stage=record.stage, task=place[0], num_tasks=place[1])
+    return Run(directory, stage=record.stage, task=place[0], num_tasks=place[1], shared=record.path if place[1] > 1 else None)
 
 
 def _run_stage(run: RunDirectory, task: int, view: Run, *, frozen: bool) -> dict[str, Any]:
     record = run.record_of_task(task)
     config = check_frozen(run, record, frozen=frozen)
-    inputs = run_inputs.check_all(record.inputs())
+    inputs = run_inputs.check_all(run_inputs.bind_commits(record.inputs()), KnownHashes(run.path.parents[2]).hash_file)
     seeded = view.directory / "inputs.json"
     before = records.read_json(seeded) if seeded.exists() else {}
     records.write_json(seeded, {**inputs, **{field: entry for field, entry in before.items() if field not in inputs}})
     view.check_stop()
     program = importlib.import_module(load.STAGES[config.stage].program)
     with only_writer(config.outputs().values(), run, job_process.this_process().job):
-        result: dict[str, Any] = program.run(config, view)
+        result: dict[str, Any] = program.run(at_commits(config, run_inputs.commits(inputs)), view)
     return result
 
 

@@ -15,6 +15,8 @@ SPEED = re.compile(r"(^|[._])(seconds|minutes|hours|duration|elapsed)($|[._])|_p
 """Names of results that are never the same twice."""
 MOST_FILES = 10
 """Of code that differs, in the text."""
+IDENTITIES = ("data_id", "content", "made_by")
+"""What an input is known by, the surest first."""
 HASH = re.compile(r"[0-9a-f]{32,}")
 
 
@@ -25,7 +27,7 @@ def compare_runs(first: RunDirectory, second: RunDirectory) -> Differences:
         "config": _differing(flatten(first.config_values()), flatten(second.config_values())),
         "code": _code(first, second),
         "environment": _environment(first, second),
-        "inputs": _differing(_identities(first), _identities(second)),
+        "inputs": _input_rows(first.inputs(), second.inputs()),
         "results": [row for row in results if not is_speed(row["name"])],
         "speed": [row for row in results if is_speed(row["name"])],
     }
@@ -104,8 +106,22 @@ def _environment(first: RunDirectory, second: RunDirectory) -> list[Row]:
     return _differing(*plain)
 
 
-def _identities(run: RunDirectory) -> dict[str, Any]:
-    return {field: entry.get("data_id") or entry.get("content") or entry.get("made_by") for field, entry in run.inputs().items()}
+def _input_rows(first: dict[str, Any], second: dict[str, Any]) -> list[Row]:
+    """A row for each input that differs, and one for each file of a language model or tokenizer that does."""
+    rows = []
+    for field in dict.fromkeys([*first, *second]):
+        pair = first.get(field, {}), second.get(field, {})
+        # Before its stage has loaded a tokenizer, a run knows only the files: what both know decides.
+        key = next((key for key in IDENTITIES if all(entry.get(key) for entry in pair)), None)
+        one, other = (entry[key] if key is not None else _identity(entry) for entry in pair)
+        if one != other:
+            files = ({f"{field}: {name}": content for name, content in entry.get("files", {}).items()} for entry in pair)
+            rows += [{"name": field, "first": one, "second": other}, *_differing(*files)]
+    return rows
+
+
+def _identity(entry: dict[str, Any]) -> Any:
+    return next((entry[key] for key in IDENTITIES if entry.get(key)), None)
 
 
 def _result_rows(first: RunDirectory, second: RunDirectory) -> list[Row]:

@@ -270,6 +270,9 @@ def _parent_text(path: Path) -> str:
 
 def _input_text(entry: Json) -> str:
     identity = entry.get("data_id") or entry.get("content")
+    if "name" in entry:
+        commit = f" (commit {entry['commit'][:12]})" if "commit" in entry else ""
+        return f"{entry['name']}{commit} {entry['kind']} {identity[:12] if identity else 'bound when it is first used'}"
     told = identity[:12] if identity else f"made by {entry.get('made_by')}"
     return f"{entry.get('path', '')} {entry.get('kind', '')} {told}".strip()
 

@@ -6,7 +6,8 @@
       environment.json   interpreter, packages, torch, CUDA, driver, host (see `slurm.record.environment`)
       inputs.json        {"tokens": {"path": "/data/tokens/demo/train", "data_id": "9f2c..."}}; (see `slurm.record.run_inputs`)
       job.json           who submitted it, where to, under which job ids (below)
-      tasks/<i>/         for a run that is divided into an array: the files below, once a task
+      bound/             for a run that is divided into an array: inputs that the first task to read them bound, one file a field
+      tasks/<i>/         for such a run: the files below, once a task
       log/<job id>.log   what the task printed; submitit/ holds the files that submitit needs
       attempts.jsonl     one line when a process takes up the task, one when it leaves it
       lock.json          the process that holds the task now (see `slurm.record.holder`)
@@ -137,7 +138,9 @@ class RunDirectory:
         records.write_json(self.path / "job.json", job)
 
     def inputs(self) -> Json:
-        return _read_or_none(self.path / "inputs.json") or {}
+        """inputs.json, with what the first task of a divided run bound."""
+        bound = {path.stem: _read_object(path) for path in sorted((self.path / "bound").glob("[!.]*.json"))}
+        return (_read_or_none(self.path / "inputs.json") or {}) | bound
 
     @property
     def stage(self) -> str:

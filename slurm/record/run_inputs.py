@@ -5,28 +5,58 @@ inputs.json has an entry a field of the configuration:
     {"tokens":     {"path": "/data/tokens/demo/train", "kind": "data set", "data_id": "9f2c..."},
      "crosscoder": {"path": "/runs/train/demo/20261123-...", "kind": "run", "run": "train/demo/20261123-...", "content": "77a0..."},
      "source":     {"path": "/data/text", "kind": "files", "content": "01bb..."},
-     "activations": {"path": "/ssd/activations/demo", "kind": "pending", "made_by": "/runs/cache/demo/20261123-..."}}
+     "activations": {"path": "/ssd/activations/demo", "kind": "pending", "made_by": "/runs/cache/demo/20261123-..."},
+     "language_model": {"kind": "language model", "name": "EleutherAI/pythia-70m", "revision": null, "commit": "a39f...",
+                        "files": {"config.json": "51f0...", "model.safetensors": "a2c4..."}, "content": "0d1f...", "data_id": "77ab..."},
+     "tokenizer": {"kind": "tokenizer", "name": "/models/llama", "revision": null, "files": {"tokenizer.json": "c3d1..."}, "content": ...}}
 
 `data_id` is the identity that the manifest gives. `content` of a run is a hash of its results, of other files a hash of
 their names, sizes and times: their bytes are not read. A pending input doesn't exist yet; the job that reads it
 completes the entry once the run that makes it has sealed it.
+
+A language model and a tokenizer are known by the bytes of their files (see `pipeline.model_files`), one of which weights are drawn at
+random (`"random_weights": true`) by its config.json. `commit` is what the revision on the hub was when the run was frozen, which the
+job then loads. What only the hub has is bound by the job, as it first uses it: commit, files and `data_id` are added then, those of
+a run that is divided in `bound/<field>.json`, so that all of its tasks read the same. `data_id` is what the stage itself found when
+it had loaded it: the hash of a model, which is known before unless its weights are drawn, or of what a tokenizer does.
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from pipeline import records
+from pipeline import model_files, records
 from pipeline.config.errors import UserError
+from pipeline.config.language_model import LanguageModelConfig
+from pipeline.config.pretrained import Pretrained, pretrained_in
 from pipeline.config.stage import StageConfig
+from pipeline.model_files import HashFile
 
 Entry = dict[str, Any]
 
+PRETRAINED = ("language model", "tokenizer")
+"""The kinds whose entry names files of a model."""
+SUBJECT = ("path", "name", "revision", "random_weights")
+"""What an entry is of; all else says what was found there."""
 
-def describe_all(config: StageConfig, pending: dict[str, Path], where: str) -> dict[str, Entry]:
-    """The entry of each of the configuration's inputs; `pending` names the run that will make a field's input."""
+
+def describe_all(
+    config: StageConfig,
+    pending: dict[str, Path],
+    where: str,
+    *,
+    hash_file: HashFile = records.hash_file,
+    before: Mapping[str, Entry] | None = None,
+) -> dict[str, Entry]:
+    """The entry of each of the configuration's inputs, its language models and tokenizers among them.
+
+    pending : the run that will make a field's input.
+    hash_file : gives the xxh3-128 of a model's file.
+    before : entries of an earlier run; what is the same on the hub has their commit.
+    """
     entries: dict[str, Entry] = {}
     for field, path in config.inputs().items():
         if field in pending:
@@ -34,6 +64,11 @@ def describe_all(config: StageConfig, pending: dict[str, Path], where: str) -> d
             continue
         try:
             entries[field] = describe(path)
+        except UserError as error:
+            raise UserError(f"{where}: {field}: {error}") from None
+    for field, named in pretrained_in(config).items():
+        try:
+            entries[field] = _describe_pretrained(named, (before or {}).get(field, {}), hash_file)
         except UserError as error:
             raise UserError(f"{where}: {field}: {error}") from None
     return entries
@@ -75,31 +110,109 @@ def _names_sizes_times(path: Path, pattern: str = "**/*") -> str:
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
-def check_all(entries: dict[str, Entry]) -> dict[str, Entry]:
-    """The entries with what was pending completed. Raises `UserError` naming each input that is not what was frozen."""
+def _describe_pretrained(named: Pretrained, before: Entry, hash_file: HashFile) -> Entry:
+    """The entry of a language model or tokenizer, at the commit of `before` if that is of the same."""
+    if isinstance(named, LanguageModelConfig):
+        entry: Entry = {"kind": "language model", "name": named.model, "revision": named.revision}
+        entry |= {"random_weights": True} if named.random_weights else {}
+    else:
+        entry = {"kind": "tokenizer", "name": named.name, "revision": named.revision}
+    if "commit" not in before or not is_of_the_same(before, entry):
+        return _found(entry, hash_file)
+    found = _found(entry | {"commit": before["commit"]}, hash_file)
+    return found if "files" in found else before
+
+
+def _found(entry: Entry, hash_file: HashFile) -> Entry:
+    """What lies on this machine of the language model or tokenizer that `entry` is of; of what only the hub has, as much as is known."""
+    entry = {key: entry[key] for key in ("kind", *SUBJECT, "commit") if key in entry}
+    place = model_files.find(entry["name"], entry.get("commit") or entry["revision"])
+    if place is None:
+        return entry
+    entry |= {"commit": place.commit} if place.commit is not None else {}
+    try:
+        if entry["kind"] == "tokenizer":
+            return entry | model_files.tokenizer_record(place.path, hash_file=hash_file)
+        return entry | model_files.language_model_record(place.path, random_weights="random_weights" in entry, hash_file=hash_file)
+    except UserError:
+        if place.commit is None:
+            raise
+        return entry  # the cache holds a part; the job will download the rest of that commit
+
+
+def bind_commits(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The entries with the commit that each language model and tokenizer has on the hub now, if they don't say which. Asks the hub."""
+    bound = dict(entries)
+    for field, entry in entries.items():
+        is_open = entry.get("kind") in PRETRAINED and "commit" not in entry and model_files.local_path(entry["name"]) is None
+        if is_open and (commit := model_files.commit_on_hub(entry["name"], entry["revision"])) is not None:
+            bound[field] = entry | {"commit": commit}
+    return bound
+
+
+def commits(entries: Mapping[str, Entry]) -> dict[str, str]:
+    """The commit that the job loads, for each field that is bound to one."""
+    return {field: entry["commit"] for field, entry in entries.items() if "commit" in entry}
+
+
+def is_of_the_same(one: Entry, other: Entry) -> bool:
+    """Whether both are of the same path, or of the same name and revision, whatever was found there."""
+    return all(one.get(key) == other.get(key) for key in SUBJECT)
+
+
+def was_read(now: Entry, recorded: Entry) -> bool:
+    """Whether a run whose entry is `recorded` read what is there now; a language model or tokenizer may have lain elsewhere then."""
+    if now["kind"] not in PRETRAINED:
+        return all(recorded.get(key) == value for key, value in now.items())
+    return "content" in now and all(recorded.get(key) == now.get(key) for key in ("kind", "content", "random_weights"))
+
+
+def check_all(entries: Mapping[str, Entry], hash_file: HashFile = records.hash_file) -> dict[str, Entry]:
+    """The entries with what was pending completed. Raises `UserError` naming each input that is not what was frozen.
+
+    hash_file : gives the xxh3-128 of a model's file.
+    """
     completed: dict[str, Entry] = {}
     faults = []
     for field, entry in entries.items():
-        if "path" not in entry:  # a stage's own entry, such as a model's hash: the stage checks it
+        if entry.get("kind") not in PRETRAINED and "path" not in entry:  # a stage's own entry: the stage checks it
             completed[field] = entry
             continue
         try:
-            now = describe(Path(entry["path"]))
+            now = _found(entry, hash_file) if entry["kind"] in PRETRAINED else describe(Path(entry["path"]))
         except UserError as error:
             faults.append(f"{field}: {error}")
             continue
-        completed[field] = {**entry, **now}
-        if entry["kind"] != "pending" and (fault := _difference(entry, now)):
-            faults.append(f"{field} ({entry['path']}) {fault}")
+        completed[field] = entry if entry["kind"] in PRETRAINED else {**entry, **now}  # what lacks there, the stage will bind
+        if fault := difference(entry, now):
+            faults.append(f"{field} ({entry.get('name') or entry['path']}) {fault}")
     if faults:
         raise UserError(f"the inputs are not those that this run was frozen with: {'; '.join(faults)}")
     return completed
 
 
-def _difference(before: Entry, now: Entry) -> str | None:
+def difference(before: Entry, now: Entry) -> str | None:
+    """In what an input is not what it was, and what to do; None if in nothing that both entries tell."""
+    if before["kind"] == "pending":
+        return None
     if before["kind"] != now["kind"]:
         return f"was a {before['kind']}, is a {now['kind']}"
+    if before["kind"] in PRETRAINED:
+        changed = ", ".join(model_files.changed_files(before, now))
+        return f"is another one: {changed}; put back what it was, or submit a new run" if changed else None
     key = "data_id" if before["kind"] == "data set" else "content"  # a stage may have bound its own identity of a run as data_id
     if before[key] == now[key]:
         return None
     return f"had {key.replace('_', ' ')} {before[key][:12]}, has {now[key][:12]}: the data changed; restore it, or submit a new run"
+
+
+def check_unchanged(before: Mapping[str, Entry], now: Mapping[str, Entry], reference: str) -> None:
+    """Raises `UserError` naming what the run `reference` read, and what is no more what it was then."""
+    pairs = {field: (before[field], entry) for field, entry in now.items() if "kind" in before.get(field, {})}
+    faults = [
+        f"{field} ({entry.get('name') or entry['path']}) {fault}"
+        for field, (old, entry) in pairs.items()
+        if is_of_the_same(old, entry) and (fault := difference(old, entry))
+    ]
+    if faults:
+        raise UserError(f"{reference} can't be run again as it was: {'; '.join(faults)}")

@@ -20,8 +20,10 @@ from pipeline.config.resources import Resources
 from pipeline.config.schema import Config
 from pipeline.config.site_file import Site
 from pipeline.config.stage import StageConfig
+from pipeline.model_files import HashFile
 from slurm.record import environment, run_directory, run_inputs, snapshot
 from slurm.record.activity import writer_of
+from slurm.record.known_hashes import KnownHashes
 from slurm.record.run_directory import RunDirectory
 
 C = TypeVar("C", bound=Config)
@@ -46,6 +48,7 @@ class Freezer:
         self.site = site
         self.executor = executor
         self.command = list(command or ["crosscoder", *sys.argv[1:]])
+        self.hash_file = KnownHashes(site.runs.absolute()).hash_file
         self._environment: dict[str, Any] | None = None
 
     def freeze(
@@ -61,9 +64,12 @@ class Freezer:
         """A new run directory, complete; nothing stays of it if an error is raised.
 
         pending : for each field whose input doesn't exist yet, the run that will make it.
-        code_of : take the code of this run instead of the code that is running.
+        code_of : take the code of this run instead of the code that is running; what both read has to be what it was.
         """
-        inputs = run_inputs.describe_all(config, pending or {}, where)
+        before = code_of.inputs() if code_of is not None else {}
+        inputs = run_inputs.describe_all(config, pending or {}, where, hash_file=self.hash_file, before=before)
+        if code_of is not None:
+            run_inputs.check_unchanged(before, inputs, code_of.reference)
         check_outputs(config, where)
         self._check_alone(config, where)
         run = run_directory.create(self.site.runs.absolute(), config.stage, config.name)
@@ -168,7 +174,7 @@ class Freezer:
     ) -> Planned:
         pending = {field: run.path for field, path in config.inputs().items() if (run := _maker(path, makers, self.site.runs.absolute()))}
         config = bind_runs(config, pending, self.site.runs.absolute())
-        if not pending and not again and (reason := already_made(config, self.site.runs.absolute())):
+        if not pending and not again and (reason := already_made(config, self.site.runs.absolute(), self.hash_file)):
             return Planned(config, None, reason, [])
         parents = [*after, *(RunDirectory(path) for path in dict.fromkeys(pending.values()) if RunDirectory(path) not in after)]
         run = self.freeze(config, where=where, pending=pending, after=parents, cluster=cluster)
@@ -238,17 +244,17 @@ def replace_path(config: C, old: Path, new: Path) -> C:
     return config.model_copy(update=update)
 
 
-def already_made(config: StageConfig, runs: Path) -> str | None:
+def already_made(config: StageConfig, runs: Path, hash_file: HashFile = records.hash_file) -> str | None:
     """Why the stage need not run: all its outputs are sealed and whole, and their recipes are its settings and inputs; else None.
 
-    Source files have no data id; for them a finished run must have read the same names, sizes and times. What a recipe
-    holds beside the inputs of the configuration, such as a model's hash, is not looked at.
+    A recipe holds the identity of data sets and of language models. Source files have none, nor have a tokenizer and a model with
+    weights drawn at random before they are loaded: for them a finished run must have read what is there now.
     """
     outputs = list(config.outputs().values())
     recipes = [_recipes(directory) for directory in outputs]
     if not outputs or not all(recipes):
         return None
-    now = run_inputs.describe_all(config, {}, config.name)
+    now = run_inputs.describe_all(config, {}, config.name, hash_file=hash_file)
     if not all(_matches(path, config, now) for found in recipes for path in found):
         return None
     if any("data_id" not in entry for entry in now.values()) and not _was_run(config, now, runs):
@@ -280,10 +286,12 @@ def _is_whole(directory: Path) -> bool:
 
 def _was_run(config: StageConfig, now: dict[str, Any], runs: Path) -> bool:
     """Whether a finished run of the same settings read what is there now."""
+    identity = config.identity()
 
     def same(run: RunDirectory) -> bool:
         try:
-            return all(run.inputs().get(f) == entry for f, entry in now.items()) and run.config().identity() == config.identity()
+            read = run.inputs()
+            return all(run_inputs.was_read(entry, read.get(f, {})) for f, entry in now.items()) and run.config().identity() == identity
         except UserError:  # a damaged record says nothing
             return False
 

@@ -10,7 +10,9 @@ from pipeline.config import load, yaml_file
 from pipeline.config.errors import UserError
 from pipeline.config.resources import Resources
 from pipeline.config.site_file import Site
+from pipeline.config.stage import StageConfig
 from slurm.record import run_inputs
+from slurm.record.known_hashes import KnownHashes
 from slurm.record.run_directory import RunDirectory
 
 FILES = ("config.yaml", "inputs.json", "job.json")
@@ -29,12 +31,12 @@ def refreeze(run: RunDirectory, settings: Sequence[str], resources: Resources, s
     keep.mkdir()
     for name in FILES:
         shutil.copy2(run.path / name, keep / name)
-    values = run.config_values()
-    before = load.from_values(values, where=run.reference, site=site)
+    values, frozen = run.config_values(), run.config_values()
+    before = run.config()
     for setting in settings:
         load.set_value(values, setting, where=run.reference)
     values["resources"] = resources.resolved()
-    config = load.from_values(values, where=run.reference, site=site)
+    config = load.from_values(values, where=run.reference, site=site, frozen=frozen)
     if (config.stage, config.name) != (before.stage, before.name) or resources.array_tasks != run.num_tasks:
         raise UserError(
             f"{run.reference}: stage, name and the number of tasks can't change under the same id; cancel it and submit a new run"
@@ -45,13 +47,20 @@ def refreeze(run: RunDirectory, settings: Sequence[str], resources: Resources, s
         )
     with records.atomic_file(run.path / "config.yaml") as file:
         file.write(yaml_file.write(config.resolved()).encode())
-    pending = {field: Path(entry["made_by"]) for field, entry in run.inputs().items() if entry.get("kind") == "pending"}
-    records.write_json(run.path / "inputs.json", run_inputs.describe_all(config, pending, run.reference))
+    records.write_json(run.path / "inputs.json", _inputs(run, config, site))
     job = run.job()
     changed = _differences(before.resolved() | {"resources": job["resources"]}, config.resolved())
     job |= {"config_hash": records.hash_file(run.path / "config.yaml"), "resources": resources.resolved()}
     run.write_job(job)
     return changed
+
+
+def _inputs(run: RunDirectory, config: StageConfig, site: Site) -> dict[str, run_inputs.Entry]:
+    """What the changed configuration reads: as it was frozen where it reads the same as before, though that has changed since."""
+    read = run.inputs()
+    pending = {field: Path(entry["made_by"]) for field, entry in read.items() if entry.get("kind") == "pending"}
+    now = run_inputs.describe_all(config, pending, run.reference, hash_file=KnownHashes(site.runs.absolute()).hash_file)
+    return {field: old if run_inputs.is_of_the_same(entry, old := read.get(field, {})) else entry for field, entry in now.items()}
 
 
 def restore(run: RunDirectory) -> None:

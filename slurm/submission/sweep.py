@@ -183,7 +183,7 @@ def freeze_sweep(sweep: Sweep, freezer: Freezer, *, where: str, cluster: str | N
     """A new run directory for the sweep, complete; nothing stays of it if an error is raised."""
     runs = freezer.site.runs.absolute()
     bound = [bind_runs(config, {}, runs) for config in sweep.stage_configs]
-    inputs = [run_inputs.describe_all(config, {}, where) for config in bound]
+    inputs = [run_inputs.describe_all(config, {}, where, hash_file=freezer.hash_file) for config in bound]
     run = run_directory.create(runs, "sweep", sweep.config.name)
     try:
         _write(run, sweep, bound, inputs, freezer, cluster)
