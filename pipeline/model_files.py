@@ -102,6 +102,7 @@ def commit_on_hub(name: str, revision: str | None) -> str | None:
 
     Asks the network. What transformers says of a wrong name or revision it says better.
     """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they are redrawn with carriage returns even in a log file
     from huggingface_hub import hf_hub_download
 
     for file in ("config.json", "tokenizer_config.json", "tokenizer.json"):

@@ -16,14 +16,19 @@ from waiting import finished, wait_until
 
 from pipeline import model_files, records
 from pipeline.config import load
+from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
+from pipeline.text.encoders import make_encoder
+from pipeline.text.tokenizer import load_tokenizer
 from slurm.execution import frozen_code
 from slurm.execution.worker import work
 from slurm.record.comparison import compare_runs
 from slurm.record.record_view import as_text
 from slurm.record.run_directory import RunDirectory
+from slurm.submission import input_preflight
 from slurm.submission.freezing import Freezer, already_made
 from slurm.submission.refreezing import refreeze
+from slurm.submission.resuming import freeze_again
 
 OLD, NEW = "a" * 40, "b" * 40
 
@@ -205,6 +210,15 @@ def test_what_is_replaced_between_the_check_and_the_loading_stops_the_job(
     assert f"input language_model ({tmp_path / 'c/model'}) is not what this run began with: model.safetensors was changed" in refusal(cache)
 
 
+def test_a_tokenizer_that_a_process_of_the_job_loads_again_is_the_same_or_refused(tmp_path: Path) -> None:
+    tiny_tokenizer(tmp_path)
+    definition = load_tokenizer(str(tmp_path), revision=None, special_text="token", end_of_text=None)
+    assert make_encoder(definition, "transformers").encode(["a"]).lengths.tolist() == [1]
+    replace_tokenizer(tmp_path)
+    with pytest.raises(UserError, match=f"tokenizer {tmp_path} was changed while it was used; put back what it was"):
+        make_encoder(definition, "transformers")
+
+
 def test_what_a_stage_loaded_is_what_was_frozen_and_a_model_that_is_another_is_made_again(tmp_path: Path, site: Site) -> None:
     values = cache_values(tmp_path)
     config = load.from_values(values, where="x.yaml", site=site)
@@ -217,6 +231,9 @@ def test_what_a_stage_loaded_is_what_was_frozen_and_a_model_that_is_another_is_m
     assert already_made(config, site.runs)
     tiny_gpt2(tmp_path / "model", seed=1)
     assert already_made(config, site.runs) is None
+    now = model_files.language_model_record(tmp_path / "model")["data_id"]
+    (fault,) = input_preflight.faults_of(config, site.runs)
+    assert f"made with other settings: inputs.language_model was {entry['data_id'][:12]}, now it is {now[:12]}; choose another" in fault
 
 
 def test_weights_that_are_drawn_are_bound_by_the_stage_and_known_again(tmp_path: Path, site: Site) -> None:
@@ -265,6 +282,15 @@ def test_a_change_to_a_run_that_waits_does_not_take_what_lies_there_now(tmp_path
     refreeze(run, [f"language_model.model={tmp_path / 'other'}"], run.config().resources, site)
     assert run.inputs()["language_model"]["name"] == str(tmp_path / "other")
     assert work(run.path, frozen=False) == 0
+
+
+def test_a_run_made_again_has_the_demos_model_of_its_own_code(tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = frozen(tokenize_values(tmp_path) | {"tokenizer": {"name": "demo"}}, site)
+    assert work(run.path, frozen=False) == 0
+    monkeypatch.setattr(model_files, "DEMO_MODEL", tmp_path / "tokenizer")
+    again = freeze_again(run, [], "run", site).inputs()["tokenizer"]
+    assert again["files"] == run.inputs()["tokenizer"]["files"]
+    assert "data_id" not in again  # other versions of the libraries may find another
 
 
 def test_a_run_is_shown_with_its_model(tmp_path: Path, site: Site) -> None:

@@ -74,9 +74,13 @@ def test_the_pipeline_never_imports_slurm() -> None:
         assert not {m for m in imported_modules(path) if m.split(".")[0] in ("slurm", "submitit")}, path
 
 
-@pytest.mark.parametrize("modules", ["pipeline.config.load, pipeline.run", "slurm.__main__"])
+@pytest.mark.parametrize(
+    "modules", ["pipeline.config.load, pipeline.run, pipeline.model_files", "slurm.__main__", "slurm.submission.freezing"]
+)
 def test_login_side_modules_load_neither_torch_nor_transformers(modules: str) -> None:
-    program = f"import {modules}, sys; print(sorted({{'torch', 'transformers', 'matplotlib', 'submitit'}} & set(sys.modules)))"
+    program = (
+        f"import {modules}, sys; print(sorted({{'torch', 'transformers', 'huggingface_hub', 'matplotlib', 'submitit'}} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

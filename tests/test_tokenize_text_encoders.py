@@ -173,7 +173,7 @@ def test_a_token_or_a_tokenizer_that_is_not_there_is_named(file, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer\.json that tokenizers"):
         definition_of(tmp_path)
-    with pytest.raises(UserError, match=r"tokenizer: .*nothing can't be loaded"):
+    with pytest.raises(UserError, match=r"tokenizer\.name is .*nothing, which does not exist; put it back"):
         definition_of(tmp_path / "nothing")
 
 

@@ -26,7 +26,6 @@ from pipeline.config.errors import UserError
 from pipeline.config.text_files import Source, TextFile, find_sources
 from pipeline.config.text_kinds import faults_of
 from pipeline.config.tokenize_text import TokenizeConfig
-from pipeline.model_files import tokenizer_files
 from pipeline.records import Record
 from pipeline.run import Run
 from pipeline.text import encoder_difference
@@ -55,8 +54,7 @@ def run(config: TokenizeConfig, run: Run) -> dict[str, Any]:
         special_text=config.tokenizer.special_text,
         end_of_text=config.tokenizer.end_of_text,
     )
-    # Hashed after it was loaded: what was replaced between the check at the start and here shows.
-    run.bind_input("tokenizer", tokenizer.vocabulary.tokenizer_hash, tokenizer_files(config.tokenizer.name, config.tokenizer.revision))
+    run.bind_input("tokenizer", tokenizer.vocabulary.tokenizer_hash, tokenizer.files)
     for directory in config.outputs().values():
         recipe = {"stage": config.stage, "settings": config.identity(), "inputs": {"tokenizer": tokenizer.vocabulary.tokenizer_hash}}
         records.claim(directory, recipe)

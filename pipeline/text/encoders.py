@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config.errors import UserError
+from pipeline.model_files import tokenizer_files
 from pipeline.text.gigatoken_limits import unshared
 from pipeline.text.probes import PROBES, added_token_probes
 from pipeline.text.running_check import RunningCheck
@@ -66,6 +67,8 @@ class TransformersEncoder:
 
     def __init__(self, definition: TokenizerDefinition) -> None:
         self._tokenizer = load_transformers_tokenizer(definition.name, definition.revision)
+        if tokenizer_files(definition.name, definition.revision) != definition.files:
+            raise UserError(f"tokenizer {definition.name} was changed while it was used; put back what it was, or submit a new run")
         self._special_text = definition.special_text
 
     def encode(self, texts: list[str]) -> EncodedTexts:

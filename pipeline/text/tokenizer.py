@@ -38,6 +38,8 @@ class TokenizerDefinition(NamedTuple):
     beginning_of_text: BeginningOfText
     remarks: list[str]
     """Sentences for the log of whoever tokenizes with it."""
+    files: dict[str, str] | None = None
+    """The hash of each file that it was made of (see `pipeline.model_files`), taken after it was loaded."""
 
     def facts(self) -> dict[str, Any]:
         """What a token set's manifest says of it beside the vocabulary."""
@@ -59,8 +61,8 @@ def load_tokenizer(name: str, *, revision: str | None, special_text: SpecialText
         file = path / "tokenizer.json" if path.is_dir() else path
         alone = file.is_file() and file.suffix == ".json" and not (file.parent / "tokenizer_config.json").exists()
         if alone or path.is_file():
-            return _from_file(name, file, special_text, end_of_text)
-    return _from_transformers(name, revision, special_text, end_of_text)
+            return _from_file(name, file, special_text, end_of_text)._replace(files=model_files.tokenizer_files(name, revision))
+    return _from_transformers(name, revision, special_text, end_of_text)._replace(files=model_files.tokenizer_files(name, revision))
 
 
 def _from_file(name: str, file: Path, special_text: SpecialText, end_of_text: str | None) -> TokenizerDefinition:

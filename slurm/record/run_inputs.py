@@ -55,7 +55,7 @@ def describe_all(
 
     pending : the run that will make a field's input.
     hash_file : gives the xxh3-128 of a model's file.
-    before : entries of an earlier run; what is the same on the hub has their commit.
+    before : entries of the run whose code and configuration are taken; what is the same on the hub has the commit that it had then.
     """
     entries: dict[str, Entry] = {}
     for field, path in config.inputs().items():
@@ -66,9 +66,17 @@ def describe_all(
             entries[field] = describe(path)
         except UserError as error:
             raise UserError(f"{where}: {field}: {error}") from None
+    return entries | describe_pretrained(config, where, hash_file=hash_file, before=before or {})
+
+
+def describe_pretrained(
+    config: StageConfig, where: str, *, hash_file: HashFile = records.hash_file, before: Mapping[str, Entry] | None = None
+) -> dict[str, Entry]:
+    """The entries of the configuration's language models and tokenizers alone (see `describe_all`)."""
+    entries = {}
     for field, named in pretrained_in(config).items():
         try:
-            entries[field] = _describe_pretrained(named, (before or {}).get(field, {}), hash_file)
+            entries[field] = _described(named, (before or {}).get(field, {}), hash_file)
         except UserError as error:
             raise UserError(f"{where}: {field}: {error}") from None
     return entries
@@ -110,17 +118,25 @@ def _names_sizes_times(path: Path, pattern: str = "**/*") -> str:
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
-def _describe_pretrained(named: Pretrained, before: Entry, hash_file: HashFile) -> Entry:
+def _described(named: Pretrained, before: Entry, hash_file: HashFile) -> Entry:
     """The entry of a language model or tokenizer, at the commit of `before` if that is of the same."""
     if isinstance(named, LanguageModelConfig):
         entry: Entry = {"kind": "language model", "name": named.model, "revision": named.revision}
         entry |= {"random_weights": True} if named.random_weights else {}
     else:
         entry = {"kind": "tokenizer", "name": named.name, "revision": named.revision}
-    if "commit" not in before or not is_of_the_same(before, entry):
+    if not is_of_the_same(before, entry):
         return _found(entry, hash_file)
-    found = _found(entry | {"commit": before["commit"]}, hash_file)
-    return found if "files" in found else before
+    if entry["name"] == "demo":  # it is part of the code, which is that of before
+        return _as_frozen(before)
+    found = _found(entry | ({"commit": before["commit"]} if "commit" in before else {}), hash_file)
+    return _as_frozen(before) if "commit" in before and "files" not in found else found
+
+
+def _as_frozen(entry: Entry) -> Entry:
+    """The entry without what its stage found: other versions of the libraries may call the same by another name."""
+    is_known_before = entry["kind"] == "language model" and "random_weights" not in entry
+    return {key: value for key, value in entry.items() if key != "data_id" or is_known_before}
 
 
 def _found(entry: Entry, hash_file: HashFile) -> Entry:

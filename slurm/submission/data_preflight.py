@@ -4,6 +4,7 @@ Reads names, recipes, manifests and the first bytes of text. What is not there y
 left to others.
 """
 
+import contextlib
 import glob
 import json
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from pipeline.config import text_files, text_kinds
 from pipeline.config.errors import UserError
 from pipeline.config.stage import StageConfig
 from pipeline.config.tokenize_text import TokenizeConfig
+from pipeline.model_files import HashFile
+from slurm.record import run_inputs
 from slurm.record.comparison import flatten, shown
 
 
@@ -54,25 +57,29 @@ def source_faults(config: TokenizeConfig, pending: Sequence[Path]) -> list[str]:
     return [f"sources: {fault}" for fault in faults]
 
 
-def output_faults(config: StageConfig, pending: Sequence[Path]) -> list[str]:
-    """A phrase for each output that holds something else already, or was made by other settings or from other data."""
+def output_faults(config: StageConfig, pending: Sequence[Path], hash_file: HashFile = records.hash_file) -> list[str]:
+    """A phrase for each output that holds something else already, or was made by other settings, from other data or another model."""
     faults = []
     for field, directory in config.outputs().items():
         recipe = directory / records.RECIPE
         if is_pending(directory, pending) or not directory.is_dir():
             continue
         if recipe.is_file():
-            faults += [f"{field} is {directory}, {difference}" for difference in _other_recipe(config, records.read_json(recipe), pending)]
+            differences = _other_recipe(config, records.read_json(recipe), pending, hash_file)
+            faults += [f"{field} is {directory}, {difference}" for difference in differences]
         elif any(not path.name.startswith(".") for path in directory.iterdir()):
             faults.append(f"{field} is {directory}, which is not empty and was not made by this pipeline; choose another output")
     return faults
 
 
-def _other_recipe(config: StageConfig, recipe: dict[str, Any], pending: Sequence[Path]) -> list[str]:
+def _other_recipe(config: StageConfig, recipe: dict[str, Any], pending: Sequence[Path], hash_file: HashFile) -> list[str]:
     """The first way in which the recipe of a data set is not that of `config`, as far as it can be known here."""
     wanted = {"stage": config.stage, "settings": json.loads(json.dumps(config.identity()))}
     made_from = recipe.get("inputs", {})
     now = {field: _data_id(path) for field, path in config.inputs().items() if field in made_from and not is_pending(path, pending)}
+    with contextlib.suppress(UserError):  # a model that isn't there is a fault by itself
+        models = run_inputs.describe_pretrained(config, config.name, hash_file=hash_file)
+        now |= {field: entry["data_id"] for field, entry in models.items() if field in made_from and "data_id" in entry}
     before = flatten({key: recipe.get(key) for key in wanted} | {"inputs": made_from})
     after = flatten(wanted | {"inputs": {field: made_from[field] if (found := now.get(field)) is None else found for field in made_from}})
     for name in [*after, *before]:

@@ -20,6 +20,7 @@ from pipeline.config.language_model import CONTEXT_FIELDS, LanguageModelConfig
 from pipeline.config.stage import StageConfig
 from pipeline.config.tokenize_text import TokenizeConfig
 from pipeline.config.train_crosscoder import TrainConfig
+from slurm.record.known_hashes import KnownHashes
 from slurm.submission import model_preflight
 from slurm.submission.block_names import layer_fault
 from slurm.submission.data_preflight import is_pending, output_faults, set_faults, source_faults
@@ -60,7 +61,7 @@ def faults_of(config: StageConfig, runs: Path, pending: Sequence[Path] = ()) -> 
     pending : what runs before this one will make; what stands there now is not what it will read.
     """
     faults = [fault for field, path in _sets_read(config).items() for fault in set_faults(field, path, pending)]
-    return faults + output_faults(config, pending) + _stage_faults(config, runs, pending)
+    return faults + output_faults(config, pending, KnownHashes(runs.absolute()).hash_file) + _stage_faults(config, runs, pending)
 
 
 def _sets_read(config: StageConfig) -> dict[str, Path]:
