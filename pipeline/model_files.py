@@ -31,7 +31,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 """Where transformers looks for weights, in this order; an index names several files."""
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "tekken.json"),
-    *("vocab.*", "*.model", "*.tiktoken"),
+    *("vocab.*", "*.model", "*.model.v*", "*.tiktoken"),
 )
 """What transformers makes a tokenizer of, whichever there are; `*` stands for any letters."""
 LFS_POINTER_BYTES = 1024
@@ -121,7 +121,7 @@ def language_model_record(directory: Path, *, random_weights: bool = False, hash
 
     hash_file : gives the xxh3-128 of a file.
     """
-    config = records.read_json(directory / "config.json")
+    config = read_config(directory)
     files = {"config.json": _hash_of(_meaning(config))}
     if random_weights:
         return _with_content(files)
@@ -138,7 +138,7 @@ def tokenizer_record(path: Path, *, hash_file: HashFile = records.hash_file) -> 
     if not files:
         raise UserError(f"{path} holds no tokenizer.json, nor anything else that makes a tokenizer")
     if "config.json" in names:
-        config = records.read_json(path / "config.json")
+        config = read_config(path)
         files["config.json"] = _hash_of({key: config[key] for key in _TOKENIZER_KEYS if key in config})
     return _with_content(files)
 
@@ -149,6 +149,14 @@ def tokenizer_files(name: str, revision: str | None) -> dict[str, str] | None:
     return None if place is None else dict(tokenizer_record(place.path)["files"])
 
 
+def read_config(directory: Path) -> dict[str, Any]:
+    """What the config.json in `directory` says. Raises `UserError` where it is missing or not of that form."""
+    config = records.read_json(directory / "config.json")
+    if not isinstance(config, dict):
+        raise UserError(f"{directory / 'config.json'} holds a {type(config).__name__}, expected a JSON object: it is not a model's")
+    return config
+
+
 def weight_files(directory: Path, config: Mapping[str, Any]) -> list[Path]:
     """The files that transformers reads the weights from; `config` is what config.json says. Raises `UserError` where one lacks."""
     explicit = config.get("transformers_weights")
@@ -157,7 +165,10 @@ def weight_files(directory: Path, config: Mapping[str, Any]) -> list[Path]:
         raise UserError(f"{directory} holds neither model.safetensors nor pytorch_model.bin: it is not a saved model")
     if not found.name.endswith(".index.json"):
         return [found]
-    parts = [directory / name for name in sorted(set(records.read_json(found)["weight_map"].values()))]
+    try:
+        parts = [directory / name for name in sorted(set(records.read_json(found)["weight_map"].values()))]
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{found} has no `weight_map` that names files: it is damaged; copy it again") from None
     if lacking := [part.name for part in parts if not part.exists()]:
         raise UserError(f"{directory} lacks {', '.join(lacking)}, which {found.name} names: the model is not whole; copy it again")
     return parts

@@ -88,6 +88,19 @@ def test_a_model_that_is_not_whole_is_named(tmp_path: Path) -> None:
         model_files.language_model_record(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"x": [1]}}', '{"weight_map": {"x": 1}}'])
+def test_a_config_or_an_index_of_another_form_is_one_sentence(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[1]")
+    for record in (model_files.language_model_record, model_files.tokenizer_record):
+        (tmp_path / "tokenizer.json").write_text("{}")
+        with pytest.raises(UserError, match=r"config\.json holds a list, expected a JSON object: it is not a model's"):
+            record(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match=r"index\.json has no `weight_map` that names files: it is damaged; copy it again"):
+        model_files.language_model_record(tmp_path)
+
+
 def test_of_weights_that_are_drawn_only_the_architecture_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"n_layer": 2}')
     record = model_files.language_model_record(tmp_path, random_weights=True)

@@ -20,6 +20,7 @@ from pipeline.config.language_model import CONTEXT_FIELDS, LanguageModelConfig
 from pipeline.config.stage import StageConfig
 from pipeline.config.tokenize_text import TokenizeConfig
 from pipeline.config.train_crosscoder import TrainConfig
+from pipeline.model_files import read_config
 from slurm.record.known_hashes import KnownHashes
 from slurm.submission import model_preflight
 from slurm.submission.block_names import layer_fault
@@ -90,7 +91,7 @@ def _stage_faults(config: StageConfig, runs: Path, pending: Sequence[Path]) -> l
 def model_shape(config: LanguageModelConfig) -> ModelShape:
     """The shape of a model whose directory, or copy in the hub's cache, is on this machine."""
     path = model_preflight.telling_file(config)
-    facts = records.read_json(path) if path is not None else {}
+    facts = read_config(path.parent) if path is not None else {}
     model_type = facts.get("model_type")
     facts = facts.get("text_config") or facts
 

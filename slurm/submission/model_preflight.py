@@ -8,13 +8,12 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline import records
 from pipeline.config.errors import UserError
 from pipeline.config.language_model import LanguageModelConfig
 from pipeline.config.pretrained import Pretrained, pretrained_in
 from pipeline.config.stage import StageConfig
 from pipeline.config.tokenize_text import TokenizerConfig
-from pipeline.model_files import find, hub_cache, local_path, weight_files, weights_fault
+from pipeline.model_files import find, hub_cache, local_path, read_config, weight_files, weights_fault
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 MODEL_FILES = ("config.json",)
@@ -38,7 +37,7 @@ def faults_of(config: LanguageModelConfig, variables: Mapping[str, str] = os.env
 
 def _weights_faults(directory: Path) -> list[str]:
     try:
-        weights = weight_files(directory, records.read_json(directory / "config.json"))
+        weights = weight_files(directory, read_config(directory))
     except UserError as error:
         return [f"language_model.model: {error}"]
     return [f"language_model.model: {path} {fault}" for path in weights if (fault := weights_fault(path))]
