@@ -107,7 +107,7 @@ def _from_transformers(name: str, revision: str | None, special_text: SpecialTex
     vocabulary = Vocabulary(size, end_id, _hash(backend_json) if backend_json else _sha256(described))
     leading = _leading(tokenizer("a")["input_ids"], transformers_ids(tokenizer, "a", "token"))
     beginning = BeginningOfText(leading[0] if len(leading) == 1 else tokenizer.bos_token_id, len(leading) == 1)
-    remarks = [*_on_file_beside(tokenizer, name, location, revision, special_text, added_tokens), *_on_leading(name, leading)]
+    remarks = [*_on_file_beside(tokenizer, name, revision, special_text, added_tokens), *_on_leading(name, leading)]
     return TokenizerDefinition(
         name,
         revision,
@@ -160,15 +160,13 @@ def _first_difference(tokenizer: Any, backend: Any, special_text: SpecialText, a
     return next((text for text, ids, encoding in zip(texts, wanted, found, strict=True) if encoding.ids != ids), None)
 
 
-def _on_file_beside(
-    tokenizer: Any, name: str, location: str, revision: str | None, special_text: SpecialText, added_tokens: list[str]
-) -> list[str]:
+def _on_file_beside(tokenizer: Any, name: str, revision: str | None, special_text: SpecialText, added_tokens: list[str]) -> list[str]:
     """A sentence if transformers makes another tokenizer of a directory or name than the tokenizer.json in it is."""
     import tokenizers
     import transformers
 
     file = transformers.utils.cached_file(
-        location,
+        model_files.location(name, "tokenizer.name"),
         "tokenizer.json",
         revision=revision,
         _raise_exceptions_for_missing_entries=False,
