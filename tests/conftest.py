@@ -25,13 +25,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slurm_accounting: needs slurmdbd and MariaDB besides")
-    config.addinivalue_line("markers", "slurm_munge: needs munge besides")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("slurm_accounting") or item.get_closest_marker("slurm_munge"):
+        if item.get_closest_marker("slurm_accounting"):
             item.add_marker("slurm")
     # What waits for Slurm begins first, and what computes fills the time. With --dist loadfile a file is one worker's.
     waiting = {item.path for item in items if item.get_closest_marker("slurm")}
@@ -41,7 +40,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         marks = {mark.name for mark in item.iter_markers()}
         if "slurm" not in marks:
             continue
-        missing = packages.missing(munge="slurm_munge" in marks, accounting="slurm_accounting" in marks)
+        missing = packages.missing(accounting="slurm_accounting" in marks)
         if missing:
             names = ", ".join(missing)
             left_out[names] = left_out.get(names, 0) + 1
@@ -70,7 +69,6 @@ def start_cluster() -> Iterator[Callable[..., PrivateCluster]]:
     clusters: list[PrivateCluster] = []
     # /tmp and not pytest's own directory: the paths of unix sockets end at 107 bytes.
     root = Path(tempfile.mkdtemp(prefix="private-slurm-", dir="/tmp"))
-    root.chmod(0o711)  # munge wants its socket reachable
 
     def start(chosen: layout.Layout | None = None) -> PrivateCluster:
         cluster = PrivateCluster(root / str(len(clusters)))

@@ -159,8 +159,8 @@ def test_nothing_is_left_when_it_stops_though_arrays_run(start_cluster: Callable
     running = ("squeue", "-h", "-r", "-t", "running", "-j", array, "-o", "%A")
     wait_until(lambda: len(cluster.command(*running).split()) == 6, "six tasks")
     jobs = cluster.command(*running).split()
-    # The daemons' own (slurmctld, its helper and three slurmd), and a slurmstepd, a script and two sleeps for each of six tasks.
-    wait_until(lambda: len(of_cluster(cluster, jobs)) >= 5 + 6 * 4, "the array's processes")
+    # The daemons' own (munged, slurmctld, its helper and three slurmd), and a slurmstepd, a script and two sleeps for each of six tasks.
+    wait_until(lambda: len(of_cluster(cluster, jobs)) >= 6 + 6 * 4, "the array's processes")
     cluster.stop()
     assert of_cluster(cluster, jobs) == []
     assert not processes.pids_file(cluster.directory).exists()
@@ -182,7 +182,9 @@ def test_the_queue_outlives_a_stop_and_running_jobs_are_requeued(start_cluster: 
 
 
 def test_a_second_start_is_refused_while_it_is_up(cluster: PrivateCluster) -> None:
-    with pytest.raises(UserError, match=r"is already up \(slurmctld, slurmd-n1, slurmd-n2, slurmd-n3\); `crosscoder cluster stop` ends it"):
+    with pytest.raises(
+        UserError, match=r"is already up \(munged, slurmctld, slurmd-n1, slurmd-n2, slurmd-n3\); `crosscoder cluster stop` ends it"
+    ):
         PrivateCluster(cluster.directory).start(layout.pretended())
     assert cluster.is_running()
 
@@ -233,16 +235,6 @@ def test_a_job_of_a_higher_partition_pushes_a_lower_one_back_into_the_queue(star
     high = sbatch(cluster, "sleep 60", "-p", "high", "--gres=gpu:a100:1")
     wait_until(lambda: state(cluster, high) == "RUNNING", "the high job")
     assert state(cluster, low) == "PENDING"
-
-
-@pytest.mark.slurm_munge
-def test_it_can_authenticate_through_a_munge_of_its_own(start_cluster: Callable[..., PrivateCluster]) -> None:
-    cluster = start_cluster(layout.pretended(munge=True))
-    assert "munged" in cluster.pids()
-    job = sbatch(cluster, "true")
-    wait_until(lambda: state(cluster, job) == "COMPLETED", "the job")
-    cluster.stop()
-    assert of_cluster(cluster) == []
 
 
 # -- on a workstation -------------------------------------------------------------------------------------------------

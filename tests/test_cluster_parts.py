@@ -8,7 +8,7 @@ import pytest
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
 from slurm.client import processes, slurm_commands, slurm_queries
-from slurm.cluster import configuration, hardware, layout, packages
+from slurm.cluster import configuration, control, hardware, layout, packages
 from slurm.cluster.configuration import Place
 from slurm.cluster.daemons import PORTS, PrivateCluster, free_ports
 from slurm.cluster.hardware import NvidiaGpu
@@ -77,7 +77,7 @@ def test_what_is_missing_is_named_with_the_command_that_gets_it(monkeypatch: pyt
 
 
 def place(directory: Path) -> Place:
-    return Place(directory, "host", "me", tuple(range(10_000, 10_006)))
+    return Place(directory, "host", "me", tuple(range(10_000, 10_005)))
 
 
 def test_jobs_without_a_memory_request_share_a_node() -> None:
@@ -88,7 +88,7 @@ def test_jobs_without_a_memory_request_share_a_node() -> None:
 
 def test_a_real_machine_is_not_promised_beyond_what_it_has() -> None:
     real = layout.Layout((layout.Node("w", 4, 8_000, (layout.Gpu("a100", "/dev/nvidia0"),)),), layout.PARTITIONS)
-    text = configuration.slurm_conf(real, Place(Path("/c"), "w", "me", (1, 2, 3, 4)), 1)
+    text = configuration.slurm_conf(real, Place(Path("/c"), "w", "me", (1, 2, 4)), 1)
     assert "config_overrides" not in text
     assert "NodeName=w NodeHostname=w NodeAddr=127.0.0.1 Port=4 CPUs=4 RealMemory=8000 Gres=gpu:a100:1" in text
     assert configuration.gres_conf(real, {"w": ("/dev/nvidia0",)}) == "AutoDetect=off\nNodeName=w Name=gpu Type=a100 File=/dev/nvidia0\n"
@@ -204,3 +204,29 @@ def test_slurm_on_a_machine_that_belongs_to_no_cluster_has_no_queue(tmp_path: Pa
     assert job_listing.gather(Site(runs=tmp_path)).rows() == []
     with pytest.raises(slurm_commands.CommandFailed, match="no Slurm answers here"):
         slurm_queries.my_jobs()
+
+
+def test_daemons_are_told_to_listen_where_the_machines_name_points_if_that_is_the_loopback() -> None:
+    closed = configuration.slurm_conf(layout.pretended(), place(Path("/c"))._replace(loopback="127.0.1.1"), 1)
+    assert "\nCommunicationParameters=NoCtldInAddrAny,NoInAddrAny\n" in closed
+    assert "SlurmctldHost=host(127.0.1.1)" in closed
+    assert "NodeAddr=127.0.1.1 " in closed
+    elsewhere = configuration.slurm_conf(layout.pretended(), place(Path("/c"))._replace(loopback=None), 1)
+    assert "InAddrAny" not in elsewhere
+    assert "NodeAddr=127.0.0.1 " in elsewhere
+
+
+def test_a_start_says_where_the_machines_name_leaves_the_ports_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "loopback_address", lambda: None)
+    assert any("a line `127.0.1.1 " in sentence for sentence in control._who_can_reach_it())
+    monkeypatch.setattr(hardware, "loopback_address", lambda: "127.0.0.1")
+    assert not any("127.0.1.1" in sentence for sentence in control._who_can_reach_it())
+
+
+def test_every_configuration_authenticates_by_the_clusters_own_munge() -> None:
+    for accounting in (False, True):
+        chosen = layout.pretended(accounting=accounting)
+        for text in (configuration.slurm_conf(chosen, place(Path("/c")), 1), configuration.slurmdbd_conf(chosen, place(Path("/c")))):
+            assert "AuthType=auth/munge\nAuthInfo=socket=/c/run/munge.sock," in text
+            assert "none\nAuth" not in text
+    assert packages.PROGRAMS["munged"] == "munge"

@@ -80,7 +80,7 @@ def environment(variables: Mapping[str, str] = os.environ, directory: Path | Non
 def private_configuration(directory: Path) -> Path | None:
     """The `slurm.conf` of the private cluster in `directory`, if its controller runs."""
     configuration = directory.absolute() / "slurm.conf"
-    if not configuration.exists():
+    if not os.access(configuration, os.R_OK):  # there is none, or it is another user's, whom alone it answers
         return None
     controller = processes.read_pids(directory.absolute()).get("slurmctld")
     return configuration if controller and processes.belongs_to(controller, configuration) else None
@@ -94,16 +94,26 @@ def stopped_private_cluster(directory: Path | None = None) -> Path | None:
     named = os.environ.get("SLURM_CONF")
     directory = directory or (Path(named).parent if named else PRIVATE_CLUSTER.absolute())
     settings, queue = directory / "slurm.conf", directory / "state" / "job_state"
-    if not (settings.exists() and queue.exists()) or f"ClusterName={PRIVATE_CLUSTER_NAME}\n" not in settings.read_text():
+    if (
+        not (os.access(settings, os.R_OK) and os.access(queue, os.R_OK))
+        or f"ClusterName={PRIVATE_CLUSTER_NAME}\n" not in settings.read_text()
+    ):
         return None
     return None if private_configuration(directory) else directory
 
 
 def check_configuration(variables: Mapping[str, str] | None = None) -> None:
-    """Raises `UserError` if SLURM_CONF names a file that is missing: every command of Slurm would try again for 60 s."""
+    """Raises `UserError` if SLURM_CONF names a file that can't be read: every command of Slurm would try again for 60 s."""
     configuration = (os.environ if variables is None else variables).get("SLURM_CONF")
-    if configuration and not Path(configuration).exists():
-        raise UserError(f"SLURM_CONF is {configuration}, which does not exist; unset it, or start that cluster")
+    if not configuration or os.access(configuration, os.R_OK):
+        return
+    try:
+        os.stat(configuration)
+    except FileNotFoundError:
+        raise UserError(f"SLURM_CONF is {configuration}, which does not exist; unset it, or start that cluster") from None
+    except OSError:
+        pass
+    raise UserError(f"SLURM_CONF is {configuration}, which you may not read: a private cluster answers its owner alone; unset it")
 
 
 def is_installed(program: str = "squeue") -> bool:

@@ -1,1 +1,1 @@
-"""A private Slurm in a directory: for a lone workstation that needs a queue, and for the tests. No root, munge or systemd."""
+"""A private Slurm in a directory: for a lone workstation that needs a queue, and for the tests. No root or systemd."""

@@ -1,8 +1,8 @@
-"""The accounting database of a private cluster: a MariaDB and a slurmdbd of its own, both unprivileged."""
+"""The accounting database of a private cluster: a MariaDB and a slurmdbd of its own, both unprivileged. The database has no port, only a socket."""
 
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +22,7 @@ class Daemons(Protocol):
 
     def command(self, *command: str, timeout_s: float = ...) -> str: ...
 
-    def spawn(self, name: str, *command: str) -> None: ...
+    def spawn(self, name: str, *command: str, variables: Mapping[str, str] = ...) -> None: ...
 
     def wait_until(self, what: str, holds: Callable[[], bool], patience_s: float = ...) -> None: ...
 
@@ -35,8 +35,8 @@ def start(cluster: Daemons, layout: Layout) -> None:
     path.unlink(missing_ok=True)
     path.touch(mode=0o600)  # slurmdbd refuses a file that others may read
     path.write_text(configuration.slurmdbd_conf(layout, cluster.place), encoding="utf-8")
-    cluster.spawn("slurmdbd", packages.path("slurmdbd"), "-D")
-    cluster.wait_until("slurmdbd", lambda: _answers(port), PATIENCE_S)
+    cluster.spawn("slurmdbd", packages.path("slurmdbd"), "-D", variables={"MYSQL_UNIX_PORT": str(cluster.place.database_socket)})
+    cluster.wait_until("slurmdbd", lambda: _answers(cluster.place.address, port), PATIENCE_S)
     known = cluster.command("sacctmgr", "-n", "-P", "list", "cluster", "format=cluster").split()
     if CLUSTER_NAME not in known:
         cluster.command("sacctmgr", "-i", "add", "cluster", CLUSTER_NAME)
@@ -44,7 +44,7 @@ def start(cluster: Daemons, layout: Layout) -> None:
 
 def _start_database(cluster: Daemons) -> None:
     directory, user = cluster.directory, hardware.user_name()
-    data, socket_path = directory / "sql", directory / "run" / "sql.sock"
+    data, socket_path = directory / "sql", cluster.place.database_socket
     if not data.exists():
         _install_database(cluster, data, user)
     options = [
@@ -52,8 +52,7 @@ def _start_database(cluster: Daemons) -> None:
         f"--datadir={data}",
         f"--socket={socket_path}",
         f"--pid-file={directory}/run/sql.pid",
-        "--bind-address=127.0.0.1",
-        f"--port={cluster.place.database_port}",
+        "--skip-networking",
         "--innodb-buffer-pool-size=64M",
         "--innodb-lock-wait-timeout=900",  # slurmdbd's own advice
         "--skip-log-bin",
@@ -71,10 +70,10 @@ def _start_database(cluster: Daemons) -> None:
         return True
 
     cluster.wait_until("MariaDB", answers, PATIENCE_S)
-    name, password, database = configuration.DATABASE_USER, configuration.DATABASE_PASSWORD, configuration.DATABASE
+    name, database = configuration.DATABASE_USER, configuration.DATABASE
     query(f"create database if not exists {database}")
-    for host in ("127.0.0.1", "localhost"):
-        query(f"create user if not exists '{name}'@'{host}' identified by '{password}'; grant all on {database}.* to '{name}'@'{host}'")
+    # No password: the socket lies in a directory that only the owner can enter.
+    query(f"create or replace user '{name}'@'localhost'; grant all on {database}.* to '{name}'@'localhost'")
 
 
 def _install_database(cluster: Daemons, data: Path, user: str) -> None:
@@ -86,6 +85,6 @@ def _install_database(cluster: Daemons, data: Path, user: str) -> None:
         raise
 
 
-def _answers(port: int) -> bool:
+def _answers(address: str, port: int) -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        return probe.connect_ex((address, port)) == 0

@@ -9,24 +9,31 @@ from slurm.cluster.layout import Layout, Node, Partition
 CLUSTER_NAME = slurm_commands.PRIVATE_CLUSTER_NAME
 PRETENDS = "SlurmdParameters=config_overrides"
 """The line that lets a node have less than it is said to have."""
-DATABASE, DATABASE_USER, DATABASE_PASSWORD = "slurm_acct_db", "slurm", "private"
+DATABASE, DATABASE_USER = "slurm_acct_db", "slurm"
 
 
 class Place(NamedTuple):
-    """Where and as whom the cluster runs. `ports`: of slurmctld, slurmdbd, MariaDB, then of each node's slurmd."""
+    """Where and as whom the cluster runs. `ports`: of slurmctld, slurmdbd, then of each node's slurmd."""
 
     directory: Path
     host: str
     user: str
     ports: tuple[int, ...]
+    loopback: str | None = "127.0.0.1"
+    """The loopback address that the machine's name stands for, where daemons then listen; None: it stands for another one."""
+
+    @property
+    def address(self) -> str:
+        """Where daemons and commands find one another."""
+        return self.loopback or "127.0.0.1"
 
     @property
     def munge_socket(self) -> Path:
         return self.directory / "run" / "munge.sock"
 
     @property
-    def database_port(self) -> int:
-        return self.ports[2]
+    def database_socket(self) -> Path:
+        return self.directory / "run" / "sql.sock"
 
     @property
     def slurmdbd_port(self) -> int:
@@ -38,11 +45,13 @@ def slurm_conf(layout: Layout, place: Place, first_job_id: int) -> str:
     d, policy = place.directory, layout.policy
     lines = [
         f"ClusterName={CLUSTER_NAME}",
-        f"SlurmctldHost={place.host}(127.0.0.1)",
+        f"SlurmctldHost={place.host}({place.address})",
         f"SlurmctldPort={place.ports[0]}",
         f"SlurmUser={place.user}",
         f"SlurmdUser={place.user}",
         *_authentication(layout, place),
+        # Daemons and srun listen on the address of the machine's name alone; by themselves they listen on every one.
+        *(["CommunicationParameters=NoCtldInAddrAny,NoInAddrAny"] if place.loopback else []),
         *_accounting(layout, place),
         f"StateSaveLocation={d}/state",
         f"SlurmdSpoolDir={d}/spool/%n",
@@ -82,7 +91,7 @@ def slurm_conf(layout: Layout, place: Place, first_job_id: int) -> str:
         *(["SlurmctldParameters=preempt_send_user_signal"] if policy.warns_before_preemption else []),
         *([] if layout.is_real_hardware else [PRETENDS]),
         *layout.extra_lines,
-        *(_node(node, place, port) for node, port in zip(layout.nodes, place.ports[3:], strict=True)),
+        *(_node(node, place, port) for node, port in zip(layout.nodes, place.ports[2:], strict=True)),
         *(_partition(partition) for partition in layout.partitions),
     ]
     return "\n".join(lines) + "\n"
@@ -114,14 +123,13 @@ def slurmdbd_conf(layout: Layout, place: Place) -> str:
         [
             *(line for line in _authentication(layout, place) if line.startswith("Auth")),
             "DbdHost=localhost",
-            "DbdAddr=127.0.0.1",
+            f"DbdAddr={place.address}",
+            *(["CommunicationParameters=NoInAddrAny"] if place.loopback else []),
             f"DbdPort={place.slurmdbd_port}",
             f"SlurmUser={place.user}",
             "StorageType=accounting_storage/mysql",
-            "StorageHost=127.0.0.1",
-            f"StoragePort={place.database_port}",
+            "StorageHost=localhost",  # MariaDB's word for the socket that MYSQL_UNIX_PORT names
             f"StorageUser={DATABASE_USER}",
-            f"StoragePass={DATABASE_PASSWORD}",
             f"StorageLoc={DATABASE}",
             f"LogFile={d}/log/slurmdbd.log",
             f"PidFile={d}/run/slurmdbd.pid",
@@ -133,9 +141,7 @@ def slurmdbd_conf(layout: Layout, place: Place) -> str:
 def _authentication(layout: Layout, place: Place) -> list[str]:
     # A requeued job waits until its credential has expired: cred_expire is the requeue delay.
     expire = f"cred_expire={layout.policy.requeue_delay_s}"
-    if layout.munge:
-        return ["AuthType=auth/munge", f"AuthInfo=socket={place.munge_socket},{expire}", "CredType=cred/munge"]
-    return ["AuthType=auth/none", f"AuthInfo={expire}", "CredType=cred/none"]
+    return ["AuthType=auth/munge", f"AuthInfo=socket={place.munge_socket},{expire}", "CredType=cred/munge"]
 
 
 def _accounting(layout: Layout, place: Place) -> list[str]:
@@ -143,10 +149,10 @@ def _accounting(layout: Layout, place: Place) -> list[str]:
         return ["AccountingStorageType=accounting_storage/none", "JobAcctGatherType=jobacct_gather/none"]
     return [
         "AccountingStorageType=accounting_storage/slurmdbd",
-        "AccountingStorageHost=127.0.0.1",
+        f"AccountingStorageHost={place.address}",
         f"AccountingStoragePort={place.slurmdbd_port}",
         # Else slurmctld and sacctmgr look for munge in /run.
-        *([f"AccountingStoragePass={place.munge_socket}"] if layout.munge else []),
+        f"AccountingStoragePass={place.munge_socket}",
         "AccountingStorageTRES=gres/gpu",
         "AccountingStoreFlags=job_comment",
         "JobAcctGatherType=jobacct_gather/linux",
@@ -160,7 +166,9 @@ def _default_mem_per_cpu(node: Node) -> int:
 def _node(node: Node, place: Place, port: int) -> str:
     types = list(dict.fromkeys(gpu.type for gpu in node.gpus))
     gres = ",".join(f"gpu:{kind}:{sum(gpu.type == kind for gpu in node.gpus)}" for kind in types)
-    words = [f"NodeName={node.name} NodeHostname={place.host} NodeAddr=127.0.0.1 Port={port} CPUs={node.cpus} RealMemory={node.mem_mb}"]
+    words = [
+        f"NodeName={node.name} NodeHostname={place.host} NodeAddr={place.address} Port={port} CPUs={node.cpus} RealMemory={node.mem_mb}"
+    ]
     return " ".join([*words, *([f"Gres={gres}"] if gres else []), "State=UNKNOWN"])
 
 

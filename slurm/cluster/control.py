@@ -1,5 +1,7 @@
 """`crosscoder cluster start|stop|status`: the private cluster as a feature, for a workstation that has no queue."""
 
+import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,6 @@ def start(
     directory: Path = slurm_commands.PRIVATE_CLUSTER,
     *,
     pretend: bool = False,
-    munge: bool = False,
     accounting: bool = False,
     fresh: bool = False,
 ) -> str:
@@ -25,12 +26,13 @@ def start(
     cluster = PrivateCluster(directory)
     goes_on = not (fresh or pretend) and _pretended(cluster)
     chosen = layout.pretended() if pretend or goes_on else hardware.workstation()
-    seconds = cluster.start(replace(chosen, munge=munge, accounting=accounting), fresh=fresh)
+    seconds = cluster.start(replace(chosen, accounting=accounting), fresh=fresh)
     offers = "\n".join(f"#   {_offer(node)}" for node in chosen.nodes)
     waiting = cluster.command("squeue", "-h", "-o", "%i").split()
     kept = f"\n# {_jobs(len(waiting))} of its last time {'is' if len(waiting) == 1 else 'are'} queued" if waiting else ""
     kept += "\n# its nodes are pretended ones, as before; --fresh forgets them with the queue, for this machine's own" if goes_on else ""
-    return f"# up in {seconds:.2f} s, in {cluster.directory}:\n{offers}{kept}\nexport SLURM_CONF={cluster.configuration}"
+    told = "".join(f"\n# {sentence}" for sentence in _who_can_reach_it())
+    return f"# up in {seconds:.2f} s, in {cluster.directory}:\n{offers}{kept}{told}\nexport SLURM_CONF={cluster.configuration}"
 
 
 def stop(directory: Path = slurm_commands.PRIVATE_CLUSTER) -> str:
@@ -56,6 +58,20 @@ def status(directory: Path = slurm_commands.PRIVATE_CLUSTER) -> str:
     counts = ", ".join(f"{queue.count(state)} {state.lower()}" for state in sorted(set(queue))) or "empty"
     daemons = ", ".join(f"{name} {pid}" for name, pid in pids.items())
     return f"# up in {cluster.directory}: {daemons}\n# queue: {counts}\nexport SLURM_CONF={cluster.configuration}"
+
+
+def _who_can_reach_it() -> list[str]:
+    """What the owner should know of who can use the cluster, where that is not himself alone, as an ordinary user."""
+    told = []
+    if os.getuid() == 0:
+        told.append("started by root: every job runs as root, and nobody but root can submit; start it as yourself unless you need that")
+    if hardware.loopback_address() is None:
+        name = socket.gethostname()
+        told.append(
+            f"its daemons listen on every address of this machine, as {name} stands for none of the loopback; the cluster's key keeps "
+            f"others out; a line `127.0.1.1 {name}` in /etc/hosts closes the ports, too"
+        )
+    return told
 
 
 def _pretended(cluster: PrivateCluster) -> bool:

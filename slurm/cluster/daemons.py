@@ -7,16 +7,22 @@
       state/                                   the queue: it outlives a stop, or a reboot, unless the next start is fresh
       log/  spool/  dev/  sql/                 daemons' logs, job scripts, device links, the accounting database
 
+Who can connect to munge's socket, or read its key, is let in, and slurmd runs every job as its own user: so the directory is
+closed to all but its owner (0700), and the key is a new one at each start.
+
 Order matters. The controller comes before the nodes: a slurmd that finds none backs off for a second. It also goes before
 them, and the jobs' processes are ended one by one: they outlive their slurmd.
 """
 
+import os
 import random
+import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from pipeline.config.errors import UserError
 from slurm.client import processes, slurm_commands
@@ -63,7 +69,7 @@ class PrivateCluster:
         missing, when the cluster is up already, and, with the ends of the daemons' logs, when it does not come up.
         """
         began = time.monotonic()
-        packages.require(munge=layout.munge, accounting=layout.accounting)
+        packages.require(accounting=layout.accounting)
         self._check_startable()
         processes.signal_all(processes.of_jobs(self.configuration))  # a controller that died left its jobs behind
         if fresh:
@@ -82,14 +88,21 @@ class PrivateCluster:
         if len(str(self.directory)) > MAX_DIRECTORY_LENGTH:
             raise UserError(
                 f"{self.directory} is {len(str(self.directory))} characters long, but unix sockets in it allow {MAX_DIRECTORY_LENGTH}; "
-                "choose another directory, for example with --directory /tmp/cluster"
+                "choose another directory, for example with --directory ~/cluster"
             )
+        for path in (self.directory, self.directory.resolve()):
+            if os.path.lexists(path) and (owner := path.lstat().st_uid) != os.getuid():
+                raise UserError(
+                    f"{path} is of another user (uid {owner}), who could put a configuration of their own there; choose another"
+                )
 
     def _write_files(self, layout: Layout) -> None:
         d = self.directory
+        d.mkdir(parents=True, exist_ok=True)
+        d.chmod(0o700)
         for name in ("state", "log", "run", "dev", *(f"spool/{node.name}" for node in layout.nodes)):
             (d / name).mkdir(parents=True, exist_ok=True)
-        place = Place(d, hardware.host_name(), hardware.user_name(), tuple(free_ports(3 + len(layout.nodes))))
+        place = Place(d, hardware.host_name(), hardware.user_name(), tuple(free_ports(2 + len(layout.nodes))), hardware.loopback_address())
         # In tenths of a second, so that clusters started one after another don't share ids.
         first_job_id = 1000 + int(time.time() * 10) % 60_000_000
         self.configuration.write_text(configuration.slurm_conf(layout, place, first_job_id), encoding="utf-8")
@@ -113,8 +126,7 @@ class PrivateCluster:
 
     def _start_daemons(self, layout: Layout) -> None:
         processes.pids_file(self.directory).unlink(missing_ok=True)
-        if layout.munge:
-            self._start_munge()
+        self._start_munge()
         if layout.accounting:
             accounting.start(self, layout)
         self.spawn("slurmctld", packages.path("slurmctld"), "-D")
@@ -145,7 +157,8 @@ class PrivateCluster:
         key = d / "run" / "munge.key"
         key.unlink(missing_ok=True)
         key.touch(mode=0o600)
-        key.write_bytes(random.SystemRandom().randbytes(128))
+        key.write_bytes(secrets.token_bytes(128))
+        socket_path.unlink(missing_ok=True)  # of before a crash: its file alone would be taken for a munged that answers
         files = [f"--{name}-file={d}/run/munge.{name}" for name in ("key", "pid", "seed")]
         options = [f"--socket={socket_path}", *files, f"--log-file={d}/log/munged.log", "--num-threads=4"]
         # Forced: it would refuse a socket that not everybody can reach, and this one is for one user alone.
@@ -154,9 +167,9 @@ class PrivateCluster:
 
     # -- daemons, for the parts of this package -------------------------------------------------------------------
 
-    def spawn(self, name: str, *command: str) -> None:
-        """Starts a daemon and records its pid."""
-        pid = processes.start(list(command), log=self.directory / "log" / f"{name}.out", variables=self.variables)
+    def spawn(self, name: str, *command: str, variables: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Starts a daemon, with `variables` besides, and records its pid."""
+        pid = processes.start(list(command), log=self.directory / "log" / f"{name}.out", variables={**self.variables, **variables})
         processes.write_pids(self.directory, {**processes.read_pids(self.directory), name: pid})
 
     def wait_until(self, what: str, holds: Callable[[], bool], patience_s: float = 30.0) -> None:

@@ -63,7 +63,7 @@ def type_name(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", "".join(words).lower()) or "gpu"
 
 
-def workstation(*, munge: bool = False, accounting: bool = False) -> Layout:
+def workstation(*, accounting: bool = False) -> Layout:
     """One node, named as the host, with this machine's cores, memory and GPUs."""
     gpus = local_gpus()
     devices = _device_files(len(gpus))
@@ -73,7 +73,7 @@ def workstation(*, munge: bool = False, accounting: bool = False) -> Layout:
         _memory_mb(),
         tuple(Gpu(type_name(g.name), d) for g, d in zip(gpus, devices, strict=True)),
     )
-    return Layout((node,), PARTITIONS, munge=munge, accounting=accounting)
+    return Layout((node,), PARTITIONS, accounting=accounting)
 
 
 def user_name() -> str:
@@ -86,6 +86,18 @@ def user_name() -> str:
 
 def host_name() -> str:
     return socket.gethostname().split(".")[0]
+
+
+def loopback_address() -> str | None:
+    """The loopback address that this machine's name stands for; None where it stands for another one, or for none.
+
+    Slurm can be told to listen on the address of the machine's name, and on no other single one.
+    """
+    try:
+        address = socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)[0][4][0]
+    except OSError:
+        return None
+    return str(address) if str(address).startswith("127.") else None
 
 
 def _device_files(num_gpus: int, directory: Path = Path("/dev")) -> list[str]:

@@ -61,8 +61,6 @@ class Layout:
     policy: Policy = Policy()
     is_real_hardware: bool = True
     """Off: the nodes promise more cores, memory and GPUs than the machine has."""
-    munge: bool = False
-    """Authenticate through a munged of the cluster's own instead of not at all."""
     accounting: bool = False
     """Keep finished jobs in a database of the cluster's own (slurmdbd, MariaDB), for sacct."""
     extra_lines: tuple[str, ...] = field(default=())
@@ -79,8 +77,8 @@ PARTITIONS = (
 TEST_POLICY = Policy(kill_wait_s=3, node_timeout_s=10)
 
 
-def pretended(policy: Policy = TEST_POLICY, *, munge: bool = False, accounting: bool = False, extra_lines: tuple[str, ...] = ()) -> Layout:
+def pretended(policy: Policy = TEST_POLICY, *, accounting: bool = False, extra_lines: tuple[str, ...] = ()) -> Layout:
     """Three nodes with five fake GPUs of two types, on whatever machine this is: what the tests run on."""
     h200, a100 = Gpu("h200"), Gpu("a100")
     nodes = (Node("n1", 8, 16_000, (h200, h200)), Node("n2", 8, 16_000, (h200, h200)), Node("n3", 8, 16_000, (a100,)))
-    return Layout(nodes, PARTITIONS, policy, is_real_hardware=False, munge=munge, accounting=accounting, extra_lines=extra_lines)
+    return Layout(nodes, PARTITIONS, policy, is_real_hardware=False, accounting=accounting, extra_lines=extra_lines)

@@ -9,8 +9,7 @@ from slurm.client import slurm_commands
 # Daemons lie in sbin, which an ordinary user's PATH may not hold.
 SBIN = "/usr/sbin:/usr/local/sbin:/sbin"
 
-PROGRAMS = {"slurmctld": "slurmctld", "slurmd": "slurmd", "squeue": "slurm-client"}
-MUNGE_PROGRAMS = {"munged": "munge"}
+PROGRAMS = {"slurmctld": "slurmctld", "slurmd": "slurmd", "squeue": "slurm-client", "munged": "munge"}
 ACCOUNTING_PROGRAMS = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server", "mariadb-install-db": "mariadb-server"}
 ACCOUNTING_PACKAGES = "slurmdbd slurm-wlm-mysql-plugin mariadb-server"
 
@@ -23,14 +22,14 @@ def path(program: str) -> str:
     """Where `program` lies; `UserError` with the package to install where it does not."""
     found = find(program)
     if found is None:
-        package = {**PROGRAMS, **MUNGE_PROGRAMS, **ACCOUNTING_PROGRAMS}.get(program, program)
+        package = {**PROGRAMS, **ACCOUNTING_PROGRAMS}.get(program, program)
         raise UserError(f"{program} is not installed on this machine; get it with: {install_command([package])}")
     return found
 
 
-def missing(*, munge: bool = False, accounting: bool = False) -> list[str]:
+def missing(*, accounting: bool = False) -> list[str]:
     """The packages (Debian's and Ubuntu's names) that this machine lacks, in a fixed order, without repeats."""
-    programs = {**PROGRAMS, **(MUNGE_PROGRAMS if munge else {}), **(ACCOUNTING_PROGRAMS if accounting else {})}
+    programs = {**PROGRAMS, **(ACCOUNTING_PROGRAMS if accounting else {})}
     return list(dict.fromkeys(package for program, package in programs.items() if find(program) is None))
 
 
@@ -48,7 +47,7 @@ def version() -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def require(*, munge: bool, accounting: bool) -> None:
+def require(*, accounting: bool) -> None:
     """Raises `UserError` naming what is missing and how to get it."""
-    if names := missing(munge=munge, accounting=accounting):
+    if names := missing(accounting=accounting):
         raise UserError(f"a private cluster needs {', '.join(names)}, not installed on this machine; get it with: {install_command(names)}")

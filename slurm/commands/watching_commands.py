@@ -97,14 +97,13 @@ DEFAULT_DIRECTORY = Path(".cluster")
 def cluster_start(
     directory: Directory = DEFAULT_DIRECTORY,
     pretend: Annotated[bool, typer.Option("--pretend", help="Three nodes with five fake GPUs, to try things out.")] = False,
-    munge: Annotated[bool, typer.Option("--munge", help="Authenticate through a munge of its own.")] = False,
     accounting: Annotated[bool, typer.Option("--accounting", help="Keep finished jobs in a database, for sacct.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier one in this directory had queued.")] = False,
 ) -> None:
     """Start a queue over this machine's cores, memory and GPUs. This checkout's commands then find it by themselves."""
     from slurm.cluster import control
 
-    print(control.start(directory, pretend=pretend, munge=munge, accounting=accounting, fresh=fresh))
+    print(control.start(directory, pretend=pretend, accounting=accounting, fresh=fresh))
 
 
 def cluster_stop(directory: Directory = DEFAULT_DIRECTORY) -> None:
