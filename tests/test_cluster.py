@@ -182,9 +182,7 @@ def test_the_queue_outlives_a_stop_and_running_jobs_are_requeued(start_cluster: 
 
 
 def test_a_second_start_is_refused_while_it_is_up(cluster: PrivateCluster) -> None:
-    with pytest.raises(
-        UserError, match=r"is already up \(munged, slurmctld, slurmd-n1, slurmd-n2, slurmd-n3\); `crosscoder cluster stop` ends it"
-    ):
+    with pytest.raises(UserError, match=r"is already up \(munged, slurmctld, slurmd-n1, .*\); `crosscoder cluster stop` ends it"):
         PrivateCluster(cluster.directory).start(layout.pretended())
     assert cluster.is_running()
 

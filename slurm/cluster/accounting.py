@@ -1,4 +1,4 @@
-"""The accounting database of a private cluster: a MariaDB and a slurmdbd of its own, both unprivileged. The database has no port, only a socket."""
+"""The accounting database of a private cluster: a MariaDB of its own, without a port, and a slurmdbd, both unprivileged."""
 
 import shutil
 import socket

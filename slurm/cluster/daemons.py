@@ -92,9 +92,7 @@ class PrivateCluster:
             )
         for path in (self.directory, self.directory.resolve()):
             if os.path.lexists(path) and (owner := path.lstat().st_uid) != os.getuid():
-                raise UserError(
-                    f"{path} is of another user (uid {owner}), who could put a configuration of their own there; choose another"
-                )
+                raise UserError(f"{path} is of another user (uid {owner}), who could put a configuration there; choose another")
 
     def _write_files(self, layout: Layout) -> None:
         d = self.directory
