@@ -29,7 +29,7 @@ from typing import IO, Any
 
 import xxhash
 
-from pipeline.config.errors import UserError
+from pipeline.config.errors import UserError, sentence_of
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
@@ -39,16 +39,18 @@ Record = dict[str, Any]
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     """A file to write that appears at `path`, whole and on disk, when the block ends without an error.
 
     On an error nothing appears and what stood at `path` stays. The temporary name carries host and process, so two
-    writers never share one. Raises `UserError` when the disk is full.
+    writers never share one; a link that somebody put at it is not followed. The umask takes its part of `mode`. Raises
+    `UserError` when the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -65,6 +67,20 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def open_to_append(path: Path) -> IO[bytes]:
+    """The file at `path`, made if it is missing, opened so that each write goes to its end at once; reading is possible.
+
+    Raises `UserError` for a link: in a directory that others may write to, it could lead to any file of whoever appends.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{path} is a link, expected a file that this program made; remove it") from None
+        raise
+    return open(descriptor, "a+b", buffering=0)
 
 
 def _fsync_directory(directory: Path) -> None:
@@ -119,6 +135,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    except PermissionError as error:
+        raise UserError(str(sentence_of(error))) from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): the file is damaged") from error
 

@@ -139,8 +139,8 @@ class Run:
 
     def log_metrics(self, row: dict[str, Any]) -> None:
         """Appends one row to `metrics.jsonl`; `row` holds at least `step`."""
-        with open(self.directory / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with records.open_to_append(self.directory / "metrics.jsonl") as file:
+            file.write((json.dumps(row) + "\n").encode())
 
     def rewind_metrics(self, step: int) -> None:
         """Drops the rows after `step`, and a half-written last one: for a run that resumes from a checkpoint at `step`."""

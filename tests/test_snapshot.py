@@ -43,7 +43,7 @@ def test_the_tree_is_frozen_as_it_is_with_edits_and_untracked_files_but_not_igno
     assert frozen_files(tmp_path / "run") == {"pipeline/run.py", "new.py", ".gitignore", "tool.sh"}
     assert (tmp_path / "run/code/pipeline/run.py").read_text() == "edited\n"
     assert os.access(tmp_path / "run/code/tool.sh", os.X_OK)
-    assert record["left_out"] == {"big.bin": 101}
+    assert record["left_out"] == {"big.bin": "101 bytes"}
     assert record["commit"] == git(checkout, "rev-parse", "HEAD").strip()
     assert record["edited"] is True
     assert "+edited" in (tmp_path / "run/code.diff").read_text()

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import pwd
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -18,5 +20,30 @@ def sentence_of(error: OSError) -> str | None:
         reason = os.strerror(error.errno).lower()
         return f"{place}{reason}; free some space and start the same command again, what is finished is kept"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{place}{os.strerror(error.errno).lower()}; choose a place that you may read and write, or have it made yours"
+        reason = os.strerror(error.errno).lower()
+        if (owner := _other_owner(error.filename)) is None:
+            return f"{place}{reason}; choose a place that you may read and write, or have it made yours"
+        return (
+            f"{place}{reason}, it is of {owner}; people share a directory through a group (chgrp -R GROUP DIR; chmod -R g+rwX DIR; "
+            "find DIR -type d -exec chmod g+s {} +; umask 002 in the shell of each), else choose a place of your own"
+        )
+    return None
+
+
+def _other_owner(filename: object) -> str | None:
+    """Whose the file is, or the nearest directory above it that can be looked at; None if it is this user's, or root's."""
+    if not isinstance(filename, str | os.PathLike):
+        return None
+    path = Path(filename).absolute()
+    for place in (path, *path.parents):
+        try:
+            uid = place.lstat().st_uid
+        except OSError:
+            continue
+        if uid in (0, os.geteuid()):
+            return None
+        try:
+            return pwd.getpwuid(uid).pw_name
+        except KeyError:
+            return f"uid {uid}"
     return None

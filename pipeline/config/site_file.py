@@ -13,6 +13,10 @@ from pipeline.config.errors import UserError
 from pipeline.config.schema import Config, DataPath, build
 
 
+SITE_FILE = Path("configs/site.yaml")
+"""Where it is read from unless `CROSSCODER_SITE` names another."""
+
+
 class Machine(Config):
     """A machine outside Slurm, reached over ssh."""
 
@@ -48,7 +52,7 @@ class Site(Config):
 def load_site() -> Site:
     """The site settings that hold here and now."""
     named = os.environ.get("CROSSCODER_SITE")
-    path = Path(named) if named else Path("configs/site.yaml")
+    path = Path(named) if named else SITE_FILE
     if not named and not path.exists():
         return Site()
     site = build(Site, yaml_file.read(path), str(path))

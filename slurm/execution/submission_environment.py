@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from pipeline import records
 from pipeline.config.errors import UserError
 from slurm.client import slurm_commands
 
@@ -64,7 +65,7 @@ def detached(log: Path) -> Iterator[None]:
     """A process started in the block reads nothing and prints to `log`: one that outlives this must not hold its pipes open."""
     log.parent.mkdir(parents=True, exist_ok=True)
     kept = [os.dup(descriptor) for descriptor in range(3)]
-    with open(os.devnull, "rb") as nothing, open(log, "ab") as file:
+    with open(os.devnull, "rb") as nothing, records.open_to_append(log) as file:
         for source, descriptor in ((nothing, 0), (file, 1), (file, 2)):
             os.dup2(source.fileno(), descriptor)
     try:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from pipeline import records
+
 
 def print_any_letter() -> None:
     """Letters that the terminal's or the log's encoding lacks are printed as `\\u0107` from now on, instead of ending the program."""
@@ -95,7 +97,7 @@ def logged_to(path: Path) -> Iterator[None]:
     """While the block runs, what is printed to stdout and stderr goes to the log at `path` too, as far as its disk has room."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without a buffer: what did not fit would be tried again at the end, and fail there.
-    with io.TextIOWrapper(open(path, "ab", buffering=0), encoding="utf-8", write_through=True) as file:
+    with io.TextIOWrapper(records.open_to_append(path), encoding="utf-8", write_through=True) as file:
         log = OutputThatMayBeLost(file)
         with contextlib.redirect_stdout(TerminalAndLog(sys.stdout, log)), contextlib.redirect_stderr(TerminalAndLog(sys.stderr, log)):
             yield

@@ -240,7 +240,7 @@ def _printing_to(path: Path) -> Iterator[None]:
     """Appends to `path` what goes to stdout and stderr, below Python too, while the block runs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = os.dup(1), os.dup(2)
-    with open(path, "ab", buffering=0) as file:
+    with records.open_to_append(path) as file:
         _point_output_to(file.fileno(), file.fileno())
     try:
         with contextlib.redirect_stdout(OutputThatMayBeLost(sys.stdout)), contextlib.redirect_stderr(OutputThatMayBeLost(sys.stderr)):

@@ -3,10 +3,13 @@
 import contextlib
 import errno
 import fcntl
+import os
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
+from typing import IO
 
+from pipeline import records
 from pipeline.config.errors import UserError
 from slurm.client import processes, slurm_commands
 from slurm.client.job_output import FINAL_STATES
@@ -33,7 +36,7 @@ def one_submission_at_a_time(runs: Path) -> Iterator[None]:
         yield
         return
     runs.mkdir(parents=True, exist_ok=True)
-    with open(runs / SUBMISSION_LOCK, "ab") as file:
+    with _open_lock(runs / SUBMISSION_LOCK) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
@@ -44,6 +47,14 @@ def one_submission_at_a_time(runs: Path) -> Iterator[None]:
             yield
         finally:
             _held.reset(before)
+
+
+def _open_lock(path: Path) -> IO[bytes]:
+    """The lock's file; to read only where another user made it, who shares the root: a lock can be taken on it all the same."""
+    try:
+        return records.open_to_append(path)
+    except PermissionError:
+        return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
 
 
 def is_busy(run: RunDirectory, task: int) -> bool:

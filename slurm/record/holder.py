@@ -73,7 +73,7 @@ class Holder:
     def _create(self) -> bool:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             return False
         os.close(descriptor)
@@ -112,7 +112,7 @@ class Holder:
                 lock = read_lock(self.path)
                 if lock is None or lock["token"] != self.lock["token"]:
                     self._lost(lock)
-                os.utime(self.path)
+                os.utime(self.path, follow_symlinks=False)
             except OSError:  # a file system that fails for a moment, or a lock deleted this instant: the next beat looks again
                 continue
 

@@ -45,7 +45,7 @@ def _held(output: Path, run: RunDirectory, job: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = _open(path)
         try:
             if (other := _take(descriptor, path, run, job)) is None:
                 yield
@@ -60,6 +60,28 @@ def _held(output: Path, run: RunDirectory, job: str) -> Iterator[None]:
                 "or choose another output"
             )
         time.sleep(0.1)
+
+
+def _open(path: Path) -> int:
+    """A descriptor of the lock's file, made if it is missing. Raises `UserError` for anything else that lies there: it is overwritten."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except PermissionError:  # another user's, who shares the directory and writes, or wrote and was killed
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        if not _lock(descriptor, fcntl.LOCK_EX):
+            return descriptor
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        return _open(path)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{path} is a link, expected a lock that this program made; remove it") from None
+        raise
+    text = os.pread(descriptor, 10_000, 0)
+    if text and not text.startswith(b'{"run"'):
+        os.close(descriptor)
+        raise UserError(f"{path} is not a lock that this program made; move it away")
+    return descriptor
 
 
 def _take(descriptor: int, path: Path, run: RunDirectory, job: str) -> dict[str, Any] | None:

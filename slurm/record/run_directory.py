@@ -250,7 +250,7 @@ def read_lines(path: Path) -> list[Json]:
 
 def append_line(path: Path, value: Json) -> None:
     """Appends one JSON line in one write, so that two processes never mix theirs; on a line of its own after one cut short."""
-    with open(path, "a+b", buffering=0) as file:
+    with records.open_to_append(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         torn = file.read(1) not in (b"", b"\n")
