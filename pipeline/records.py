@@ -100,9 +100,9 @@ def remove_leftovers(directory: Path, stem: str) -> None:
             part.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` to `path` atomically, indented, keys in their order."""
-    with atomic_file(path) as file:
+def write_json(path: Path, value: Any, *, mode: int = 0o666) -> None:
+    """Writes `value` to `path` atomically, indented, keys in their order; `mode` as `atomic_file` takes it."""
+    with atomic_file(path, mode) as file:
         file.write(json_bytes(value))
 
 

@@ -206,11 +206,11 @@ def test_a_file_system_that_fails_for_a_moment_does_not_end_the_watch_over_the_l
     whole: Callable[..., Any] = getattr(owner, fails)
     failures = []
 
-    def failing(*arguments: Any) -> Any:
+    def failing(*arguments: Any, **named: Any) -> Any:
         if len(failures) < 3 and threading.current_thread().name == "lock":
             failures.append(1)
             raise OSError(errno.EIO, "Input/output error")
-        return whole(*arguments)
+        return whole(*arguments, **named)
 
     monkeypatch.setattr(owner, fails, failing)
     with Holder(tmp_path, job="7", restart=0) as mine:

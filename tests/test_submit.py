@@ -49,7 +49,7 @@ def test_a_run_directory_is_complete(project: ToyProject) -> None:
     assert (run.progress() or {})["step"] == 2
     assert "at step 0\n" in (run.path / "log/terminal.log").read_text()
     assert {path.name for path in run.path.iterdir()} == {
-        *("config.yaml", "code", "code.json", "code.diff", "environment.json", "inputs.json", "job.json", "log"),
+        *("config.yaml", "code", "code.json", "code.diff", "environment.json", "inputs.json", "job.json", "setup.json", "log"),
         *("attempts.jsonl", "progress.json", "result.json", "seal.json", "state.json"),
     }
 

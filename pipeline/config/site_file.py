@@ -12,7 +12,6 @@ from pipeline.config import yaml_file
 from pipeline.config.errors import UserError
 from pipeline.config.schema import Config, DataPath, build
 
-
 SITE_FILE = Path("configs/site.yaml")
 """Where it is read from unless `CROSSCODER_SITE` names another."""
 
@@ -49,11 +48,15 @@ class Site(Config):
         return text
 
 
+def site_path() -> Path:
+    """The file that the site settings are read from here and now; it need not be there if `CROSSCODER_SITE` names none."""
+    return Path(os.environ.get("CROSSCODER_SITE") or SITE_FILE)
+
+
 def load_site() -> Site:
     """The site settings that hold here and now."""
-    named = os.environ.get("CROSSCODER_SITE")
-    path = Path(named) if named else SITE_FILE
-    if not named and not path.exists():
+    path = site_path()
+    if not os.environ.get("CROSSCODER_SITE") and not path.exists():
         return Site()
     site = build(Site, yaml_file.read(path), str(path))
     return site.model_copy(update={root: getattr(site, root).expanduser().absolute() for root in ("data", "ssd", "runs")})

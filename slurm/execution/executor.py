@@ -17,7 +17,7 @@ from slurm.client import slurm_commands, slurm_queries, submit_limits
 from slurm.execution.dependencies import not_wholly_queued
 from slurm.execution.frozen_code import check_startable, frozen_variables
 from slurm.execution.frozen_task import FrozenTask
-from slurm.execution.slurm_job import SUBMITIT_FOLDER, max_array_size, slurm_executor
+from slurm.execution.slurm_job import SUBMITIT_FOLDER, make_submitit_folder, max_array_size, recorded_text, slurm_executor
 from slurm.execution.submission_environment import clean_environment, detached, time_limit, variables_after
 from slurm.record import backlog
 from slurm.record.run_directory import Json, RunDirectory, directory_in
@@ -66,9 +66,10 @@ def _launch_local(run: RunDirectory, tasks: list[int], job: Json) -> list[Json]:
     parents = [str(parent) for parent in job["after"]]
     share = share_of(resources, len(tasks), len(os.sched_getaffinity(0)))
     work = LocalQueue(str(run.path), tasks, share.num_parallel, parents, 60.0 * resources.timeout_min)
-    variables = variables_after(job["setup"]) | frozen_variables(run)
+    variables = variables_after(run.setup()) | frozen_variables(run)
     if len(tasks) > 1 and THREADS not in os.environ | variables:
         variables[THREADS] = str(share.num_threads)
+    make_submitit_folder(run)
     with clean_environment(variables), detached(run.path / SUBMITIT_FOLDER / "controller_log.out"):
         executor = submitit.LocalExecutor(folder=run.path / SUBMITIT_FOLDER)
         executor.update_parameters(
@@ -176,7 +177,8 @@ def _sbatch(run: RunDirectory, tasks: list[int], left: list[int]) -> Json:
             raise UserError(refusal) from error
     array_id = str(submitted[0].job_id).partition("_")[0]
     text = (run.path / SUBMITIT_FOLDER / f"{array_id}_submission.sh").read_text(encoding="utf-8")
-    return {"id": array_id, "tasks": tasks, "array": len(tasks) > 1, "submitted": time.time(), "sbatch": text}
+    entry = {"id": array_id, "tasks": tasks, "array": len(tasks) > 1, "submitted": time.time()}
+    return entry | {"sbatch": recorded_text(run, text)}
 
 
 def _remove_orphans(run: RunDirectory) -> None:

@@ -14,7 +14,7 @@ from slurm.execution.dependencies import dependency
 from slurm.execution.frozen_code import frozen_variables
 from slurm.execution.submission_environment import clean_environment
 from slurm.record import backlog
-from slurm.record.run_directory import Json, RunDirectory
+from slurm.record.run_directory import SETUP, Json, RunDirectory
 
 SUBMITIT_FOLDER = "submitit"
 """Without %a: submitit fails on it after sbatch has succeeded. Without %j: it would make a folder for each array element."""
@@ -48,9 +48,15 @@ def slurm_executor(run: RunDirectory, job: Json, *, planned: bool = False) -> An
         raise UserError("Slurm is not installed on this machine (no srun on PATH); use --executor local, or submit from a login node")
     check_path(run)
     slurm_commands.check_configuration()
+    make_submitit_folder(run)
     executor = submitit.SlurmExecutor(folder=run.path / SUBMITIT_FOLDER, python=_python(run))
     executor.update_parameters(**slurm_parameters(run, job, resources, planned=planned))
     return executor
+
+
+def make_submitit_folder(run: RunDirectory) -> None:
+    """Makes the folder of submitit's files, which hold the site's setup lines, for the owner alone."""
+    (run.path / SUBMITIT_FOLDER).mkdir(mode=0o700, exist_ok=True)
 
 
 def check_path(run: RunDirectory) -> None:
@@ -97,7 +103,7 @@ def slurm_parameters(run: RunDirectory, job: Json, resources: Resources, *, plan
         "dependency": dependency([RunDirectory(Path(path)) for path in job["after"]], planned=planned),
         "array_parallelism": resources.max_parallel or resources.array_tasks,
         "stderr_to_stdout": True,
-        "setup": ["set -e", _end_of_job(run), *job["setup"], *frozen],
+        "setup": ["set -e", _end_of_job(run), *run.setup(), *frozen],
         # srun of Slurm 22.05 and 23.02 does not read SLURM_CPUS_PER_TASK; a process that dies must end the others, which wait for it
         "srun_args": [f"--cpus-per-task={resources.cpus}", "--kill-on-bad-exit=1"],
         "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", "chdir": str(run.path)},
@@ -117,6 +123,12 @@ def submission_text(run: RunDirectory) -> str:
     with clean_environment({}):
         executor = slurm_executor(run, run.job(), planned=True)
         return str(executor._make_submission_file_text(executor._submitit_command_str, "dry-run"))
+
+
+def recorded_text(run: RunDirectory, text: str) -> str:
+    """The script `text` as job.json keeps it, which others may read: without the site's setup lines."""
+    setup = "\n".join(run.setup())
+    return text.replace(f"\n{setup}\n", f"\n# the lines of {SETUP} ...\n", 1) if setup else text
 
 
 def max_array_size() -> int:

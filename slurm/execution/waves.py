@@ -60,6 +60,8 @@ def _queue_each(root: Path, refused_before: Collection[RunDirectory]) -> Outcome
     """What `queue_what_fits` does; those of `refused_before` are not tried again."""
     outcome = Outcome([], [], [])
     for run in backlog.read(root).runs:
+        if _is_anothers(run):
+            continue
         try:
             run.check_record()
         except UserError as error:
@@ -82,6 +84,11 @@ def _queue_each(root: Path, refused_before: Collection[RunDirectory]) -> Outcome
         outcome.said.extend(f"{run.reference}: job {entry['id']} with {number_of(len(entry['tasks']), 'task')} queued" for entry in entries)
         outcome.want_room.extend([run] if backlog.tasks_of(run) and not is_blocked else [])
     return outcome
+
+
+def _is_anothers(run: RunDirectory) -> bool:
+    """Whether another user, who shares the root, made the run: his jobs queue it, as his."""
+    return run.path.exists() and run.path.stat().st_uid != os.geteuid()
 
 
 def give_up(run: RunDirectory, how: str) -> str:

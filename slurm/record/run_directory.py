@@ -6,9 +6,10 @@
       environment.json   interpreter, packages, torch, CUDA, driver, host (see `slurm.record.environment`)
       inputs.json        {"tokens": {"path": "/data/tokens/demo/train", "data_id": "9f2c..."}}; (see `slurm.record.run_inputs`)
       job.json           who submitted it, where to, under which job ids (below)
+      setup.json         ["module load cuda"]: the site's shell lines that a job begins with; for the owner alone, as they may hold a secret
       bound/             for a run that is divided into an array: inputs that the first task to read them bound, one file a field
       tasks/<i>/         for such a run: the files below, once a task
-      log/<job id>.log   what the task printed; submitit/ holds the files that submitit needs
+      log/<job id>.log   what the task printed; submitit/ holds the files that submitit needs, for the owner alone as well
       attempts.jsonl     one line when a process takes up the task, one when it leaves it
       lock.json          the process that holds the task now (see `slurm.record.holder`)
       progress.json      heartbeat, metrics.jsonl, tensorboard/, checkpoints/: written by the stage
@@ -25,7 +26,6 @@ job.json, written when the run is frozen and when something about its submission
      "submitted": 1795424130.5, "submitted_by": "ana@login1", "submitted_from": "/home/ana/crosscoder",
      "command": ["crosscoder", "submit", "configs/demo/train.yaml"],
      "resources": {"gpus": 1, "timeout_min": 60, ...},        as in config.yaml
-     "setup": ["module load cuda"],            the site's shell lines that a job begins with
      "config_hash": "77d0...", "code_hash": "5b1e...",        of config.yaml and code/
      "num_tasks": 4,
      "after": ["/runs/cache/demo/20261123-091529-x2aa"],      runs that must finish first
@@ -70,6 +70,8 @@ Json = dict[str, Any]
 STATES = ("new", "queued", "running", "stopped", "cancelled", "failed", "finished")
 """new: frozen, not queued. queued: submitted, no process has it now. running: a process holds it. stopped: it was asked to, or
 its process was killed. cancelled: taken by `crosscoder cancel` out of the queue, or of what waits for room in it, before it began."""
+
+SETUP = "setup.json"
 
 _ALWAYS_RECORDED = ("stage", "name", "executor", "submitted", "num_tasks", "after", "jobs")
 
@@ -136,6 +138,11 @@ class RunDirectory:
 
     def write_job(self, job: Json) -> None:
         records.write_json(self.path / "job.json", job)
+
+    def setup(self) -> list[str]:
+        """The site's shell lines that a job of this run begins with."""
+        job = self._job()
+        return list(job["setup"]) if "setup" in job else list(records.read_json(self.path / SETUP))  # the former: of an earlier version
 
     def inputs(self) -> Json:
         """inputs.json, with what the first task of a divided run bound."""

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import pipeline
 from pipeline import records
 from pipeline.config.errors import UserError
-from pipeline.config.site_file import SITE_FILE
+from pipeline.config.site_file import SITE_FILE, site_path
 from slurm.record.secret_files import is_secret_by_content, is_secret_by_name
 
 LARGE_BYTES = 16 * 1024 * 1024
@@ -172,15 +172,16 @@ def in_words(left_out: dict[str, str]) -> str:
 def _mode(root: Path, name: str) -> int:
     """The mode that the frozen copy of `name` may have at most: read and execute, for whom the file in the tree has it."""
     path = (root / name).resolve()
+    is_for_owner = any(map(_is_for_the_owner, (name, os.path.relpath(path, root)))) or path == site_path().resolve()
     if not path.is_file():  # deleted, but what it held stands in the diff
-        return 0o400 if _is_for_the_owner(name) else 0o555
+        return 0o400 if is_for_owner else 0o555
     mode = path.stat().st_mode & 0o555 | 0o400
     for parent in path.parents:
         if not parent.is_relative_to(root) or parent == root:
             break
         enters = parent.stat().st_mode
         mode &= 0o700 | (0o070 if enters & 0o010 else 0) | (0o007 if enters & 0o001 else 0)
-    return mode & 0o700 if _is_for_the_owner(name) or _is_for_the_owner(str(path.relative_to(root))) else mode
+    return mode & 0o700 if is_for_owner else mode
 
 
 def _is_for_the_owner(name: str) -> bool:

@@ -24,7 +24,7 @@ from pipeline.model_files import HashFile
 from slurm.record import environment, run_directory, run_inputs, snapshot
 from slurm.record.activity import writer_of
 from slurm.record.known_hashes import KnownHashes
-from slurm.record.run_directory import RunDirectory
+from slurm.record.run_directory import SETUP, RunDirectory
 
 C = TypeVar("C", bound=Config)
 
@@ -50,6 +50,7 @@ class Freezer:
         self.command = list(command or ["crosscoder", *sys.argv[1:]])
         self.hash_file = KnownHashes(site.runs.absolute()).hash_file
         self._environment: dict[str, Any] | None = None
+        self._told: set[str] = set()
 
     def freeze(
         self,
@@ -109,9 +110,18 @@ class Freezer:
         if self._environment is None:
             self._environment = environment.describe()
         records.write_json(run.path / "environment.json", self._environment)
+        records.write_json(run.path / SETUP, self.site.setup, mode=0o600)
         if code_of is not None:
             return snapshot.freeze_again(code_of.path, run.path, store)
-        return snapshot.freeze(snapshot.source_root(), run.path, store)
+        code = snapshot.freeze(snapshot.source_root(), run.path, store)
+        self._tell_left_out(code["left_out"])
+        return code
+
+    def _tell_left_out(self, left_out: dict[str, str]) -> None:
+        """Names on stderr what of the code is not frozen; once, however many runs a command freezes."""
+        if news := {name: reason for name, reason in left_out.items() if name not in self._told}:
+            print(f"crosscoder: not frozen with the code, so not there in the job: {snapshot.in_words(news)}", file=sys.stderr)
+        self._told |= set(news)
 
     def job_record(
         self, run: RunDirectory, stage: str, name: str, resources: Resources, after: Sequence[RunDirectory], cluster: str | None
@@ -128,7 +138,6 @@ class Freezer:
             "submitted_by": f"{environment.user_name()}@{socket.gethostname()}",
             "submitted_from": os.getcwd(),
             "command": self.command,
-            "setup": self.site.setup,
             "resources": resources.resolved(),
             "num_tasks": resources.array_tasks,
             "after": [str(parent.path) for parent in after],
