@@ -27,9 +27,9 @@ def run_tests(variables: dict[str, str], *options: str) -> "subprocess.Completed
 def test_what_is_left_out_is_counted_with_the_packages_and_the_command(without_slurm: dict[str, str]) -> None:
     done = run_tests(without_slurm)
     assert done.returncode == 0, done.stdout
-    install = "sudo apt-get install -y --no-install-recommends slurmctld slurmd slurm-client"
+    install = "sudo apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge"
     counted = re.search(
-        r"LEFT OUT: (\d+) tests on a real Slurm, for want of slurmctld, slurmd, slurm-client; get them with: (.*)\n", done.stdout
+        r"LEFT OUT: (\d+) tests on a real Slurm, for want of slurmctld, slurmd, slurm-client, munge; get them with: (.*)\n", done.stdout
     )
     assert counted
     assert counted[2] == install
@@ -37,7 +37,7 @@ def test_what_is_left_out_is_counted_with_the_packages_and_the_command(without_s
     assert skipped
     assert int(skipped[1]) == int(counted[1]) + 1  # the one that needs accounting besides
     with_accounting = f"{install} slurmdbd mariadb-server slurm-wlm-mysql-plugin"
-    assert "LEFT OUT: 1 test on a real Slurm, for want of slurmctld, slurmd, slurm-client, slurmdbd, mariadb-server" in done.stdout
+    assert "LEFT OUT: 1 test on a real Slurm, for want of slurmctld, slurmd, slurm-client, munge, slurmdbd, mariadb-server" in done.stdout
     assert with_accounting in done.stdout
 
 

@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from slurm.record.printable import print
+
 JobsArgument = Annotated[list[str], typer.Argument(metavar="JOB...", help="Job ids, tasks (1042_3, 1042_[1-3]), or runs.")]
 
 

@@ -16,6 +16,7 @@ import typer
 
 from pipeline.config.errors import UserError, sentence_of
 from slurm.execution.terminal import print_any_letter
+from slurm.record.printable import cleaned, print, printable_json
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -74,7 +75,7 @@ def _drop_output() -> None:
 
 def print_json(value: Any) -> None:
     """Prints `value` as indented JSON: what `--json` gives."""
-    print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+    print(printable_json(json.dumps(value, indent=1, ensure_ascii=False, default=str)))
 
 
 def terminal_width() -> int | None:
@@ -85,9 +86,9 @@ def terminal_width() -> int | None:
 
 
 def print_lines(lines: "Iterable[str | Text]") -> None:
-    """Prints each line as it is, never broken; colors only where output is a terminal."""
+    """Prints each line as it is but for control characters, never broken; colors only where output is a terminal."""
     from rich.console import Console
 
     console = Console()
     for line in lines:
-        console.print(line, no_wrap=True, overflow="ignore", crop=False, highlight=False, markup=False, soft_wrap=True)
+        console.print(cleaned(line), no_wrap=True, overflow="ignore", crop=False, highlight=False, markup=False, soft_wrap=True)

@@ -9,6 +9,7 @@ import typer
 
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import load_site
+from slurm.record.printable import print, printable_log
 
 TaskArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A run: path, stage/name (its newest), id or job id; or one task: 1042_3, RUN/tasks/3.")
@@ -59,24 +60,26 @@ def logs(
     if not 0 <= task < run.num_tasks:
         raise UserError(f"{run.reference} has tasks 0 to {run.num_tasks - 1}, not {task}")
     offsets: dict[Path, int] = {}
-    text = _news(run, task, offsets)
-    print("\n".join(text.splitlines()[-lines:]) + "\n" if lines else text, end="", flush=True)
+    text = _news(run, task, offsets, follow=follow)
+    print("\n".join(text.removesuffix("\n").split("\n")[-lines:]) + "\n" if lines and text else text, end="", flush=True)
     while follow and run.task_state(task) in ("queued", "running"):
         time.sleep(POLL_SECONDS)
-        print(_news(run, task, offsets), end="", flush=True)
+        print(_news(run, task, offsets, follow=True), end="", flush=True)
     print(_news(run, task, offsets), end="", flush=True)
     if not any(offsets.values()) and not follow:
         print(f"{run.reference} has printed nothing yet; it is {run.task_state(task)}", file=sys.stderr)
 
 
-def _news(run: Any, task: int, offsets: dict[Path, int]) -> str:
-    """What the task's logs hold beyond `offsets`, which are moved on."""
+def _news(run: Any, task: int, offsets: dict[Path, int], *, follow: bool = False) -> str:
+    """What the task's logs hold beyond `offsets`, which are moved on. `follow`: without a last line that may be written on."""
     text = ""
     for path in run.log_files(task) or run.start_files():
         with open(path, "rb") as file:
             file.seek(offsets.get(path, 0))
-            text += file.read().decode(errors="replace")
-            offsets[path] = file.tell()
+            news = file.read()
+            news = news[: news.rfind(b"\n") + 1] if follow else news
+            text += printable_log(news.decode(errors="replace"))
+            offsets[path] = offsets.get(path, 0) + len(news)
     return text
 
 

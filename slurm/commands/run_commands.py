@@ -12,6 +12,7 @@ from pipeline.config import load, yaml_file
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site, load_site
 from pipeline.config.stage import StageConfig
+from slurm.record.printable import print
 
 if TYPE_CHECKING:
     from slurm.record.run_directory import RunDirectory

@@ -9,6 +9,7 @@ import typer
 
 from pipeline.config.site_file import load_site
 from slurm.commands.run_commands import show_dry_run
+from slurm.record.printable import print
 
 
 class Executor(StrEnum):

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from slurm.record.printable import print
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

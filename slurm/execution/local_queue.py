@@ -14,6 +14,7 @@ from pipeline import records
 from pipeline.config.resources import Resources
 from slurm.execution.frozen_task import FrozenTask
 from slurm.record.holder import process_started
+from slurm.record.printable import print
 from slurm.record.run_directory import RunDirectory
 
 POLL_SECONDS = 0.2

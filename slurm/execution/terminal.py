@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from pipeline import records
+from slurm.record.printable import last_form
 
 
 def print_any_letter() -> None:
@@ -31,8 +32,8 @@ class TerminalAndLog(io.TextIOBase):
         self._terminal.write(text)
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
-            self._log.write(_last_form(line) + "\n")
-        self._line = _last_form(self._line)
+            self._log.write(last_form(line) + "\n")
+        self._line = last_form(self._line)
         self._log.flush()
         return len(text)
 
@@ -86,10 +87,6 @@ class OutputThatMayBeLost(io.TextIOBase):
     def encoding(self) -> str:  # type: ignore[override]
         """The output's."""
         return self._output.encoding or "utf-8"
-
-
-def _last_form(line: str) -> str:
-    return line.rpartition("\r")[2].replace("\x1b[2K", "")
 
 
 @contextlib.contextmanager

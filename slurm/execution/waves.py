@@ -27,6 +27,7 @@ from slurm.execution.dependencies import not_wholly_queued
 from slurm.record import backlog, run_directory
 from slurm.record.activity import one_submission_at_a_time
 from slurm.record.environment import user_name
+from slurm.record.printable import print
 from slurm.record.run_directory import RunDirectory, directory_in
 from slurm.record.text_table import number_of
 

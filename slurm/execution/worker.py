@@ -34,6 +34,7 @@ from slurm.record import environment, run_inputs, seal, snapshot
 from slurm.record.holder import Holder
 from slurm.record.known_hashes import KnownHashes
 from slurm.record.output_writer import only_writer
+from slurm.record.printable import print
 from slurm.record.run_directory import RunDirectory, append_line
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

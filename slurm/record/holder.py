@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from pipeline import records
 from pipeline.config.errors import UserError
+from slurm.record.printable import print
 
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 30.0

@@ -64,6 +64,7 @@ from pipeline.config.errors import UserError
 from pipeline.config.schema import build
 from pipeline.config.stage import StageConfig
 from slurm.record import holder
+from slurm.record.printable import print
 
 Json = dict[str, Any]
 

@@ -8,6 +8,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from slurm.record.printable import printable_line
+
 GAP = "  "
 LEAST_FREE = 24
 """Columns that are `dropped` 2 go to leave the last column so many characters, `dropped` 3 twice as many, and so on."""
@@ -50,6 +52,7 @@ def lay_out(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int
 
     is_prose : the free text is what the table is there for; it is broken within its column, where that is wide enough.
     """
+    rows = [[printable_line(text.replace("\n", " ")) for text in row] for row in rows]  # one that was longer or broken would shift others
     *fixed, free = range(len(columns))
     sizes = [max(len(columns[i].name), *(len(row[i]) for row in rows)) if rows else len(columns[i].name) for i in range(len(columns))]
     shown = [i for i in fixed if columns[i].dropped == 0 or any(row[i] for row in rows)]

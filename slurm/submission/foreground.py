@@ -9,6 +9,7 @@ from slurm.execution.frozen_code import frozen_variables
 from slurm.execution.local_queue import give_up
 from slurm.execution.terminal import logged_to
 from slurm.execution.worker import work
+from slurm.record.printable import print
 from slurm.record.run_directory import RunDirectory
 from slurm.submission.freezing import Planned
 

@@ -24,6 +24,7 @@ from pipeline.model_files import HashFile
 from slurm.record import environment, run_directory, run_inputs, snapshot
 from slurm.record.activity import writer_of
 from slurm.record.known_hashes import KnownHashes
+from slurm.record.printable import print
 from slurm.record.run_directory import SETUP, RunDirectory
 
 C = TypeVar("C", bound=Config)

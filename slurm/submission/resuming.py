@@ -9,6 +9,7 @@ from slurm.execution import executor, waves
 from slurm.execution.frozen_code import check_startable
 from slurm.record import backlog
 from slurm.record.activity import is_busy, one_submission_at_a_time
+from slurm.record.printable import print
 from slurm.record.run_directory import RunDirectory
 from slurm.record.text_table import number_of
 from slurm.submission import freezing

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
 from slurm.record import run_directory
+from slurm.record.printable import cleaned, last_form
 from slurm.record.run_directory import RunDirectory
 from slurm.watching import job_listing, job_table
 from slurm.watching.job_listing import Gathered
@@ -111,6 +112,7 @@ def view(looker: Looker, run: RunDirectory | None, *, width: int, height: int, i
     if log:
         path, *rest = log
         lines += [Text(), Text(path, style="bold"), *(Text(line) for line in rest)]
+    lines = [cleaned(line) for line in lines]
     for line in lines:
         line.truncate(width, overflow="ellipsis")
         line.no_wrap = True
@@ -135,4 +137,4 @@ def last_lines(path: Path, count: int) -> list[str]:
         file.seek(max(0, size - TAIL_BYTES))
         text = file.read().decode(errors="replace")
     lines = text.split("\n")[1:] if size > TAIL_BYTES else text.split("\n")
-    return [line.rpartition("\r")[2] for line in lines if line.strip()][-count:]
+    return [last_form(line) for line in lines if line.strip()][-count:]
