@@ -206,21 +206,22 @@ def test_slurm_on_a_machine_that_belongs_to_no_cluster_has_no_queue(tmp_path: Pa
         slurm_queries.my_jobs()
 
 
-def test_daemons_are_told_to_listen_where_the_machines_name_points_if_that_is_the_loopback() -> None:
-    closed = configuration.slurm_conf(layout.pretended(), place(Path("/c"))._replace(loopback="127.0.1.1"), 1)
+def test_daemons_are_told_to_listen_on_the_loopback_where_the_machines_name_stands_for_it() -> None:
+    closed = configuration.slurm_conf(layout.pretended(), place(Path("/c")), 1)
     assert "\nCommunicationParameters=NoCtldInAddrAny,NoInAddrAny\n" in closed
-    assert "SlurmctldHost=host(127.0.1.1)" in closed
-    assert "NodeAddr=127.0.1.1 " in closed
-    elsewhere = configuration.slurm_conf(layout.pretended(), place(Path("/c"))._replace(loopback=None), 1)
+    elsewhere = configuration.slurm_conf(layout.pretended(), place(Path("/c"))._replace(is_closed=False), 1)
     assert "InAddrAny" not in elsewhere
-    assert "NodeAddr=127.0.0.1 " in elsewhere
+    for text in (closed, elsewhere):
+        assert "SlurmctldHost=host(127.0.0.1)" in text
+        assert "NodeAddr=127.0.0.1 " in text
 
 
-def test_a_start_says_where_the_machines_name_leaves_the_ports_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "loopback_address", lambda: None)
-    assert any("a line `127.0.1.1 " in sentence for sentence in control._who_can_reach_it())
-    monkeypatch.setattr(hardware, "loopback_address", lambda: "127.0.0.1")
-    assert not any("127.0.1.1" in sentence for sentence in control._who_can_reach_it())
+@pytest.mark.parametrize("address", ["127.0.1.1", "192.0.2.2", None])
+def test_a_start_says_where_the_machines_name_leaves_the_ports_open(monkeypatch: pytest.MonkeyPatch, address: str | None) -> None:
+    monkeypatch.setattr(hardware, "address_of_name", lambda: address)
+    assert any(f"stands for {address or 'none'}; the cluster's key keeps" in sentence for sentence in control._who_can_reach_it())
+    monkeypatch.setattr(hardware, "address_of_name", lambda: "127.0.0.1")
+    assert not any("/etc/hosts" in sentence for sentence in control._who_can_reach_it())
 
 
 def test_every_configuration_authenticates_by_the_clusters_own_munge() -> None:

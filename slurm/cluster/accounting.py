@@ -36,7 +36,7 @@ def start(cluster: Daemons, layout: Layout) -> None:
     path.touch(mode=0o600)  # slurmdbd refuses a file that others may read
     path.write_text(configuration.slurmdbd_conf(layout, cluster.place), encoding="utf-8")
     cluster.spawn("slurmdbd", packages.path("slurmdbd"), "-D", variables={"MYSQL_UNIX_PORT": str(cluster.place.database_socket)})
-    cluster.wait_until("slurmdbd", lambda: _answers(cluster.place.address, port), PATIENCE_S)
+    cluster.wait_until("slurmdbd", lambda: _answers(port), PATIENCE_S)
     known = cluster.command("sacctmgr", "-n", "-P", "list", "cluster", "format=cluster").split()
     if CLUSTER_NAME not in known:
         cluster.command("sacctmgr", "-i", "add", "cluster", CLUSTER_NAME)
@@ -85,6 +85,6 @@ def _install_database(cluster: Daemons, data: Path, user: str) -> None:
         raise
 
 
-def _answers(address: str, port: int) -> bool:
+def _answers(port: int) -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex((address, port)) == 0
+        return probe.connect_ex((configuration.ADDRESS, port)) == 0

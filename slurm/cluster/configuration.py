@@ -12,6 +12,10 @@ PRETENDS = "SlurmdParameters=config_overrides"
 DATABASE, DATABASE_USER = "slurm_acct_db", "slurm"
 
 
+ADDRESS = "127.0.0.1"
+"""Where daemons and commands find one another."""
+
+
 class Place(NamedTuple):
     """Where and as whom the cluster runs. `ports`: of slurmctld, slurmdbd, then of each node's slurmd."""
 
@@ -19,13 +23,8 @@ class Place(NamedTuple):
     host: str
     user: str
     ports: tuple[int, ...]
-    loopback: str | None = "127.0.0.1"
-    """The loopback address that the machine's name stands for, where daemons then listen; None: it stands for another one."""
-
-    @property
-    def address(self) -> str:
-        """Where daemons and commands find one another."""
-        return self.loopback or "127.0.0.1"
+    is_closed: bool = True
+    """Whether the machine's name stands for `ADDRESS`, so that daemons can be told to listen there alone."""
 
     @property
     def munge_socket(self) -> Path:
@@ -45,13 +44,14 @@ def slurm_conf(layout: Layout, place: Place, first_job_id: int) -> str:
     d, policy = place.directory, layout.policy
     lines = [
         f"ClusterName={CLUSTER_NAME}",
-        f"SlurmctldHost={place.host}({place.address})",
+        f"SlurmctldHost={place.host}({ADDRESS})",
         f"SlurmctldPort={place.ports[0]}",
         f"SlurmUser={place.user}",
         f"SlurmdUser={place.user}",
         *_authentication(layout, place),
-        # Daemons and srun listen on the address of the machine's name alone; by themselves they listen on every one.
-        *(["CommunicationParameters=NoCtldInAddrAny,NoInAddrAny"] if place.loopback else []),
+        # Daemons and srun listen on the address of the machine's name alone; by themselves they listen on every one. Any other than
+        # ADDRESS won't do, not even 127.0.1.1: a step calls its srun back where the call came from, which on the loopback is 127.0.0.1.
+        *(["CommunicationParameters=NoCtldInAddrAny,NoInAddrAny"] if place.is_closed else []),
         *_accounting(layout, place),
         f"StateSaveLocation={d}/state",
         f"SlurmdSpoolDir={d}/spool/%n",
@@ -123,8 +123,8 @@ def slurmdbd_conf(layout: Layout, place: Place) -> str:
         [
             *(line for line in _authentication(layout, place) if line.startswith("Auth")),
             "DbdHost=localhost",
-            f"DbdAddr={place.address}",
-            *(["CommunicationParameters=NoInAddrAny"] if place.loopback else []),
+            f"DbdAddr={ADDRESS}",
+            *(["CommunicationParameters=NoInAddrAny"] if place.is_closed else []),
             f"DbdPort={place.slurmdbd_port}",
             f"SlurmUser={place.user}",
             "StorageType=accounting_storage/mysql",
@@ -149,7 +149,7 @@ def _accounting(layout: Layout, place: Place) -> list[str]:
         return ["AccountingStorageType=accounting_storage/none", "JobAcctGatherType=jobacct_gather/none"]
     return [
         "AccountingStorageType=accounting_storage/slurmdbd",
-        f"AccountingStorageHost={place.address}",
+        f"AccountingStorageHost={ADDRESS}",
         f"AccountingStoragePort={place.slurmdbd_port}",
         # Else slurmctld and sacctmgr look for munge in /run.
         f"AccountingStoragePass={place.munge_socket}",
@@ -166,9 +166,7 @@ def _default_mem_per_cpu(node: Node) -> int:
 def _node(node: Node, place: Place, port: int) -> str:
     types = list(dict.fromkeys(gpu.type for gpu in node.gpus))
     gres = ",".join(f"gpu:{kind}:{sum(gpu.type == kind for gpu in node.gpus)}" for kind in types)
-    words = [
-        f"NodeName={node.name} NodeHostname={place.host} NodeAddr={place.address} Port={port} CPUs={node.cpus} RealMemory={node.mem_mb}"
-    ]
+    words = [f"NodeName={node.name} NodeHostname={place.host} NodeAddr={ADDRESS} Port={port} CPUs={node.cpus} RealMemory={node.mem_mb}"]
     return " ".join([*words, *([f"Gres={gres}"] if gres else []), "State=UNKNOWN"])
 
 

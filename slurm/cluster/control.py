@@ -65,11 +65,11 @@ def _who_can_reach_it() -> list[str]:
     told = []
     if os.getuid() == 0:
         told.append("started by root: every job runs as root, and nobody but root can submit; start it as yourself unless you need that")
-    if hardware.loopback_address() is None:
+    if (address := hardware.address_of_name()) != configuration.ADDRESS:
         name = socket.gethostname()
         told.append(
-            f"its daemons listen on every address of this machine, as {name} stands for none of the loopback; the cluster's key keeps "
-            f"others out; a line `127.0.1.1 {name}` in /etc/hosts closes the ports, too"
+            f"its daemons listen on every address of this machine, since {name} stands for {address or 'none'}; the cluster's key keeps "
+            f"others out all the same; with `{configuration.ADDRESS} {name}` in /etc/hosts, in place of any other, no port is open"
         )
     return told
 

@@ -100,7 +100,13 @@ class PrivateCluster:
         d.chmod(0o700)
         for name in ("state", "log", "run", "dev", *(f"spool/{node.name}" for node in layout.nodes)):
             (d / name).mkdir(parents=True, exist_ok=True)
-        place = Place(d, hardware.host_name(), hardware.user_name(), tuple(free_ports(2 + len(layout.nodes))), hardware.loopback_address())
+        place = Place(
+            d,
+            hardware.host_name(),
+            hardware.user_name(),
+            tuple(free_ports(2 + len(layout.nodes))),
+            hardware.address_of_name() == configuration.ADDRESS,
+        )
         # In tenths of a second, so that clusters started one after another don't share ids.
         first_job_id = 1000 + int(time.time() * 10) % 60_000_000
         self.configuration.write_text(configuration.slurm_conf(layout, place, first_job_id), encoding="utf-8")

@@ -88,16 +88,12 @@ def host_name() -> str:
     return socket.gethostname().split(".")[0]
 
 
-def loopback_address() -> str | None:
-    """The loopback address that this machine's name stands for; None where it stands for another one, or for none.
-
-    Slurm can be told to listen on the address of the machine's name, and on no other single one.
-    """
+def address_of_name() -> str | None:
+    """The IPv4 address that this machine's name stands for, as its programs are told; None if for none."""
     try:
-        address = socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)[0][4][0]
+        return str(socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)[0][4][0])
     except OSError:
         return None
-    return str(address) if str(address).startswith("127.") else None
 
 
 def _device_files(num_gpus: int, directory: Path = Path("/dev")) -> list[str]:
