@@ -1,7 +1,7 @@
 """Which files of a tree are secrets by their name, or by what they hold: they have no place in a record that others may read."""
 
+import fnmatch
 import re
-from fnmatch import fnmatchcase
 from pathlib import PurePath
 
 NAMES = (
@@ -17,6 +17,7 @@ PLACES = (".aws", ".azure", ".docker", ".gcloud", ".gnupg", ".huggingface", ".ku
 NO_SECRETS = ("*.example", "*.sample", "*.template", "*.dist", "*.pub", "*.py", "*.md")
 """Names that would fit, of files that show what a secret one looks like, or that are code."""
 
+_NAMES, _NO_SECRETS = (re.compile("|".join(map(fnmatch.translate, patterns))) for patterns in (NAMES, NO_SECRETS))
 _PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY( BLOCK)?-----")
 
 
@@ -25,9 +26,7 @@ def is_secret_by_name(name: str) -> bool:
     path = PurePath(name.lower())
     if any(part in PLACES for part in path.parts[:-1]):
         return True
-    if any(fnmatchcase(path.name, pattern) for pattern in NO_SECRETS):
-        return False
-    return any(fnmatchcase(path.name, pattern) for pattern in NAMES)
+    return bool(_NAMES.match(path.name)) and not _NO_SECRETS.match(path.name)
 
 
 def is_secret_by_content(name: str, content: bytes) -> bool:

@@ -21,7 +21,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import pipeline
@@ -62,16 +62,17 @@ def read_tree(root: Path) -> Tree:
         found = (path for package in PACKAGES for path in (root / package).rglob("*"))
         names = [str(path.relative_to(root)) for path in found if path.is_file() and "__pycache__" not in path.parts]
         return Tree(root, *_chosen(root, names, frozenset()), None, None, b"", [])
-    tracked = frozenset(_names(root, "ls-files", "-z", "--cached"))
-    names = [*tracked, *_names(root, "ls-files", "-z", "--others", "--exclude-standard")]
-    chosen = _chosen(root, names, tracked)
+    tagged = [entry.split(" ", 1) for entry in _names(root, "ls-files", "-z", "-t", "--cached", "--others", "--exclude-standard")]
+    tracked = frozenset(name for tag, name in tagged if tag != "?")
+    chosen = _chosen(root, [name for _, name in tagged], tracked)
     verify = ["git", "-C", str(root), "rev-parse", "-q", "--verify", "HEAD"]
     if subprocess.run(verify, capture_output=True, check=False, timeout=GIT_TIMEOUT_SECONDS).returncode:
         return Tree(root, *chosen, None, None, b"", [])
     commit = _git(root, "rev-parse", "HEAD").decode().strip()
     branch = _git(root, "rev-parse", "--abbrev-ref", "HEAD").decode().strip()
-    differing = _names(root, "diff", "HEAD", "--name-only", "--no-renames", "-z")
-    return Tree(root, *chosen, commit, branch, _git(root, "diff", "HEAD", "--binary"), differing)
+    diff = _git(root, "diff", "HEAD", "--binary")
+    differing = _names(root, "diff", "HEAD", "--name-only", "--no-renames", "-z") if diff else []
+    return Tree(root, *chosen, commit, branch, diff, differing)
 
 
 def _chosen(root: Path, names: Iterable[str], tracked: frozenset[str]) -> tuple[list[str], frozenset[str], dict[str, str]]:
@@ -88,7 +89,7 @@ def _chosen(root: Path, names: Iterable[str], tracked: frozenset[str]) -> tuple[
                 files.append(name)
             else:
                 left_out[name] = reason
-    known = {(root / name).resolve() for name in files}
+    known = {(root / name).resolve() for name in files} if links else set()
     for name in links:
         target = (root / name).resolve()
         if target in known:
@@ -171,22 +172,20 @@ def in_words(left_out: dict[str, str]) -> str:
 
 def _mode(root: Path, name: str) -> int:
     """The mode that the frozen copy of `name` may have at most: read and execute, for whom the file in the tree has it."""
-    path = (root / name).resolve()
-    is_for_owner = any(map(_is_for_the_owner, (name, os.path.relpath(path, root)))) or path == site_path().resolve()
-    if not path.is_file():  # deleted, but what it held stands in the diff
+    target = os.path.relpath((root / name).resolve(), root) if (root / name).is_symlink() else name
+    is_for_owner = _is_for_the_owner(root, name) or (target != name and _is_for_the_owner(root, target))
+    if not (root / target).is_file():  # deleted, but what it held stands in the diff
         return 0o400 if is_for_owner else 0o555
-    mode = path.stat().st_mode & 0o555 | 0o400
-    for parent in path.parents:
-        if not parent.is_relative_to(root) or parent == root:
-            break
-        enters = parent.stat().st_mode
+    mode = (root / target).stat().st_mode & 0o555 | 0o400
+    for parent in PurePath(target).parents[:-1]:
+        enters = (root / parent).stat().st_mode
         mode &= 0o700 | (0o070 if enters & 0o010 else 0) | (0o007 if enters & 0o001 else 0)
     return mode & 0o700 if is_for_owner else mode
 
 
-def _is_for_the_owner(name: str) -> bool:
+def _is_for_the_owner(root: Path, name: str) -> bool:
     """Of a frozen file: whether it is a tracked secret, or the site's file, whose setup lines may hold one."""
-    return is_secret_by_name(name) or name == str(SITE_FILE)
+    return is_secret_by_name(name) or name == str(SITE_FILE) or str(root / name) == os.path.abspath(site_path())
 
 
 def _keep(source: Path, mode: int, target: Path, store: Path) -> str:
