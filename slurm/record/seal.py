@@ -31,6 +31,7 @@ APPENDED = ("attempts.jsonl", "log")
 LEFT_OUT = {
     "seal.json": "it is the seal",
     "job.json": "later submissions and changes of the run's other tasks are recorded in it; it holds the hashes of config.yaml and code/",
+    "setup.json": "its lines may hold a secret, whose hash others could read",
     "lock.json": "the task is held until its process ends",
     "code": "code.json, which is sealed, holds the hash of each of its files",
     "submitit": "submitit and Slurm write there when the task has ended",
