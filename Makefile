@@ -36,7 +36,7 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	@touch $@
 
 demo: install  ## the whole pipeline on real text, on this machine, in under five minutes
-	@$(BIN)/python -m pipeline.demo.standard_library_text data/text/demo
+	@$(BIN)/python -m pipeline.demo.standard_library_text '{data}/text/demo'
 	@$(CROSSCODER) submit --executor debug $(DEMO)
 	@echo; echo "Look next at the figures and numbers named above, at the training curves (make tensorboard), at configs/demo/train.yaml,"
 	@echo "and at what a run records: $(CROSSCODER) show train/demo"
@@ -74,7 +74,7 @@ tokenize count cache train evaluate: install  ## submit one stage, tokenize, cou
 	@$(CROSSCODER) submit $(or $(CONFIG),configs/demo/$@.yaml) --executor $(EXECUTOR) $(SET)
 
 chain: install  ## submit several, each waiting for what it reads: CONFIG="a.yaml b.yaml"; else the demo's five
-	@$(if $(CONFIG),,test -e data/text/demo || $(BIN)/python -m pipeline.demo.standard_library_text data/text/demo)
+	@$(if $(CONFIG),,$(BIN)/python -m pipeline.demo.standard_library_text --if-missing '{data}/text/demo')
 	@$(CROSSCODER) submit $(or $(CONFIG),$(DEMO)) --executor $(EXECUTOR) $(SET)
 
 jobs: install  ## my queued and running jobs
@@ -93,7 +93,7 @@ sweep: install  ## submit a sweep: CONFIG=configs/sweeps/file.yaml
 	@$(CROSSCODER) sweep $(CONFIG) --executor $(EXECUTOR) $(SET)
 
 tensorboard: install  ## TensorBoard over all runs
-	$(BIN)/tensorboard --logdir $${RUNS:-runs} --port $${PORT:-6006}
+	$(BIN)/tensorboard --logdir "$${RUNS:-$$($(BIN)/python -c 'from pipeline.config.site_file import load_site; print(load_site().runs)')}" --port $${PORT:-6006}
 
 clean:  ## remove the virtual environment and caches; data and runs stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

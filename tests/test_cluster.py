@@ -4,13 +4,13 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from toy_project import ToyProject
 from waiting import wait_until
 
 from pipeline.config.errors import UserError
@@ -239,13 +239,7 @@ def test_a_job_of_a_higher_partition_pushes_a_lower_one_back_into_the_queue(star
 
 
 def test_a_workstation_offers_its_own_cores_and_the_command_line_finds_it(short_path: Path) -> None:
-    short_path.mkdir()
-    variables = {k: v for k, v in os.environ.items() if k != "SLURM_CONF"} | {"CROSSCODER_SITE": "", "PYTHONDONTWRITEBYTECODE": "1"}
-
-    def crosscoder(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "slurm", *arguments]
-        return subprocess.run(command, cwd=short_path, env=variables, capture_output=True, text=True, check=False, timeout=60)
-
+    crosscoder = ToyProject(short_path).crosscoder
     started = crosscoder("cluster", "start")
     assert started.returncode == 0, started.stderr
     assert f"export SLURM_CONF={short_path}/.cluster/slurm.conf" in started.stdout
@@ -256,7 +250,7 @@ def test_a_workstation_offers_its_own_cores_and_the_command_line_finds_it(short_
     listed = crosscoder("jobs", "--json")
     assert (listed.returncode, json.loads(listed.stdout)) == (0, [])
     examined = json.loads(crosscoder("doctor", "--json").stdout)
-    assert examined[0]["fact"].endswith("cluster private")
+    assert next(finding for finding in examined if finding["subject"] == "Slurm")["fact"].endswith("cluster private")
     assert crosscoder("cluster", "stop").stdout.startswith("# down in")
     status = crosscoder("cluster", "status")
     assert (status.returncode, "`crosscoder cluster start` starts one" in status.stderr) == (1, True)

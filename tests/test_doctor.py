@@ -2,6 +2,7 @@
 
 import pytest
 
+from pipeline.config.site_file import Site
 from slurm.client.submit_limits import SubmitLimit
 from slurm.cluster.daemons import PrivateCluster
 from slurm.watching import doctor
@@ -107,7 +108,7 @@ def test_what_may_cost_work_is_a_concern() -> None:
 
 @pytest.mark.slurm
 def test_the_private_cluster_is_examined_as_it_is_configured(cluster: PrivateCluster) -> None:
-    found = {finding.subject: finding for finding in doctor.gather()}
+    found = {finding.subject: finding for finding in doctor.gather(Site())}
     assert found["Slurm"].fact.endswith("cluster private")
     assert found["preemption"].fact == "partition_prio, mode REQUEUE"
     assert found["grace in low"].fact == "20 s"

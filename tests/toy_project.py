@@ -137,10 +137,11 @@ class ToyProject:
         plain = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SRUN", "SUBMITIT", "CROSSCODER"))}
         return plain | {"PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"} | more
 
-    def crosscoder(self, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    def crosscoder(self, *arguments: str, cwd: Path | None = None, **variables: str) -> "subprocess.CompletedProcess[str]":
+        """The command line, in the clone or in another directory, `cwd`."""
         command = [sys.executable, "-P", "-m", "slurm", *arguments]
         return subprocess.run(
-            command, cwd=self.root, env=self.environment(**variables), capture_output=True, text=True, timeout=120, check=False
+            command, cwd=cwd or self.root, env=self.environment(**variables), capture_output=True, text=True, timeout=120, check=False
         )
 
     def only_run(self, name: str = "toy", stage: str = "toy") -> Path:

@@ -1,6 +1,6 @@
 """Writes the running Python's standard library as JSON lines in the Pile's shape.
 
-    python -m pipeline.demo.standard_library_text data/text/demo
+    python -m pipeline.demo.standard_library_text '{data}/text/demo'
 
 A document is the source of a module, docstrings included, or, for a module that has no Python source (`math`, `sys`),
 the docstrings of its functions and classes. The documents go to three files, one of each form the pipeline reads:
@@ -24,6 +24,7 @@ import zstandard
 
 from pipeline import records
 from pipeline.config.errors import UserError
+from pipeline.config.site_file import load_site
 
 TEST_FOLDERS = {"test", "tests", "idle_test", "__phello__"}
 NOT_STANDARD = {"site-packages", "dist-packages", "__pycache__"}
@@ -87,10 +88,14 @@ def write(directory: Path, *, tests: bool = False) -> list[tuple[Path, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("directory", help="where to; {data} is the site's root of data, as in a configuration")
     parser.add_argument("--tests", action="store_true", help="the library's tests too, three times as much text")
+    parser.add_argument("--if-missing", action="store_true", help="leave a directory that is there as it is")
     arguments = parser.parse_args()
-    for path, documents in write(arguments.directory, tests=arguments.tests):
+    directory = Path(load_site().expand(arguments.directory, "directory"))
+    if arguments.if_missing and directory.exists():
+        return
+    for path, documents in write(directory, tests=arguments.tests):
         print(f"{path}: {documents} documents, {path.stat().st_size / 1e6:.1f} MB")
 
 

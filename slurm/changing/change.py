@@ -181,7 +181,7 @@ def _parents(request: Request, site: Site) -> list[RunDirectory] | None:
         return None
     value = request.queue["after"]
     names = value if isinstance(value, list) else [] if value is None else [value]
-    return [run_directory.find(str(name), site.runs.absolute()) for name in names]
+    return [run_directory.find(str(name), site.runs) for name in names]
 
 
 def _change_foreign(target: Target, request: Request, site: Site) -> list[str]:
@@ -259,7 +259,7 @@ def _redirect_dependants(run: RunDirectory, site: Site) -> list[str]:
     """Lets each waiting job that depends on `run` depend on its newest jobs; gives the dependants' ids."""
     waiting = {job.array_id or job.id for job in slurm_queries.my_jobs() if job.state == "PENDING"}
     redirected = []
-    for other in run_directory.list_runs(site.runs.absolute()):
+    for other in run_directory.list_runs(site.runs):
         job = other.job()
         if str(run.path) not in job["after"]:
             continue

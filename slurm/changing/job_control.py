@@ -33,15 +33,15 @@ def find_targets(references: Sequence[str], site: Site, queue: Sequence[job_outp
 
     Only what has not ended counts. Raises `UserError` for a reference that names nothing of that kind.
     """
-    return [_target(reference, site.runs.absolute(), queue) for reference in references]
+    return [_target(reference, site.runs, queue) for reference in references]
 
 
 def all_targets(site: Site, queue: Sequence[job_output.Job]) -> list[Target]:
     """Every job of mine that has not ended, each with its run where it has one, and the runs of which no job is queued yet."""
     active = [job for job in queue if not job.is_final]
     arrays = list(dict.fromkeys(job.array_id or job.id for job in active))
-    targets = [_target(array, site.runs.absolute(), queue)._replace(is_whole=True) for array in arrays]
-    left = [run for run in backlog.read(site.runs.absolute()).runs if run_directory.has_record(run)]
+    targets = [_target(array, site.runs, queue)._replace(is_whole=True) for array in arrays]
+    left = [run for run in backlog.read(site.runs).runs if run_directory.has_record(run)]
     return targets + [Target([], run, is_whole=True) for run in left if run not in {target.run for target in targets}]
 
 

@@ -1,7 +1,7 @@
 """The one door to programs outside: Slurm's commands, ssh and nvidia-smi, each with a time limit and a scrubbed environment.
 
-Which cluster answers: the one that `SLURM_CONF` names; else, where it is unset, this checkout's private cluster in
-`.cluster/` while it runs; else the machine's own, whose configuration Slurm finds by itself.
+Which cluster answers: the one that `SLURM_CONF` names; else, where it is unset, this clone's private cluster in
+`.cluster/` while it runs; else the machine's own, whose configuration Slurm finds by itself. In a job it is the job's own.
 """
 
 import os
@@ -11,14 +11,12 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipeline.config.clone import clone, is_frozen
 from pipeline.config.errors import UserError
 from slurm.client import processes
 
 # What a user's shell may carry that changes what Slurm's commands do or print. SBATCH_* even wins over a script's own lines.
 CALLERS_VARIABLES = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SCONTROL_")
-PRIVATE_CLUSTER = Path(".cluster")
-"""Where `crosscoder cluster start` keeps the private cluster of the checkout that is the current directory."""
-
 PRIVATE_CLUSTER_NAME = "private"
 """Slurm's ClusterName of every private cluster."""
 CLUSTER_STOPPED = "the private cluster is stopped; `make cluster` takes it up again"
@@ -66,6 +64,11 @@ class CommandMissing(UserError):
     """A program that is not installed on this machine."""
 
 
+def private_cluster() -> Path:
+    """Where `crosscoder cluster start` keeps the private cluster of this clone, unless it is told another place."""
+    return clone() / ".cluster"
+
+
 def environment(variables: Mapping[str, str] = os.environ, directory: Path | None = None) -> dict[str, str]:
     """`variables` without what the caller's shell tells Slurm's commands, and with the `SLURM_CONF` that holds here.
 
@@ -73,7 +76,7 @@ def environment(variables: Mapping[str, str] = os.environ, directory: Path | Non
     of that job would describe the new one.
     """
     kept = {k: v for k, v in variables.items() if not k.startswith(CALLERS_VARIABLES)}
-    configuration = variables.get("SLURM_CONF") or private_configuration(directory or PRIVATE_CLUSTER)
+    configuration = variables.get("SLURM_CONF") or (None if is_frozen() else private_configuration(directory or private_cluster()))
     return {**kept, "SLURM_CONF": str(configuration)} if configuration else kept
 
 
@@ -92,7 +95,7 @@ def stopped_private_cluster(directory: Path | None = None) -> Path | None:
     Its queue is kept there: what waits or was running is taken up when it is started again.
     """
     named = os.environ.get("SLURM_CONF")
-    directory = directory or (Path(named).parent if named else PRIVATE_CLUSTER.absolute())
+    directory = directory or (Path(named).parent if named else private_cluster())
     settings, queue = directory / "slurm.conf", directory / "state" / "job_state"
     if (
         not (os.access(settings, os.R_OK) and os.access(queue, os.R_OK))

@@ -12,7 +12,7 @@ from slurm.cluster.daemons import PrivateCluster
 
 
 def start(
-    directory: Path = slurm_commands.PRIVATE_CLUSTER,
+    directory: Path,
     *,
     pretend: bool = False,
     accounting: bool = False,
@@ -35,7 +35,7 @@ def start(
     return f"# up in {seconds:.2f} s, in {cluster.directory}:\n{offers}{kept}{told}\nexport SLURM_CONF={cluster.configuration}"
 
 
-def stop(directory: Path = slurm_commands.PRIVATE_CLUSTER) -> str:
+def stop(directory: Path) -> str:
     """Ends the cluster and every process of its jobs. The queue is kept for the next start."""
     cluster = PrivateCluster(directory)
     if not cluster.pids():
@@ -48,7 +48,7 @@ def stop(directory: Path = slurm_commands.PRIVATE_CLUSTER) -> str:
     return f"# down in {seconds:.2f} s{stopped}"
 
 
-def status(directory: Path = slurm_commands.PRIVATE_CLUSTER) -> str:
+def status(directory: Path) -> str:
     """Which daemons live, since what configuration, and what is queued. Raises `UserError` where none runs."""
     cluster = PrivateCluster(directory)
     pids = cluster.pids()

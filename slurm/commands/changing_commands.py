@@ -32,7 +32,7 @@ def change(
     from slurm.record.activity import one_submission_at_a_time
 
     site = load_site()
-    with one_submission_at_a_time(site.runs.absolute()):
+    with one_submission_at_a_time(site.runs):
         sentences = changing.change(job, changes, site)
     print("\n".join(sentences))
 

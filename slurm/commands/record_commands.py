@@ -38,7 +38,7 @@ def show(
     from slurm.record.record_view import as_text, as_values, find_task
     from slurm.watching.job_listing import standing_of
 
-    run, task = find_task(reference, load_site().runs.absolute())
+    run, task = find_task(reference, load_site().runs)
     standing = standing_of(run)
     if as_json:
         print_json(as_values(run, standing, task=task))
@@ -55,7 +55,7 @@ def logs(
     """Print what a run's task printed, all attempts in order."""
     from slurm.record.record_view import find_task
 
-    run, named = find_task(reference, load_site().runs.absolute())
+    run, named = find_task(reference, load_site().runs)
     task = task if task is not None else named or 0
     if not 0 <= task < run.num_tasks:
         raise UserError(f"{run.reference} has tasks 0 to {run.num_tasks - 1}, not {task}")
@@ -89,7 +89,7 @@ def compare(first: RunArgument, second: RunArgument, as_json: JsonOption = False
     from slurm.record.comparison import as_text, compare_runs
     from slurm.record.run_directory import find
 
-    runs = load_site().runs.absolute()
+    runs = load_site().runs
     one, other = find(first, runs), find(second, runs)
     differences = compare_runs(one, other)
     if as_json:
@@ -103,7 +103,7 @@ def verify(path: Annotated[str, typer.Argument(metavar="PATH", help="A data set,
     from slurm.commands.command_line import print_json
     from slurm.record.verification import verify as verify_path
 
-    checked, damages = verify_path(path, load_site().runs.absolute())
+    checked, damages = verify_path(path, load_site().runs)
     if as_json:
         print_json({"checked": checked, "damages": damages})
     else:

@@ -79,27 +79,27 @@ def submit(
     if resume is not None:
         if arguments:
             raise typer.BadParameter("--resume takes the run as it is: give no configuration with it")
-        resuming.resume(find(resume, site.runs.absolute()), site)
+        resuming.resume(find(resume, site.runs), site)
         return
     if not arguments:
         raise typer.BadParameter("name a configuration, for example configs/demo/train.yaml")
     chosen = {"partition": partition, "node": node}
     given = [f"resources.{key}={value}" for key, value in chosen.items() if value is not None]
-    parsed, moved = chain_order.in_order(parse_configs([*arguments, *given], site), site.runs.absolute())
+    parsed, moved = chain_order.in_order(parse_configs([*arguments, *given], site), site.runs)
     if moved:
         print("\n".join(moved), file=sys.stderr)
-    parents = [find(reference, site.runs.absolute()) for reference in after or []]
+    parents = [find(reference, site.runs) for reference in after or []]
     input_preflight.check(parsed, site.runs, [path for run in parents for path in (*outputs_of(run), run.path, run.path.parent)])
     for notice in model_preflight.notices([config for _, config in parsed]):
         print(notice, file=sys.stderr)
     cluster = check_queue(parsed) if executor is Executor.slurm else None
     freezer = Freezer(site, executor=executor.value)
-    with one_submission_at_a_time(site.runs.absolute()):
+    with one_submission_at_a_time(site.runs):
         planned = freezer.plan(parsed, after=parents, again=again, cluster=cluster)
         if dry_run:
             show_dry_run(planned, site, as_json=as_json)
         elif executor is not Executor.debug:
-            waves.queue_first(site.runs.absolute())
+            waves.queue_first(site.runs)
             queue(planned, as_json=as_json)
     if executor is Executor.debug and not dry_run:
         run_here(planned)
@@ -118,12 +118,12 @@ def rerun(
     from slurm.submission.freezing import Planned
 
     site = load_site()
-    origin = find(reference, site.runs.absolute())
+    origin = find(reference, site.runs)
     name = executor.value if executor else origin.job()["executor"]
     if not dry_run:
         resuming.rerun(origin, changes or [], name, site)
         return
-    with one_submission_at_a_time(site.runs.absolute()):
+    with one_submission_at_a_time(site.runs):
         run = resuming.freeze_again(origin, changes or [], name, site)
         show_dry_run([Planned(run.config(), run, None, [])], site, against=origin)
 
@@ -234,7 +234,7 @@ def show_dry_run(
     from slurm.submission import dry_run
 
     try:
-        rows = dry_run.describe(planned, site.runs.absolute(), against=against)
+        rows = dry_run.describe(planned, site.runs, against=against)
     finally:
         for item in planned:
             if item.run is not None:

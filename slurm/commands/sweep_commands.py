@@ -47,18 +47,18 @@ def sweep(
 
     site = load_site()
     read = sweeps.read_sweep(file, changes or [], site)
-    sweeps.check_inputs_are_there(read, file, site.runs.absolute())
+    sweeps.check_inputs_are_there(read, file, site.runs)
     input_preflight.check([(f"{file}: task {number}", config) for number, config in enumerate(read.stage_configs)], site.runs)
     for notice in model_preflight.notices(read.stage_configs):
         print(notice, file=sys.stderr)
     cluster = preflight.check([(str(file), read.stage_configs[0])]) if executor is Executor.slurm else None
-    with one_submission_at_a_time(site.runs.absolute()):
+    with one_submission_at_a_time(site.runs):
         run = sweeps.freeze_sweep(read, Freezer(site, executor=executor.value), where=str(file), cluster=cluster)
         if dry_run:
             tasks = [f"task {number}: {sweeps.describe(member)}" for number, member in enumerate(read.members)]
             show_dry_run([Planned(read.stage_configs[0], run, None, [])], site, as_json=as_json, heading=tasks)
             return
-        waves.queue_first(site.runs.absolute())
+        waves.queue_first(site.runs)
         try:
             entries = executors.launch(run, range(run.num_tasks))
         except BaseException:
@@ -85,7 +85,7 @@ def results(
     from slurm.submission import sweep_results
     from slurm.watching import job_listing, sweep_figure, sweep_table
 
-    run = find(reference, load_site().runs.absolute())
+    run = find(reference, load_site().runs)
     rows = sweep_results.gather(run, {task: state for task, (state, _) in job_listing.standing_of(run).items()})
     values = run.config_values()
     metric, maximize, wished = values["metric"], values["maximize"], values.get("columns", [])

@@ -78,13 +78,14 @@ def accelerators(as_json: AsJson = False) -> None:
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """What this cluster will do to a job (preemption, limits, requeue, accounting), and what it means for these runs."""
+    """Where data and runs lie, what this cluster will do to a job (preemption, limits, requeue, accounting), and what it means."""
     from rich.text import Text
 
+    from pipeline.config.site_file import load_site
     from slurm.commands.command_line import print_json, print_lines, terminal_width
     from slurm.watching import doctor as examination
 
-    findings = examination.gather()
+    findings = examination.gather(load_site())
     if as_json:
         print_json([finding._asdict() for finding in findings])
         return
@@ -92,31 +93,33 @@ def doctor(as_json: AsJson = False) -> None:
     print_lines(Text(line, style="yellow" if finding.is_concern else "") for finding, lines in rows for line in lines)
 
 
-Directory = Annotated[Path, typer.Option(help="Where the cluster keeps its files.")]
-DEFAULT_DIRECTORY = Path(".cluster")
+Directory = Annotated[Path | None, typer.Option(help="Where the cluster keeps its files.", show_default=".cluster in the clone")]
 
 
 def cluster_start(
-    directory: Directory = DEFAULT_DIRECTORY,
+    directory: Directory = None,
     pretend: Annotated[bool, typer.Option("--pretend", help="Three nodes with five fake GPUs, to try things out.")] = False,
     accounting: Annotated[bool, typer.Option("--accounting", help="Keep finished jobs in a database, for sacct.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier one in this directory had queued.")] = False,
 ) -> None:
-    """Start a queue over this machine's cores, memory and GPUs. This checkout's commands then find it by themselves."""
+    """Start a queue over this machine's cores, memory and GPUs. This clone's commands then find it by themselves."""
+    from slurm.client import slurm_commands
     from slurm.cluster import control
 
-    print(control.start(directory, pretend=pretend, accounting=accounting, fresh=fresh))
+    print(control.start(directory or slurm_commands.private_cluster(), pretend=pretend, accounting=accounting, fresh=fresh))
 
 
-def cluster_stop(directory: Directory = DEFAULT_DIRECTORY) -> None:
+def cluster_stop(directory: Directory = None) -> None:
     """End the queue and every job's processes. What is queued stays queued for the next start."""
+    from slurm.client import slurm_commands
     from slurm.cluster import control
 
-    print(control.stop(directory))
+    print(control.stop(directory or slurm_commands.private_cluster()))
 
 
-def cluster_status(directory: Directory = DEFAULT_DIRECTORY) -> None:
+def cluster_status(directory: Directory = None) -> None:
     """Whether the queue is up, and the line that lets Slurm's own commands find it."""
+    from slurm.client import slurm_commands
     from slurm.cluster import control
 
-    print(control.status(directory))
+    print(control.status(directory or slurm_commands.private_cluster()))

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import pipeline
 from pipeline import records
 from pipeline.config.errors import UserError
-from pipeline.config.site_file import SITE_FILE, site_path
+from pipeline.config.site_file import site_file
 from slurm.record.secret_files import is_secret_by_content, is_secret_by_name
 
 LARGE_BYTES = 16 * 1024 * 1024
@@ -185,7 +185,7 @@ def _mode(root: Path, name: str) -> int:
 
 def _is_for_the_owner(root: Path, name: str) -> bool:
     """Of a frozen file: whether it is a tracked secret, or the site's file, whose setup lines may hold one."""
-    return is_secret_by_name(name) or name == str(SITE_FILE) or str(root / name) == os.path.abspath(site_path())
+    return is_secret_by_name(name) or name == "configs/site.yaml" or root / name == site_file()
 
 
 def _keep(source: Path, mode: int, target: Path, store: Path) -> str:

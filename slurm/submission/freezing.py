@@ -74,7 +74,7 @@ class Freezer:
             run_inputs.check_unchanged(before, inputs, code_of.reference)
         check_outputs(config, where)
         self._check_alone(config, where)
-        run = run_directory.create(self.site.runs.absolute(), config.stage, config.name)
+        run = run_directory.create(self.site.runs, config.stage, config.name)
         try:
             self._write(run, config, inputs, after, code_of, cluster)
         except BaseException:
@@ -84,7 +84,7 @@ class Freezer:
 
     def _check_alone(self, config: StageConfig, where: str) -> None:
         """Two runs that write one data set at once would only be in each other's way."""
-        other = writer_of(config.outputs().values(), self.site.runs.absolute(), config.stage)
+        other = writer_of(config.outputs().values(), self.site.runs, config.stage)
         if other is not None:
             raise UserError(
                 f"{where}: {other.reference} is queued or being worked on (job {other.job_of_task(0)}) and writes the same output; wait "
@@ -107,7 +107,7 @@ class Freezer:
 
     def write_surroundings(self, run: RunDirectory, code_of: RunDirectory | None = None) -> dict[str, Any]:
         """Freezes code and environment into `run` and gives code.json."""
-        store = self.site.runs.absolute() / CODE_STORE
+        store = self.site.runs / CODE_STORE
         if self._environment is None:
             self._environment = environment.describe()
         records.write_json(run.path / "environment.json", self._environment)
@@ -182,9 +182,9 @@ class Freezer:
         again: bool,
         cluster: str | None,
     ) -> Planned:
-        pending = {field: run.path for field, path in config.inputs().items() if (run := _maker(path, makers, self.site.runs.absolute()))}
-        config = bind_runs(config, pending, self.site.runs.absolute())
-        if not pending and not again and (reason := already_made(config, self.site.runs.absolute(), self.hash_file)):
+        pending = {field: run.path for field, path in config.inputs().items() if (run := _maker(path, makers, self.site.runs))}
+        config = bind_runs(config, pending, self.site.runs)
+        if not pending and not again and (reason := already_made(config, self.site.runs, self.hash_file)):
             return Planned(config, None, reason, [])
         parents = [*after, *(RunDirectory(path) for path in dict.fromkeys(pending.values()) if RunDirectory(path) not in after)]
         run = self.freeze(config, where=where, pending=pending, after=parents, cluster=cluster)

@@ -22,16 +22,16 @@ def resume(run: RunDirectory, site: Site) -> None:
     Raises `UserError` when all has finished, or when a task is queued or being worked on: one at a time.
     """
     check_startable(run)
-    with one_submission_at_a_time(site.runs.absolute()):
+    with one_submission_at_a_time(site.runs):
         left = _unfinished(run)
-        chain = Chain(site.runs.absolute())
+        chain = Chain(site.runs)
         chain.check_needed(run)
         behind = chain.behind(run)
         if run.job()["executor"] not in ("run", "debug"):
             for task in left:
                 (run.task_directory(task) / "result.json").unlink(missing_ok=True)
             entries = executor.launch(run, left)
-            waves.queue_first(site.runs.absolute())
+            waves.queue_first(site.runs)
             ids = " ".join(str(entry["id"]) for entry in entries)
             num_queued = sum(len(entry["tasks"]) for entry in entries)
             print(f"run {run.path}\njob {ids}: {num_queued} of {number_of(run.num_tasks, 'task')}", flush=True)
@@ -83,7 +83,7 @@ def freeze_again(origin: RunDirectory, changes: Sequence[str], executor_name: st
 def rerun(origin: RunDirectory, changes: Sequence[str], executor_name: str, site: Site) -> None:
     """Makes a run again (see `freeze_again`), and queues it or works on it here."""
     check_startable(origin)
-    with one_submission_at_a_time(site.runs.absolute()):
+    with one_submission_at_a_time(site.runs):
         run = freeze_again(origin, changes, executor_name, site)
         print(f"run {run.path}", flush=True)
         if executor_name not in ("run", "debug"):

@@ -181,7 +181,7 @@ def _submission_of(stage: str, config: SweepConfig, path: Path) -> str:
 
 def freeze_sweep(sweep: Sweep, freezer: Freezer, *, where: str, cluster: str | None = None) -> RunDirectory:
     """A new run directory for the sweep, complete; nothing stays of it if an error is raised."""
-    runs = freezer.site.runs.absolute()
+    runs = freezer.site.runs
     bound = [bind_runs(config, {}, runs) for config in sweep.stage_configs]
     inputs = [run_inputs.describe_all(config, {}, where, hash_file=freezer.hash_file) for config in bound]
     run = run_directory.create(runs, "sweep", sweep.config.name)

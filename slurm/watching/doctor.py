@@ -1,9 +1,15 @@
-"""What this cluster will do to a job, read from its own configuration, and what that means for these runs."""
+"""Where data and runs lie, what this cluster will do to a job by its own configuration, and what that means for these runs."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.config import site_file
+from pipeline.config.clone import clone
+from pipeline.config.errors import UserError
+from pipeline.config.site_file import Site
 from slurm.client import slurm_queries, submit_limits
 from slurm.client.slurm_values import seconds
 from slurm.client.submit_limits import SubmitLimit
@@ -52,7 +58,30 @@ def examine(
     ]
 
 
-def gather() -> list[Finding]:
+def gather(site: Site) -> list[Finding]:
+    """What the site file says, then the findings of the cluster; where none answers, that and why."""
+    try:
+        return [*_site(site), *_cluster()]
+    except UserError as error:
+        return [*_site(site), Finding("Slurm", "no answer", str(error), is_concern=True)]
+
+
+def _site(site: Site) -> list[Finding]:
+    path = site_file.site_file()
+    named = "CROSSCODER_SITE names it" if os.environ.get("CROSSCODER_SITE") else f"the one of the clone {clone()}"
+    fact = str(path) if path else f"none; {clone() / 'configs' / 'site.yaml'} would be it"
+    meaning = f"{named}; relative roots lie in the clone" if path else "everything stays in the clone"
+    return [Finding("site file", fact, meaning), *(_root(name, getattr(site, name)) for name in ("data", "ssd", "runs"))]
+
+
+def _root(name: str, path: Path) -> Finding:
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        return Finding(f"{{{name}}}", str(path), f"can't be used: {there} is not a directory that you may write to", is_concern=True)
+    return Finding(f"{{{name}}}", str(path), "is there" if there == path else "is made when it is first written to")
+
+
+def _cluster() -> list[Finding]:
     """The findings of the cluster that answers here."""
     settings = slurm_queries.configuration()
     sacct_answers = slurm_queries.has_accounting(settings)

@@ -44,8 +44,8 @@ def gather(site: Site, *, wanted: Sequence[str] = (), everything: bool = False, 
     is_stopped = slurm_commands.stopped_private_cluster() is not None
     # With SLURM_CONF naming a cluster that is stopped, squeue would try for 9 s.
     queue = None if is_stopped and os.environ.get("SLURM_CONF") else slurm_queries.my_jobs_if_any()
-    runs, num_older = _runs(site.runs.absolute(), queue or [], wanted, everything or bool(wanted))
-    is_served = bool(backlog.queued_jobs(site.runs.absolute(), queue or []))
+    runs, num_older = _runs(site.runs, queue or [], wanted, everything or bool(wanted))
+    is_served = bool(backlog.queued_jobs(site.runs, queue or []))
     tasks = [task for run in runs for task in read_tasks(run, is_stopped=is_stopped, is_served=is_served)]
     if wanted and queue is not None:
         own = {task.job_id for task in tasks}

@@ -66,7 +66,7 @@ def watch(site: Site, reference: str | None, *, interval_s: float, looks: int | 
     from rich.console import Console, Group
     from rich.live import Live
 
-    run = run_directory.find(reference, site.runs.absolute()) if reference is not None else None
+    run = run_directory.find(reference, site.runs) if reference is not None else None
     if sys.stdout.isatty():
         for variable in ("LINES", "COLUMNS"):  # a size that a shell exported would hold, whatever size the terminal gets
             os.environ.pop(variable, None)
