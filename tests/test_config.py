@@ -44,6 +44,17 @@ class ToyConfig(StageConfig):
         ("true", True),
         ("010", 10),
         ("1_000_000", 1_000_000),
+        ("-1_000.5", -1000.5),
+        ("1042_2", "1042_2"),
+        ("1042_200", "1042_200"),
+        ("1_0", "1_0"),
+        ("1__000", "1__000"),
+        ("0_100", "0_100"),
+        ("0o17", 15),
+        ("0b1", "0b1"),
+        (".5e3", 500.0),
+        ("1:30", "1:30"),
+        ("yes", "yes"),
         ("2024-01-01", "2024-01-01"),
         ("", None),
         ("null", None),
@@ -57,7 +68,8 @@ class ToyConfig(StageConfig):
 def test_a_scalar_means_what_it_looks_like(text: str, value: object) -> None:
     found = yaml_file.parse(f"key: {text}", "a.yaml")["key"]
     assert found == value
-    assert type(found) is type(value)
+    assert isinstance(found, bool) == isinstance(value, bool)
+    assert isinstance(found, type(value))
 
 
 def test_written_yaml_reads_back_equal_here_and_in_a_yaml_1_1_reader() -> None:
@@ -75,6 +87,47 @@ def test_written_yaml_reads_back_equal_here_and_in_a_yaml_1_1_reader() -> None:
     }
     assert yaml_file.parse(yaml_file.write(value), "x") == value
     assert yaml.safe_load(yaml_file.write(value)) == value
+
+
+LIKE_NUMBERS = [
+    "1042_2",
+    "104_200",
+    "1_000",
+    "12e4567",
+    "1e3",
+    ".5e3",
+    "0o17",
+    "0x1f",
+    "010",
+    "+5",
+    "1.50",
+    "7",
+    "24:00:00",
+    "2024-01-01",
+    "no",
+]
+
+
+class Texts(Config):
+    name: str
+    path: DataPath
+    maybe: str | None = None
+    several: list[DataPath] = []
+
+
+@pytest.mark.parametrize("text", LIKE_NUMBERS)
+def test_a_setting_that_is_text_or_a_path_is_what_was_written(text: str) -> None:
+    values = yaml_file.parse(f"name: {text}\npath: {text}\nmaybe: {text}\nseveral: [{text}]", "t.yaml")
+    for read in (values, yaml_file.parse(yaml_file.write(values), "t.yaml")):
+        assert build(Texts, read, "t.yaml") == Texts(name=text, path=Path(text), maybe=text, several=[Path(text)])
+    changed: dict[str, object] = {"path": "p"}
+    load.set_value(changed, f"name={text}", where="t.yaml")
+    assert build(Texts, changed, "t.yaml").name == text
+
+
+def test_a_number_with_misplaced_underscores_is_refused_rather_than_read_as_another() -> None:
+    with pytest.raises(UserError, match=r't\.yaml: num_tokens is "600_00", expected a whole number'):
+        build(ToyConfig, yaml_file.parse("name: x\nnum_tokens: 600_00", "t.yaml"), "t.yaml")
 
 
 def test_a_repeated_key_is_an_error_that_names_the_line() -> None:

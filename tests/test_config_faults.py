@@ -28,7 +28,7 @@ def fault(change: str) -> str:
         ("activations={path: x}", "activations.kind is missing; give one of disk or stream"),
         ("activations=disk", 'activations is "disk", expected a group of settings, for example {kind: disk}; kinds are disk, stream'),
         ("activations.pth=x", "activations.pth is not a setting of the kind disk; did you mean `path`?"),
-        ("activations.path=3", "activations.path is 3, expected a path"),
+        ("activations.path=true", "activations.path is true, expected a path"),
         (
             "crosscoder.activation_function.kind=relu",
             "crosscoder.activation_function.k is not a setting of the kind relu; known here: kind",
@@ -44,7 +44,7 @@ def fault(change: str) -> str:
         ("optimizer.warmup_fraction=0.9", "optimizer: warmup_fraction and decay_fraction add up to more than 1; make one of them smaller"),
         ("crosscoder.activation_function.k=2000", "crosscoder: activation_function.k is 2000, expected less than num_features, 1024"),
         ("compile=yes", 'compile is "yes", expected true or false'),
-        ("resources.partition=3", "resources.partition is 3, expected text (a number in quotes is text)"),
+        ("resources.partition=true", "resources.partition is true, expected text (true, false and null are text in quotes)"),
         ("resources.timeout_min=1:00:00", 'resources.timeout_min is "1:00:00", expected a whole number'),
         ("name=" + "x" * 70, f'name is "{"x" * 56}...: a name is 1 to 64 letters'),
         ("seed=null", "seed is null, expected a whole number"),
@@ -61,14 +61,14 @@ def test_a_fault_says_what_was_found_what_is_expected_and_the_nearest_word(chang
     assert len(said.splitlines()) == 1
 
 
-@pytest.mark.parametrize("layers", ["3", "[]", "[a, a]", "[1]"])
+@pytest.mark.parametrize("layers", ["3", "[]", "[a, a]", "[true]"])
 def test_a_wrong_list_is_named_at_its_entry_without_the_kind_of_its_group(layers: str) -> None:
     said = fault(f"activations={{kind: stream, tokens: a, language_model: {{model: demo}}, layers: {layers}}}")
     assert said in {
         "t.yaml: activations.layers is 3, expected a list, for example [a, b]",
         "t.yaml: activations.layers is [], expected 1 or more entries",
         't.yaml: activations.layers is ["a", "a"]: an entry stands twice; name each once',
-        "t.yaml: activations.layers[0] is 1, expected text (a number in quotes is text)",
+        "t.yaml: activations.layers[0] is true, expected text (true, false and null are text in quotes)",
     }
 
 

@@ -21,7 +21,7 @@ EXPECTED = {
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
-    "string_type": "text (a number in quotes is text)",
+    "string_type": "text (true, false and null are text in quotes)",
     "list_type": "a list, for example [a, b]",
     "is_instance_of": "a path",
     "greater_than": "more than {gt:g}",

@@ -1,6 +1,9 @@
 """The typed model that every configuration builds on: strict values, unknown keys refused with the nearest key."""
 
+import functools
 import math
+import types
+import typing
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -12,9 +15,22 @@ from pipeline.config.errors import UserError
 
 
 class Config(pydantic.BaseModel):
-    """A group of settings. Values are strict (`"3"` is not 3, 1 is not true), keys are known, nothing is changed."""
+    """A group of settings. Values are strict (`"3"` is not 3, 1 is not true), keys are known, nothing is changed.
+
+    A setting that is text or a path takes what looks like a number as it was written: `name: 1e3` is the name `1e3`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=())
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _text_as_written(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        texts, lists = _text_fields(cls)
+        as_written = {key: _as_written(value) for key, value in values.items() if key in texts}
+        as_written |= {k: [_as_written(item) for item in value] for k, value in values.items() if k in lists and isinstance(value, list)}
+        return {**values, **as_written}
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the bytes of the output, as JSON values: all but `OPERATIONAL` ones, and `ADDED` ones at a default."""
@@ -39,6 +55,27 @@ class Config(pydantic.BaseModel):
                 continue
             chosen[key] = value.chosen() if isinstance(value, Config) else self.model_dump(mode="json", include={key})[key]
         return chosen
+
+
+@functools.cache
+def _text_fields(model: type[Config]) -> tuple[set[str], set[str]]:
+    """The names of the settings that are text or a path, and of those that are a list of such."""
+    fields = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+    lists = {name: typing.get_args(annotation)[0] for name, annotation in fields.items() if typing.get_origin(annotation) is list}
+    return {name for name, kind in fields.items() if _is_text(kind)}, {name for name, kind in lists.items() if _is_text(kind)}
+
+
+def _is_text(annotation: Any) -> bool:
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _is_text(inner[0])
+    if origin in (typing.Union, types.UnionType):
+        return all(part is type(None) or _is_text(part) for part in inner)
+    return annotation in (str, Path)
+
+
+def _as_written(value: object) -> object:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _is_marked(extra: object, mark: str) -> bool:

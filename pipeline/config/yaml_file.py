@@ -1,8 +1,11 @@
 """YAML as people write it: numbers, times and words mean what they look like.
 
 YAML 1.1 (what PyYAML reads by default) makes the string of `3e-4`, the integer 86400 of `24:00:00`, false of `no`, a
-date of `2024-01-01`, 8 of `010`, and lets a repeated key win silently. This loader follows YAML 1.2's core schema
-instead (plus `1_000_000`), and a repeated key is an error.
+date of `2024-01-01`, 8 of `010`, 10422 of `1042_2`, and lets a repeated key win silently. This loader follows YAML 1.2's
+core schema instead, plus numbers whose thousands are set off (`1_000_000`), and a repeated key is an error.
+
+What looks like a number may be meant as text all the same: `12e4567` is a commit, `104_200` task 200 of a job. So a number
+keeps the text that it was written as, and a setting that is text or a path takes that (see `pipeline.config.schema.Config`).
 """
 
 import re
@@ -17,6 +20,24 @@ try:  # the same language, ten times as fast: a submission reads the configurati
     from yaml import CSafeLoader as SafeLoader
 except ImportError:
     from yaml import SafeLoader  # type: ignore[assignment]
+
+
+class WrittenInt(int):
+    """A whole number that was written otherwise than Python writes it (`1_000`, `0x1f`); its `str` is the text."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class WrittenFloat(float):
+    """The same for any other number (`3e-4`, `.5`)."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class _Loader(SafeLoader):
@@ -41,21 +62,25 @@ def _resolve(tag: str, pattern: str, first: str) -> None:
 _resolve("bool", "true|True|TRUE|false|False|FALSE", "tTfF")
 _resolve("null", "~|null|Null|NULL|", "~nN")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^$"), [""])
-_resolve("int", r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789")
-_resolve(
-    "float", r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+0123456789."
-)
+WHOLE = r"(?:[0-9]+|[1-9][0-9]{0,2}(?:_[0-9]{3})+)"
+_resolve("int", rf"[-+]?{WHOLE}|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789")
+_resolve("float", rf"[-+]?(?:\.[0-9]+|{WHOLE}(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+0123456789.")
 _resolve("merge", "<<", "<")
 
 
 def _construct_int(loader: SafeLoader, node: yaml.ScalarNode) -> int:
-    text = str(loader.construct_scalar(node)).replace("_", "")
-    return int(text, 0) if text.startswith(("0o", "0x")) else int(text, 10)
+    text = str(loader.construct_scalar(node))
+    digits = text.replace("_", "")
+    value = WrittenInt(int(digits, 0) if digits.startswith(("0o", "0x")) else int(digits, 10))
+    value.text = text
+    return int(value) if int.__repr__(value) == text else value
 
 
 def _construct_float(loader: SafeLoader, node: yaml.ScalarNode) -> float:
-    text = str(loader.construct_scalar(node)).replace("_", "").lower()
-    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+    text = str(loader.construct_scalar(node))
+    value = WrittenFloat(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
+    value.text = text
+    return float(value) if float.__repr__(value) == text else value
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
@@ -101,3 +126,11 @@ class _Dumper(yaml.SafeDumper):
         first: [*_Loader.yaml_implicit_resolvers.get(first, []), *yaml.SafeDumper.yaml_implicit_resolvers.get(first, [])]
         for first in {*_Loader.yaml_implicit_resolvers, *yaml.SafeDumper.yaml_implicit_resolvers}
     }
+
+
+def _represent_written(dumper: yaml.SafeDumper, value: WrittenInt | WrittenFloat) -> yaml.ScalarNode:
+    return dumper.represent_scalar(f"tag:yaml.org,2002:{'int' if isinstance(value, int) else 'float'}", value.text)
+
+
+_Dumper.add_representer(WrittenInt, _represent_written)
+_Dumper.add_representer(WrittenFloat, _represent_written)
