@@ -14,12 +14,12 @@ from pipeline.config.errors import UserError
 from pipeline.config.resources import Resources
 from pipeline.config.site_file import Site
 from slurm.changing import change, job_control, job_updates
-from slurm.client import slurm_commands, slurm_queries
+from slurm.client import slurm_commands, slurm_queries, slurm_values
 from slurm.client.job_output import Job
 from slurm.cluster.daemons import PrivateCluster
 from slurm.record import record_view
 from slurm.record.run_directory import RunDirectory
-from slurm.watching import job_listing, jobs
+from slurm.watching import job_listing
 
 
 class Queue:
@@ -354,7 +354,7 @@ def test_a_reference_to_nothing_is_said(queue: Queue) -> None:
     with pytest.raises(UserError, match="no job 7 of yours is waiting or running; `crosscoder jobs --all` lists what there was"):
         job_control.find_targets(["7"], queue.site, slurm_queries.my_jobs())
     with pytest.raises(UserError, match=r"'\[1-2,a\]' does not name tasks of an array"):
-        jobs.parse_ranges("[1-2,a]")
+        slurm_values.parse_ranges("[1-2,a]")
 
 
 # -- without a cluster ------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Configuration files: YAML that means what it looks like, typed values, and errors that name the field."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 import shipped
@@ -27,6 +27,7 @@ class Momentum(Config):
 
 
 class ToyConfig(StageConfig):
+    MOST_GPUS: ClassVar[int] = 2
     stage: Literal["toy"] = "toy"
     optimizer: Annotated[Adam | Momentum, Field(discriminator="kind")] = Adam()
     num_tokens: Count = 10

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from job_rows import NOW, beat, job, only, task
 
+from slurm.client.slurm_values import ranges
 from slurm.watching import job_table, jobs
 from slurm.watching.jobs import Row
 
@@ -46,9 +47,9 @@ def test_an_array_with_more_holes_than_its_column_holds_names_its_tasks_in_the_t
 
 
 def test_ranges_are_written_as_slurm_writes_them() -> None:
-    assert jobs.ranges([3, 1, 2, 7]) == "1-3,7"
-    assert jobs.ranges([5]) == "5"
-    assert jobs.ranges([]) == ""
+    assert ranges([3, 1, 2, 7]) == "1-3,7"
+    assert ranges([5]) == "5"
+    assert ranges([]) == ""
 
 
 def text_of(rows: list[Row], **keywords: Any) -> str:

@@ -99,7 +99,7 @@ def test_one_task_of_a_sweep_is_shown_alone(project: ToyProject) -> None:
     assert "at step 0" in project.crosscoder("logs", f"sweep/s/{run.id}/tasks/1").stdout
     assert "has tasks 0 to 3, not 9" in project.crosscoder("show", f"sweep/s/{run.id}/tasks/9").stderr
     refused = project.crosscoder("results", f"runs/sweep/s/{run.id}/tasks/1").stderr
-    assert f"is one task of {run.reference}, which `crosscoder show` and `logs` take alone" in refused
+    assert f"{run.reference}/tasks/1 is one task; results takes a whole run: name {run.reference}" in refused
 
 
 @pytest.mark.slurm

@@ -13,6 +13,7 @@ from pipeline.config.schema import Config
 from pipeline.config.train_crosscoder import Optimizer
 from slurm.record import comparison, record_view, run_directory
 from slurm.record.run_directory import RunDirectory
+from slurm.record.run_reference import Named, find
 from slurm.record.text_table import Column, figure, lay_out
 from slurm.record.verification import verify
 
@@ -160,10 +161,10 @@ def test_a_configuration_tells_what_was_chosen_with_the_kind_of_each_group() -> 
 def test_times_are_no_difference_of_results(tmp_path: Path) -> None:
     first = make_run(tmp_path, {"loss": 1.0, "seconds": 3.25, "tokens_per_second": 10.0, "seconds_held_out": 1})
     second = make_run(tmp_path, {"loss": 1.0, "seconds": 4.5, "tokens_per_second": 11.0, "seconds_held_out": 1})
-    differences = comparison.compare_runs(first, second)
+    differences = comparison.compare_runs(Named(first), Named(second))
     assert differences["results"] == []
     assert [row["name"] for row in differences["speed"]] == ["seconds", "tokens_per_second"]
-    text = comparison.as_text(first, second, differences)
+    text = comparison.as_text(Named(first), Named(second), differences)
     assert "the same: config, code, environment, inputs, results" in text
     assert "seconds            3.25  -> 4.5" in text
 
@@ -181,15 +182,15 @@ def test_other_names_are_results(name: str) -> None:
 def test_a_run_without_a_result_differs_in_its_state_and_not_in_every_number(tmp_path: Path) -> None:
     first, planned = make_run(tmp_path, {"loss": 1.0, "l0": 3}), make_run(tmp_path)
     second = make_run(tmp_path, jobs=[{"id": "1042", "tasks": [0], "array": False}])
-    assert comparison.compare_runs(first, second)["results"] == [{"name": "state", "first": "finished", "second": "queued"}]
-    assert comparison.compare_runs(first, planned)["results"] == []  # a dry run's plan
+    assert comparison.compare_runs(Named(first), Named(second))["results"] == [{"name": "state", "first": "finished", "second": "queued"}]
+    assert comparison.compare_runs(Named(first), Named(planned))["results"] == []  # a dry run's plan
 
 
 def test_differences_are_listed_by_place_with_hashes_cut_short(tmp_path: Path) -> None:
     first, second = make_run(tmp_path, config={"seed": 100000}), make_run(tmp_path, config={"seed": 1})
     facts = {"hash": "c" * 64, "commit": "d" * 40, "edited": False, "files": {"a.py": "f" * 64, "b.py": "2"}}
     records.write_json(second.path / "code.json", facts)
-    lines = comparison.as_text(first, second, comparison.compare_runs(first, second)).splitlines()
+    lines = comparison.as_text(Named(first), Named(second), comparison.compare_runs(Named(first), Named(second))).splitlines()
     assert lines == [
         f"{first.reference} -> {second.reference}",
         *("", "config", "  seed  100000  -> 1"),
@@ -207,7 +208,7 @@ def test_tasks_of_an_array_say_how_often_they_were_attempted_and_one_is_named_by
         run_directory.append_line(run.task_directory(1) / "attempts.jsonl", start)
     lines = record_view.as_text(run).splitlines()
     assert [line.split("; ")[1:] for line in lines[1:4]] == [["job 70_0"], ["job 70_1", "3 attempts"], ["job 80_0"]]
-    assert [record_view.find_task(word, tmp_path)[1] for word in ("70_1", "80_0", "70", "count/demo")] == [1, 2, None, None]
+    assert [find(word, tmp_path)[1] for word in ("70_1", "80_0", "70", "count/demo")] == [1, 2, None, None]
 
 
 # -- finding ----------------------------------------------------------------------------------------------------------
@@ -218,16 +219,16 @@ def test_a_run_is_found_by_its_path_without_id_from_anywhere(tmp_path: Path, mon
     run = make_run(runs)
     monkeypatch.chdir(tmp_path)
     for reference in ("runs/count/demo", "runs/count/demo/", str(runs / "count/demo"), "count/demo", f"count/demo/{run.id[-4:]}"):
-        assert run_directory.find(reference, runs) == run
+        assert find(reference, runs) == Named(run)
     monkeypatch.chdir(runs / "count")
     for reference in ("demo", "count/demo", run.id[-4:]):
-        assert run_directory.find(reference, runs) == run
+        assert find(reference, runs) == Named(run)
 
 
 def test_of_runs_of_one_second_the_one_that_was_submitted_last_is_the_newest(tmp_path: Path) -> None:
     for letters, submitted in (("aaaa", NOW), ("bbbb", NOW + 0.5), ("cccc", NOW + 0.1)):
         make_run(tmp_path, submitted=submitted).path.rename(tmp_path / "count/demo" / f"20261123-091530-{letters}")
-    assert run_directory.find("count/demo", tmp_path).id.endswith("bbbb")
+    assert find("count/demo", tmp_path).run.id.endswith("bbbb")
 
 
 def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +236,7 @@ def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(tmp_path: Pa
     monkeypatch.chdir(tmp_path)
     for reference in ("count/dmo", "runs/count/dem"):
         with pytest.raises(UserError, match=r"no run is called .* under .*; did you mean count/demo\?"):
-            run_directory.find(reference, tmp_path / "runs")
+            find(reference, tmp_path / "runs")
 
 
 def test_verify_names_what_lies_near_a_path_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

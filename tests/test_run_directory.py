@@ -8,6 +8,7 @@ from pipeline.config.errors import UserError
 from slurm.record import run_directory
 from slurm.record.holder import Holder
 from slurm.record.run_directory import RunDirectory
+from slurm.record.run_reference import Named, find
 
 Jobs = list[dict[str, object]]
 
@@ -33,11 +34,10 @@ def test_a_run_is_found_by_path_name_reference_id_and_job(tmp_path: Path) -> Non
     first = make(tmp_path)
     second = make(tmp_path, name="other", jobs=[{"id": "1042", "tasks": [0, 1, 2], "array": True}], num_tasks=3)
     for reference in (str(first.path), "train/demo", first.reference, first.id, first.id[-8:]):
-        assert run_directory.find(reference, tmp_path) == first
-    for reference in ("1042", "1042_2"):
-        assert run_directory.find(reference, tmp_path) == second
-    with pytest.raises(UserError, match=r"no run is called '1042_3' under .*; runs there: train/demo, train/other"):
-        run_directory.find("1042_3", tmp_path)
+        assert find(reference, tmp_path) == Named(first)
+    assert find("1042", tmp_path) == Named(second)
+    with pytest.raises(UserError, match=r"no run is called '1043' under .*; runs there: train/demo, train/other"):
+        find("1043", tmp_path)
 
 
 def test_a_name_stands_for_its_newest_run(tmp_path: Path) -> None:
@@ -47,16 +47,16 @@ def test_a_name_stands_for_its_newest_run(tmp_path: Path) -> None:
         renamed = run.path.with_name(f"2026112{number}-000000-aaaa")
         os.rename(run.path, renamed)
         runs.append(RunDirectory(renamed))
-    assert run_directory.find("train/demo", tmp_path) == runs[2]
+    assert find("train/demo", tmp_path) == Named(runs[2])
     with pytest.raises(UserError, match="fits 3 runs"):
-        run_directory.find("aaaa", tmp_path)
+        find("aaaa", tmp_path)
 
 
 def test_a_name_that_looks_like_a_pattern_finds_nothing(tmp_path: Path) -> None:
     make(tmp_path)
     for reference in ("*", "train/*", "train/demo/*", "../train"):
         with pytest.raises(UserError, match="no run is called"):
-            run_directory.find(reference, tmp_path)
+            find(reference, tmp_path)
 
 
 def test_the_newest_finished_run_is_not_one_that_failed_or_is_half_done(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
 
 def test_the_end_of_an_id_names_a_run_from_four_letters_on(tmp_path: Path) -> None:
     run = make(tmp_path)
-    assert run_directory.find(run.id[-4:], tmp_path) == run
-    assert run_directory.find(f"train/demo/{run.id[-4:]}", tmp_path) == run
+    assert find(run.id[-4:], tmp_path) == Named(run)
+    assert find(f"train/demo/{run.id[-4:]}", tmp_path) == Named(run)
     with pytest.raises(UserError, match="no run is called"):
-        run_directory.find(run.id[-1:], tmp_path)
+        find(run.id[-1:], tmp_path)

@@ -17,7 +17,7 @@ CONFIG = '''
 """Configuration of the toy stage."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -27,6 +27,9 @@ from pipeline.config.stage import StageConfig
 
 
 class ToyConfig(StageConfig):
+    MOST_GPUS: ClassVar[int] = 8
+    IS_DISTRIBUTED: ClassVar[bool] = True
+    IS_DIVISIBLE: ClassVar[bool] = True
     stage: Literal["toy"] = "toy"
     steps: Count = 3
     step_seconds: float = 0.0

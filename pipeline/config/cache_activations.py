@@ -22,6 +22,7 @@ class CacheConfig(Harvest, StageConfig):
         "bytes",
         "peak_memory_gib",
     )
+    IS_DIVISIBLE: ClassVar[bool] = True
     stage: Literal["cache"] = "cache"
     output: Annotated[DataPath, Field(json_schema_extra=OPERATIONAL)]
     """Directory of the activation set to be made."""

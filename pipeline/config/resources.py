@@ -11,11 +11,11 @@ class Resources(Config):
     """Of one task of a stage, unless the field says otherwise."""
 
     nodes: PositiveCount = 1
-    """Machines of one task."""
+    """Machines of one task; no stage takes more than one yet."""
     tasks_per_node: PositiveCount = 1
-    """Processes a machine; more than one form a torch.distributed group."""
+    """Processes a machine; more than one form a torch.distributed group, which no stage takes yet."""
     gpus: Count = 0
-    """GPUs a machine."""
+    """GPUs a machine; no stage works on more than one yet."""
     gpu_type: str | None = None
     """Slurm's name of the GPU type (`h200`); None takes any."""
     cpus: PositiveCount = 1

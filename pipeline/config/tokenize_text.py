@@ -43,6 +43,7 @@ class TokenizeConfig(StageConfig):
         "sets.*.empty",
         "sets.*.rejected",
     )
+    IS_DIVISIBLE: ClassVar[bool] = True
     stage: Literal["tokenize"] = "tokenize"
     sources: Annotated[list[DataPath], Field(min_length=1, json_schema_extra=OPERATIONAL)]
     """JSON-lines files, plain, `.gz` or `.zst`: paths, directories or glob patterns (`**` goes into directories). A file whose

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.config import yaml_file
+from pipeline.config import load, yaml_file
 from pipeline.config.errors import UserError
 from pipeline.config.resources import Resources
 from pipeline.config.schema import build
@@ -21,6 +21,7 @@ from slurm.client.job_output import Job
 from slurm.execution import dependencies, executor
 from slurm.record import run_directory
 from slurm.record.run_directory import RunDirectory
+from slurm.record.run_reference import find
 from slurm.submission import preflight, refreezing
 
 ALIASES = {"time": "timeout_min", "timeout": "timeout_min", "mem": "mem_gb", "memory": "mem_gb", "throttle": "max_parallel"}
@@ -78,9 +79,11 @@ def change(reference: str, changes: Sequence[str], site: Site) -> list[str]:
     after = build(Resources, {**before.model_dump(mode="json"), **request.resources}, reference)
     if after.gpu_type is not None and after.gpus == 0 and "gpu_type" in request.resources:
         raise UserError(f"{target.run.reference} has no gpus; give gpus=1 too")
+    _check_used(target.run, after)
     anew = needs_new_submission(before, after, request)
     if anew:
         _check_all_wait(target, running, anew)
+        _check_is_for_all(target, request, reference)
         if after != before:
             _check_possible(after)
         return _submit_anew(target.run, target.ids, waiting, after, request, site)
@@ -115,6 +118,26 @@ def _check_possible(resources: Resources) -> None:
     partitions = {record["PartitionName"]: record for record in slurm_queries.partitions()}
     if faults := preflight.faults_of(resources, partitions, slurm_queries.all_nodes()):
         raise UserError("; ".join(f"resources.{fault}" for fault in faults))
+
+
+def _check_used(run: RunDirectory, resources: Resources) -> None:
+    """Raises `UserError` where the run's stage would not use what `resources` asks for; a sweep's tasks are an array of whole runs."""
+    stage, of_task = run.stage, resources
+    if stage == "sweep":
+        stage, of_task = run.record_of_task(0).stage, resources.model_copy(update={"array_tasks": 1})
+    if stage in load.STAGES and (faults := load.config_class(stage).unused(of_task)):
+        raise UserError("; ".join(f"resources.{fault}" for fault in faults))
+
+
+def _check_is_for_all(target: Target, request: Request, reference: str) -> None:
+    """Raises `UserError` for settings that one frozen record holds for other tasks too, or that a sweep holds for each task apart."""
+    assert target.run is not None
+    run, keys = target.run, ", ".join(setting.partition("=")[0] for setting in request.settings)
+    if run.stage == "sweep":
+        raise UserError(f"{run.reference} is a sweep, which can't be frozen again; cancel it and submit its file with the change")
+    ids = {run.job_of_task(task) for task in range(run.num_tasks) if run.task_state(task) in ("queued", "new")} - {None}
+    if keys and not (target.is_whole or ids <= set(target.ids)):
+        raise UserError(f"{reference} is a part of {run.reference}, whose tasks share one configuration: change {keys} of the whole run")
 
 
 def _check_all_wait(target: Target, running: Sequence[Job], keys: Sequence[str]) -> None:
@@ -181,7 +204,7 @@ def _parents(request: Request, site: Site) -> list[RunDirectory] | None:
         return None
     value = request.queue["after"]
     names = value if isinstance(value, list) else [] if value is None else [value]
-    return [run_directory.find(str(name), site.runs) for name in names]
+    return [find(str(name), site.runs).whole("after") for name in names]
 
 
 def _change_foreign(target: Target, request: Request, site: Site) -> list[str]:

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
-from slurm.client import job_output, processes, slurm_commands, slurm_queries
+from slurm.client import job_output, processes, slurm_commands, slurm_queries, slurm_values
 from slurm.execution import waves
 from slurm.record import backlog, environment, run_directory
 from slurm.record.activity import is_local_job, one_submission_at_a_time
 from slurm.record.run_directory import RunDirectory
-from slurm.watching import jobs
+from slurm.record.run_reference import Named, find, has_job
 
 
 class Target(NamedTuple):
@@ -29,7 +29,7 @@ class Target(NamedTuple):
 
 
 def find_targets(references: Sequence[str], site: Site, queue: Sequence[job_output.Job]) -> list[Target]:
-    """What the references name: a job (`1042`), tasks (`1042_3`, `1042_[1-3]`), or a run in any form that `find` takes.
+    """What the references name: a job (`1042`), tasks (`1042_3`, `1042_[1-3]`), or a run or task in any form that `find` takes.
 
     Only what has not ended counts. Raises `UserError` for a reference that names nothing of that kind.
     """
@@ -49,26 +49,30 @@ def _target(reference: str, runs: Path, queue: Sequence[job_output.Job]) -> Targ
     active = [job for job in queue if not job.is_final]
     array, underscore, tasks = reference.partition("_")
     if array.isdigit() and (not underscore or tasks):
-        wanted = set(jobs.parse_ranges(tasks)) if underscore else None
+        wanted = set(slurm_values.parse_ranges(tasks)) if underscore else None
         ids = [job.id for job in active if _is_part(job, array, wanted)]
         if ids:
             run = _run_of(array, runs)
             others = run is not None and any(job.id not in ids for job in active if run_directory.directory_in(job.comment) == run.path)
             return Target(ids, run, is_whole=not underscore and not others)
     try:
-        run = run_directory.find(reference, runs)
+        named = find(reference, runs)
     except UserError as error:
         if array.isdigit():
             raise UserError(f"no job {reference} of yours is waiting or running; `crosscoder jobs --all` lists what there was") from None
         raise error
+    run = named.run
     if run.job()["executor"] == "local":
-        return _local_target(run)
-    mine = {task_id for task in range(run.num_tasks) if (task_id := run.job_of_task(task))}
+        return _local_target(named)
+    mine = {task_id for task in named.tasks if (task_id := run.job_of_task(task))}
     # Slurm gives numbers anew when it has lost its state: a job that names another run is that run's.
     ids = [job.id for job in active if job.id in mine and run_directory.directory_in(job.comment) in (None, run.path)]
+    if not ids and named.task in backlog.tasks_of(run):
+        raise UserError(f"{named.reference} is not queued yet; what is not queued yet of a run is told together: name {run.reference}")
     if not ids and not backlog.tasks_of(run):
-        raise UserError(f"{run.reference} has no job that is waiting or running; it is {run.state()}")
-    return Target(ids, run, is_whole=True)
+        state = run.state() if named.task is None else run.task_state(named.task)
+        raise UserError(f"{named.reference} has no job that is waiting or running; it is {state}")
+    return Target(ids, run, is_whole=named.task is None)
 
 
 def _is_part(job: job_output.Job, array: str, tasks: set[int] | None) -> bool:
@@ -77,10 +81,13 @@ def _is_part(job: job_output.Job, array: str, tasks: set[int] | None) -> bool:
 
 
 def _run_of(job_id: str, runs: Path) -> RunDirectory | None:
-    return next((run for run in reversed(run_directory.list_runs(runs)) if run_directory.has_job(run, job_id)), None)
+    return next((run for run in reversed(run_directory.list_runs(runs)) if has_job(run, job_id)), None)
 
 
-def _local_target(run: RunDirectory) -> Target:
+def _local_target(named: Named) -> Target:
+    if named.task is not None:
+        raise UserError(f"{named.reference} is one task, and one process works on all of them: name {named.run.reference}")
+    run = named.run
     ids = [str(entry["id"]) for entry in run.job()["jobs"] if is_local_job(int(entry["id"]))]
     if not ids:
         raise UserError(f"no process works on {run.reference}; it is {run.state()}")
@@ -93,7 +100,7 @@ def slurm_names(ids: Sequence[str]) -> list[str]:
     for job_id in ids:
         array, underscore, task = job_id.partition("_")
         arrays.setdefault(array, []).extend([int(task)] if underscore else [])
-    return [f"{array}_[{jobs.ranges(tasks)}]" if tasks else array for array, tasks in arrays.items()]
+    return [f"{array}_[{slurm_values.ranges(tasks)}]" if tasks else array for array, tasks in arrays.items()]
 
 
 # -- doing it ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pipeline.config.errors import UserError
 from pipeline.config.resources import Resources
 from slurm.client import slurm_commands, slurm_queries
 from slurm.client.job_output import Job
-from slurm.watching.jobs import parse_ranges
+from slurm.client.slurm_values import parse_ranges
 
 MAX_TRIES = 30
 

@@ -8,6 +8,7 @@ groups its rows under `sinfo`; from 23.11 states are lists. Unknown keys are ign
 import json
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline.config.errors import UserError
@@ -101,3 +102,25 @@ def json_rows(text: str, key: str, command: str, other_key: str | None = None) -
             return [row for row in answer[name] if isinstance(row, dict)]
     known = ", ".join(answer) if isinstance(answer, dict) else type(answer).__name__
     raise UserError(f"`{command}` printed JSON without {key!r}; it holds: {known}")
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Numbers as Slurm writes them: `0-3,7`."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def parse_ranges(text: str) -> list[int]:
+    """The numbers of `3`, `[1-3,7]` or `[1-3,7%2]`."""
+    numbers: list[int] = []
+    for part in text.strip("[]").partition("%")[0].split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UserError(f"{text!r} does not name tasks of an array; write 3, or [1-3,7]")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers

@@ -14,7 +14,6 @@ from slurm.record.printable import print, printable_log
 TaskArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A run: path, stage/name (its newest), id or job id; or one task: 1042_3, RUN/tasks/3.")
 ]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run: path, stage/name (its newest), id or job id.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 POLL_SECONDS = 0.5
@@ -35,10 +34,11 @@ def show(
 ) -> None:
     """Show how a run stands and what came out of it, its settings, attempts and changes, and what it was made from."""
     from slurm.commands.command_line import print_json
-    from slurm.record.record_view import as_text, as_values, find_task
+    from slurm.record.record_view import as_text, as_values
+    from slurm.record.run_reference import find
     from slurm.watching.job_listing import standing_of
 
-    run, task = find_task(reference, load_site().runs)
+    run, task = find(reference, load_site().runs)
     standing = standing_of(run)
     if as_json:
         print_json(as_values(run, standing, task=task))
@@ -48,20 +48,26 @@ def show(
 
 def logs(
     reference: TaskArgument,
-    task: Annotated[int | None, typer.Option(help="Of a run that is divided: which task.", show_default="0")] = None,
+    task: Annotated[int | None, typer.Option(help="Of a run that is divided: which task.", show_default="0", min=0)] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the task ends.")] = False,
-    lines: Annotated[int | None, typer.Option("--lines", "-n", help="Only so many last lines.")] = None,
+    lines: Annotated[int | None, typer.Option("--lines", "-n", help="Only so many last lines.", min=0)] = None,
 ) -> None:
     """Print what a run's task printed, all attempts in order."""
-    from slurm.record.record_view import find_task
+    from slurm.record.run_reference import find
 
-    run, named = find_task(reference, load_site().runs)
-    task = task if task is not None else named or 0
-    if not 0 <= task < run.num_tasks:
+    run, named = find(reference, load_site().runs)
+    if named is not None and task is not None:
+        raise typer.BadParameter(f"{reference} names task {named} already; leave --task out")
+    if task is not None and task >= run.num_tasks:
         raise UserError(f"{run.reference} has tasks 0 to {run.num_tasks - 1}, not {task}")
+    if named is None and task is None and run.num_tasks > 1:
+        print(f"task 0 of {run.reference}, which has {run.num_tasks}; --task chooses another", file=sys.stderr)
+    task = named if named is not None else task or 0
     offsets: dict[Path, int] = {}
     text = _news(run, task, offsets, follow=follow)
-    print("\n".join(text.removesuffix("\n").split("\n")[-lines:]) + "\n" if lines and text else text, end="", flush=True)
+    if lines is not None:
+        text = "".join(line + "\n" for line in text.removesuffix("\n").split("\n")[-lines:] if lines and text)
+    print(text, end="", flush=True)
     while follow and run.task_state(task) in ("queued", "running"):
         time.sleep(POLL_SECONDS)
         print(_news(run, task, offsets, follow=True), end="", flush=True)
@@ -83,17 +89,20 @@ def _news(run: Any, task: int, offsets: dict[Path, int], *, follow: bool = False
     return text
 
 
-def compare(first: RunArgument, second: RunArgument, as_json: JsonOption = False) -> None:
-    """Show what differs between two runs: settings, code, environment, inputs, results."""
+def compare(first: TaskArgument, second: TaskArgument, as_json: JsonOption = False) -> None:
+    """Show what differs between two runs, or tasks: settings, code, environment, inputs, results."""
     from slurm.commands.command_line import print_json
     from slurm.record.comparison import as_text, compare_runs
-    from slurm.record.run_directory import find
+    from slurm.record.run_reference import find
 
     runs = load_site().runs
     one, other = find(first, runs), find(second, runs)
+    if one == other:
+        raise UserError(f"{first} and {second} both name {one.reference}; name two runs, or two tasks, such as {one.run.reference}/tasks/0")
     differences = compare_runs(one, other)
     if as_json:
-        print_json({"first": str(one.path), "second": str(other.path), "differences": differences})
+        paths = [str(named.run.path if named.task is None else named.run.task_directory(named.task)) for named in (one, other)]
+        print_json({"first": paths[0], "second": paths[1], "differences": differences})
         return
     print(as_text(one, other, differences))
 

@@ -15,7 +15,7 @@ from pipeline.config.stage import StageConfig
 from slurm.record.printable import print
 
 if TYPE_CHECKING:
-    from slurm.record.run_directory import RunDirectory
+    from slurm.record.run_reference import Named
     from slurm.submission.freezing import Planned
 
 
@@ -47,6 +47,8 @@ def run(
     from slurm.submission.freezing import Freezer
 
     site = load_site()
+    if others := [argument for argument in changes or [] if "=" not in argument]:
+        raise UserError(f"`run` takes one configuration, and {others[0]} is another; for a chain: `crosscoder submit --executor debug`")
     parsed = parse_configs([config, *(changes or [])], site)
     input_preflight.check(parsed, site.runs)
     planned = Freezer(site, executor="run").plan(parsed, again=True)
@@ -55,11 +57,15 @@ def run(
 
 def submit(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="CONFIG... [KEY=VALUE...]", help="Configurations, then changes.")] = None,
-    executor: Annotated[Executor, typer.Option(help="slurm; local: a process of its own; debug: this process.")] = Executor.slurm,
+    executor: Annotated[
+        Executor | None, typer.Option(help="slurm; local: a process of its own; debug: this process.", show_default="slurm")
+    ] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
-    node: Annotated[str | None, typer.Option(help="Run on this node and no other.")] = None,
-    after: Annotated[list[str] | None, typer.Option(help="A run to wait for.")] = None,
-    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run: queue again what of it has not finished.")] = None,
+    node: Annotated[str | None, typer.Option(help="Run on this node and no other, in Slurm.")] = None,
+    after: Annotated[list[str] | None, typer.Option(metavar="RUN", help="A run to wait for; may be given several times.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Go on with a run, or one task of it: queue again what has not finished.")
+    ] = None,
     again: Annotated[bool, typer.Option("--again", help="Run stages whose output is there already, too.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be queued, and what differs from the last run.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -70,25 +76,27 @@ def submit(
     """
     from slurm.execution import waves
     from slurm.record.activity import one_submission_at_a_time
-    from slurm.record.run_directory import find
-    from slurm.submission import chain_order, input_preflight, model_preflight, resuming
+    from slurm.record.run_reference import find
+    from slurm.submission import chain_order, input_preflight, model_preflight
     from slurm.submission.foreground import run_here
     from slurm.submission.freezing import Freezer, outputs_of
 
-    site = load_site()
     if resume is not None:
-        if arguments:
-            raise typer.BadParameter("--resume takes the run as it is: give no configuration with it")
-        resuming.resume(find(resume, site.runs), site)
+        others = {"a configuration": arguments, "--executor": executor, "--partition": partition, "--node": node, "--after": after}
+        if given := [name for name, value in (others | {"--again": again}).items() if value]:
+            raise typer.BadParameter(f"--resume goes on with the run as it was frozen: give it without {', '.join(given)}")
+        _resume(resume, dry_run=dry_run, as_json=as_json)
         return
     if not arguments:
         raise typer.BadParameter("name a configuration, for example configs/demo/train.yaml")
-    chosen = {"partition": partition, "node": node}
+    executor, chosen = executor or Executor.slurm, {"partition": partition, "node": node}
+    _check_executor(executor, chosen | {"after": after}, prints_json=as_json and not dry_run)
+    site = load_site()
     given = [f"resources.{key}={value}" for key, value in chosen.items() if value is not None]
     parsed, moved = chain_order.in_order(parse_configs([*arguments, *given], site), site.runs)
     if moved:
         print("\n".join(moved), file=sys.stderr)
-    parents = [find(reference, site.runs) for reference in after or []]
+    parents = [find(reference, site.runs).whole("--after") for reference in dict.fromkeys(after or [])]
     input_preflight.check(parsed, site.runs, [path for run in parents for path in (*outputs_of(run), run.path, run.path.parent)])
     for notice in model_preflight.notices([config for _, config in parsed]):
         print(notice, file=sys.stderr)
@@ -105,6 +113,38 @@ def submit(
         run_here(planned)
 
 
+def _check_executor(executor: Executor, given: dict[str, Any], *, prints_json: bool) -> None:
+    """Refuses the options in `given` that `executor` would not heed, and JSON among what a stage prints."""
+    unheeded = {Executor.slurm: (), Executor.local: ("partition", "node"), Executor.debug: ("partition", "node", "after")}[executor]
+    if names := [f"--{name}" for name in unheeded if given[name]]:
+        why = "works here and now" if executor is Executor.debug else "works on this machine"
+        raise typer.BadParameter(f"--executor {executor.value} {why}: give it without {', '.join(names)}")
+    if prints_json and executor is Executor.debug:
+        raise typer.BadParameter("--executor debug prints what its stages print: give it without --json")
+
+
+def _resume(reference: str, *, dry_run: bool, as_json: bool) -> None:
+    from slurm.commands.command_line import print_json
+    from slurm.record.activity import one_submission_at_a_time
+    from slurm.record.run_reference import find
+    from slurm.submission import dry_run as dry_runs
+    from slurm.submission import resuming
+
+    site = load_site()
+    named = find(reference, site.runs)
+    if dry_run:
+        with one_submission_at_a_time(site.runs):
+            planned = resuming.plan(named, site)
+        row = dry_runs.describe_again(*planned)
+        lines = dry_runs.again_as_lines(row)
+    else:
+        if as_json and named.run.job()["executor"] in ("run", "debug"):
+            raise typer.BadParameter(f"{named.run.reference} goes on at this terminal, and prints what its stage prints: leave --json out")
+        row = resuming.resume(named, site)
+        lines = resuming.as_lines(row)
+    print_json([row]) if as_json else print("\n".join(lines), flush=True)
+
+
 def rerun(
     reference: Annotated[str, typer.Argument(metavar="RUN", help="A run: path, stage/name, id or job id.")],
     changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to its configuration.")] = None,
@@ -113,19 +153,22 @@ def rerun(
 ) -> None:
     """Run a run again from its frozen code and configuration, as a new run; the same hardware gives the same bytes."""
     from slurm.record.activity import one_submission_at_a_time
-    from slurm.record.run_directory import find
+    from slurm.record.run_reference import Named, find
     from slurm.submission import resuming
     from slurm.submission.freezing import Planned
 
     site = load_site()
-    origin = find(reference, site.runs)
+    named = find(reference, site.runs)
+    if named.task is not None and named.run.stage == "sweep":
+        raise UserError(f"{named.reference} is one task; `crosscoder submit {named.record.path}/config.yaml` makes a run of its own of it")
+    origin = named.whole("rerun")
     name = executor.value if executor else origin.job()["executor"]
     if not dry_run:
         resuming.rerun(origin, changes or [], name, site)
         return
     with one_submission_at_a_time(site.runs):
         run = resuming.freeze_again(origin, changes or [], name, site)
-        show_dry_run([Planned(run.config(), run, None, [])], site, against=origin)
+        show_dry_run([Planned(run.config(), run, None, [])], site, against=Named(origin))
 
 
 # -- configurations -----------------------------------------------------------------------------------------------
@@ -222,7 +265,7 @@ def _print_row(row: dict[str, Any]) -> None:
 
 
 def show_dry_run(
-    planned: "Sequence[Planned]", site: Site, *, against: "RunDirectory | None" = None, as_json: bool = False, heading: Sequence[str] = ()
+    planned: "Sequence[Planned]", site: Site, *, against: "Named | None" = None, as_json: bool = False, heading: Sequence[str] = ()
 ) -> None:
     """Prints what would be queued, what differs from the last run of its name and the sbatch scripts, then deletes the plan.
 

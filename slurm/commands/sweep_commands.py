@@ -81,11 +81,11 @@ def results(
 ) -> None:
     """Collect a sweep's results as far as they are there, best first: a table, results.csv and results.png."""
     from slurm.commands.command_line import print_json, print_lines, terminal_width
-    from slurm.record.run_directory import find
+    from slurm.record.run_reference import find
     from slurm.submission import sweep_results
     from slurm.watching import job_listing, sweep_figure, sweep_table
 
-    run = find(reference, load_site().runs)
+    run = find(reference, load_site().runs).whole("results")
     rows = sweep_results.gather(run, {task: state for task, (state, _) in job_listing.standing_of(run).items()})
     values = run.config_values()
     metric, maximize, wished = values["metric"], values["maximize"], values.get("columns", [])

@@ -27,7 +27,8 @@ def register(app: typer.Typer) -> None:
 
 def jobs(
     wanted: Annotated[
-        list[str] | None, typer.Argument(metavar="WORD", help="Only these: a stage, a name, stage/name, an id, or a job id.")
+        list[str] | None,
+        typer.Argument(metavar="WORD", help="Only these: a stage, a name, stage/name, an id, a job id, or 1042_3."),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All that ever ended too, not only the newest.")] = False,
     as_json: AsJson = False,
@@ -50,7 +51,7 @@ def jobs(
 
 
 def watch(
-    run: Annotated[str | None, typer.Argument(metavar="RUN", help="Show the last lines of this run's log too.")] = None,
+    run: Annotated[str | None, typer.Argument(metavar="RUN", help="Show the last lines of the log of this run, or task, too.")] = None,
     interval: Annotated[float, typer.Option(min=1.0, help="Seconds between two looks; one squeue each.")] = 5.0,
 ) -> None:
     """My jobs, refreshed, and the last lines of a log. q or Ctrl-C ends it; the jobs go on."""

@@ -1,10 +1,11 @@
-"""What differs between two runs: settings, code, environment, inputs, results, and, apart from those, speed."""
+"""What differs between two runs, or tasks: settings, code, environment, inputs, results, and, apart from those, speed."""
 
 import re
 from typing import Any
 
 from pipeline import records
 from slurm.record.run_directory import RunDirectory
+from slurm.record.run_reference import Named
 from slurm.record.text_table import figure
 
 Row = dict[str, Any]
@@ -20,14 +21,14 @@ IDENTITIES = ("data_id", "content", "made_by")
 HASH = re.compile(r"[0-9a-f]{32,}")
 
 
-def compare_runs(first: RunDirectory, second: RunDirectory) -> Differences:
+def compare_runs(first: Named, second: Named) -> Differences:
     """By place, a row for each thing that differs: its name and its value in either run (None: it has none)."""
     results = _result_rows(first, second)
     return {
-        "config": _differing(flatten(first.config_values()), flatten(second.config_values())),
-        "code": _code(first, second),
-        "environment": _environment(first, second),
-        "inputs": _input_rows(first.inputs(), second.inputs()),
+        "config": _differing(flatten(first.record.config_values()), flatten(second.record.config_values())),
+        "code": _code(first.run, second.run),
+        "environment": _environment(first.run, second.run),
+        "inputs": _input_rows(first.record.inputs(), second.record.inputs()),
         "results": [row for row in results if not is_speed(row["name"])],
         "speed": [row for row in results if is_speed(row["name"])],
     }
@@ -47,7 +48,7 @@ def phrases(differences: Differences) -> list[str]:
     ]
 
 
-def as_text(first: RunDirectory, second: RunDirectory, differences: Differences) -> str:
+def as_text(first: Named, second: Named, differences: Differences) -> str:
     """The differences for a terminal, by place."""
     lines = [f"{first.reference} -> {second.reference}"]
     for place in PLACES:
@@ -61,7 +62,7 @@ def as_text(first: RunDirectory, second: RunDirectory, differences: Differences)
         lines += ["", heading, *(f"  {row[0]:<{name}}  {row[1]:<{value}}  -> {row[2]}" for row in cut)]
         if place == "code":
             left = f"{len(texts) - len(cut)} more; " if len(texts) > len(cut) else ""
-            lines.append(f"  {left}diff -r {first.code} {second.code}")
+            lines.append(f"  {left}diff -r {first.run.code} {second.run.code}")
     same = [place for place in ("config", "code", "environment", "inputs", "results") if not differences[place]]
     return "\n".join([*lines, "", f"the same: {', '.join(same)}"] if same else lines)
 
@@ -124,20 +125,24 @@ def _identity(entry: dict[str, Any]) -> Any:
     return next((entry[key] for key in IDENTITIES if entry.get(key)), None)
 
 
-def _result_rows(first: RunDirectory, second: RunDirectory) -> list[Row]:
+def _result_rows(first: Named, second: Named) -> list[Row]:
     """Of a run that has no result yet only its state, not each number that it lacks; nothing of one that was never submitted."""
     one, other = _results(first), _results(second)
     if one and other:
         return _differing(one, other)
-    states = first.state(), second.state()
+    states = _state(first), _state(second)
     return [{"name": "state", "first": states[0], "second": states[1]}] if (one or other) and "new" not in states else []
 
 
-def _results(run: RunDirectory) -> dict[str, Any]:
+def _state(named: Named) -> str:
+    return named.run.state() if named.task is None else named.run.task_state(named.task)
+
+
+def _results(named: Named) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for task in range(run.num_tasks):
-        result = run.result(task)
+    for task in named.tasks:
+        result = named.run.result(task)
         if result is not None:
-            prefix = f"{task}." if run.num_tasks > 1 else ""
+            prefix = f"{task}." if len(named.tasks) > 1 else ""
             flat |= flatten({prefix + "status": result["status"], **{prefix + k: v for k, v in (result["result"] or {}).items()}})
     return flat

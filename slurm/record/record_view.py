@@ -9,7 +9,6 @@ from pipeline import records
 from pipeline.config import load, yaml_file
 from pipeline.config.errors import UserError
 from pipeline.run import duration, quantity
-from slurm.record import run_directory
 from slurm.record.comparison import flatten, is_speed, shown
 from slurm.record.run_directory import Json, RunDirectory
 
@@ -20,21 +19,6 @@ MOST_ATTEMPTS = 6
 
 Standing = tuple[str, str]
 """A task's state and why, as `crosscoder jobs` says them."""
-
-
-def find_task(reference: str, runs: Path) -> tuple[RunDirectory, int | None]:
-    """The run that `reference` names, and the task where it names one alone (`1042_3`, `RUN/tasks/3`), else None."""
-    name, _, number = reference.rstrip("/").rpartition("/tasks/")
-    if name and number.isdigit():
-        run = run_directory.find(name, runs)
-        if int(number) >= run.num_tasks:
-            raise UserError(f"{run.reference} has tasks 0 to {run.num_tasks - 1}, not {number}")
-        return run, int(number)
-    run = run_directory.find(reference, runs)
-    array, _, position = reference.partition("_")
-    tasks: list[int] = next((entry["tasks"] for entry in reversed(run.job()["jobs"]) if str(entry["id"]) == array), [])
-    is_one = position.isdigit() and int(position) < len(tasks) and run.num_tasks > 1
-    return run, tasks[int(position)] if is_one else None
 
 
 def as_values(run: RunDirectory, standing: Mapping[int, Standing] | None = None, *, task: int | None = None) -> Json:

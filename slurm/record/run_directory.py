@@ -1,4 +1,4 @@
-"""A run directory: the complete record of one run, found again by path, by `stage/name`, by id or by job id.
+"""A run directory: the complete record of one run (see `slurm.record.run_reference` for the names that it is found by).
 
     runs/train/demo/20261123-091530-k3f9/
       config.yaml        the resolved configuration; what the job reads
@@ -47,14 +47,12 @@ returned. One that was stopped has `next` too, what becomes of it; one that fini
 killed leaves none: its lock, or the queue, tells.
 """
 
-import difflib
 import json
 import os
 import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +91,8 @@ class RunDirectory:
 
     @property
     def reference(self) -> str:
-        """`stage/name/id`: short, unique, and what every command accepts."""
-        return "/".join(self.path.parts[-3:])
+        """`stage/name/id`, of a task's own directory `stage/name/id/tasks/3`: short, unique, and what every command accepts."""
+        return "/".join(self.path.parts[-5 if self.path.parent.name == "tasks" else -3 :])
 
     def __repr__(self) -> str:
         return f"RunDirectory({str(self.path)!r})"
@@ -295,7 +293,7 @@ def read_result(path: Path) -> Json | None:
     return result
 
 
-# -- creating, finding, listing ---------------------------------------------------------------------------------------
+# -- creating, listing ------------------------------------------------------------------------------------------------
 
 
 def new_id(now: float | None = None) -> str:
@@ -335,58 +333,6 @@ def has_record(run: RunDirectory) -> bool:
         _named_as_damaged.add(run.path)
         return False
     return True
-
-
-def find(reference: str, runs: Path) -> RunDirectory:
-    """The run that `reference` names: a path, `stage/name` (its newest run), `stage/name/id`, an id or its end, or a job id.
-
-    Raises `UserError` when there is none, or when several fit.
-    """
-    path = Path(reference).expanduser()
-    if (path / "job.json").exists():
-        if path.absolute().parent.name == "tasks":
-            whole = RunDirectory(path.absolute().parents[1]).reference
-            raise UserError(f"{reference} is one task of {whole}, which `crosscoder show` and `logs` take alone; here name the whole run")
-        run = RunDirectory(path)
-        run.check_record()
-        return run
-    parts = [part for part in reference.strip("/").split("/") if part]
-    found = [] if path.is_absolute() else list(_matching(parts, runs))
-    if not found and path.absolute().is_relative_to(runs):
-        parts = list(path.absolute().relative_to(runs).parts)
-        found = list(_matching(parts, runs))
-    if not found:
-        known = sorted({"/".join(run.path.parts[-3:-1]) for run in list_runs(runs)})
-        near = difflib.get_close_matches("/".join(parts[:2]), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"runs there: {', '.join(known[:20]) or 'none'}"
-        raise UserError(f"no run is called {reference!r} under {runs}; {hint}")
-    if len(parts) == 1 and len(found) > 1:
-        raise UserError(f"{reference!r} fits {len(found)} runs: {', '.join(run.reference for run in found[-5:])}; name one")
-    at_once = [run for run in found if run.id[:15] == found[-1].id[:15]]  # ids of one second are in no order
-    return max(at_once, key=lambda run: run.submitted) if len(at_once) > 1 else found[-1]
-
-
-def _matching(parts: list[str], runs: Path) -> Iterator[RunDirectory]:
-    if any(re.search(r"[*?\[]", part) for part in parts) or not 1 <= len(parts) <= 3:
-        return
-    if len(parts) == 1:
-        yield from (run for run in list_runs(runs) if _ends_so(run, parts[0]) or has_job(run, parts[0]))
-        return
-    yield from (run for run in list_runs(runs, parts[0], parts[1]) if len(parts) == 2 or _ends_so(run, parts[2]))
-
-
-def _ends_so(run: RunDirectory, part: str) -> bool:
-    """Whether `part` is the run's id or its end, of four letters at least: `7` is a job, not every run whose id ends so."""
-    return len(part) >= 4 and run.id.endswith(part)
-
-
-def has_job(run: RunDirectory, job_id: str) -> bool:
-    """Whether the run was submitted as the job `job_id` (`1042`, or `1042_3` for one task of an array)."""
-    array, underscore, position = job_id.partition("_")
-    return array.isdigit() and any(
-        str(entry["id"]) == array and (not underscore or (position.isdigit() and int(position) < len(entry["tasks"])))
-        for entry in run.job()["jobs"]
-    )
 
 
 def directory_in(comment: str) -> Path | None:

@@ -34,6 +34,7 @@ from pipeline.config.language_model import LanguageModelConfig
 from pipeline.config.pretrained import Pretrained, pretrained_in
 from pipeline.config.stage import StageConfig
 from pipeline.model_files import HashFile
+from slurm.record.run_directory import RunDirectory
 
 Entry = dict[str, Any]
 
@@ -87,7 +88,7 @@ def describe(path: Path) -> Entry:
     if (path / records.MANIFEST).exists():
         return {"path": str(path), "kind": "data set", "data_id": records.read_manifest(path)["data_id"]}
     if (path / "job.json").exists():
-        return {"path": str(path), "kind": "run", "run": "/".join(path.parts[-3:]), "content": _run_content(path)}
+        return {"path": str(path), "kind": "run", "run": RunDirectory(path).reference, "content": _run_content(path)}
     if (path / records.RECIPE).exists():
         raise UserError(f"{path} has no {records.MANIFEST}: it is not a finished data set; run the stage that makes it again, it resumes")
     if not path.exists() and any(letter in str(path) for letter in "*?["):

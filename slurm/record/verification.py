@@ -6,7 +6,8 @@ from pathlib import Path
 from pipeline import records
 from pipeline.config.errors import UserError
 from slurm.record import run_inputs, seal, snapshot
-from slurm.record.run_directory import RunDirectory, find
+from slurm.record.run_directory import RunDirectory
+from slurm.record.run_reference import find
 
 
 def verify(reference: str, runs: Path) -> tuple[list[str], list[str]]:
@@ -22,7 +23,7 @@ def verify(reference: str, runs: Path) -> tuple[list[str], list[str]]:
         if not path.is_relative_to(runs):
             raise UserError(f"{path} is neither a finished data set ({records.MANIFEST}) nor a run (job.json); {_contents(path)}")
     try:
-        run = find(reference, runs)
+        run = find(reference, runs).whole("verify")
     except UserError:
         if path.exists() or path.is_relative_to(runs) or "/" not in reference.strip("/") or not path.parent.is_dir():
             raise

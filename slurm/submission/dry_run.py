@@ -1,20 +1,25 @@
-"""What would be queued, looked at before it is: a summary of each run, what differs from the last one of its name, its sbatch script."""
+"""What would be queued, looked at before it is: a summary of each run, what differs from the last one of its name, its sbatch script.
+
+And what would be queued again of a run that is resumed: which tasks, with which resources, by which script.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from slurm.client import submit_limits
+from slurm.client.slurm_values import ranges
 from slurm.execution import slurm_job
 from slurm.record.comparison import compare_runs, phrases
 from slurm.record.run_directory import RunDirectory, list_runs
+from slurm.record.run_reference import Named
 from slurm.record.text_table import number_of
 from slurm.submission.freezing import Planned, outputs_of
 
 Row = dict[str, Any]
 
 
-def describe(planned: Sequence[Planned], runs: Path, *, against: RunDirectory | None = None) -> list[Row]:
+def describe(planned: Sequence[Planned], runs: Path, *, against: Named | None = None) -> list[Row]:
     """A row for each frozen or skipped configuration, as JSON values.
 
     against : compare with this run instead of the last one of the same name.
@@ -23,13 +28,13 @@ def describe(planned: Sequence[Planned], runs: Path, *, against: RunDirectory | 
     return [_describe(item, own, runs, against) for item in planned]
 
 
-def _describe(item: Planned, own: Sequence[RunDirectory], runs: Path, against: RunDirectory | None) -> Row:
+def _describe(item: Planned, own: Sequence[RunDirectory], runs: Path, against: Named | None) -> Row:
     if item.run is None:
         return {"stage": item.config.stage, "name": item.config.name, "skipped": item.skipped}
     job, is_slurm = item.run.job(), item.run.job()["executor"] == "slurm"
     earlier = [run for run in list_runs(runs, job["stage"], job["name"]) if run not in own]
-    before = against or (earlier[-1] if earlier else None)
-    differences = compare_runs(before, item.run) | {"results": [], "speed": []} if before is not None else {}  # it has none yet
+    before = against or (Named(earlier[-1]) if earlier else None)
+    differences = compare_runs(before, Named(item.run)) | {"results": [], "speed": []} if before is not None else {}  # it has none yet
     return {
         "stage": job["stage"],
         "name": job["name"],
@@ -43,6 +48,38 @@ def _describe(item: Planned, own: Sequence[RunDirectory], runs: Path, against: R
         "differences": {place: rows for place, rows in differences.items() if rows},
         "sbatch": slurm_job.submission_text(item.run) if is_slurm else None,
     }
+
+
+def describe_again(run: RunDirectory, tasks: Sequence[int], behind: Sequence[RunDirectory]) -> Row:
+    """The row of a run of which `tasks` would be queued again, as JSON values; `behind` needs it and is to be resumed after it."""
+    job, is_slurm = run.job(), run.job()["executor"] == "slurm"
+    return {
+        "stage": job["stage"],
+        "name": job["name"],
+        "run": str(run.path),
+        "executor": job["executor"],
+        "tasks": list(tasks),
+        "num_tasks": job["num_tasks"],
+        "resources": job["resources"],
+        "waits_for": [parent.reference for parent in map(RunDirectory, map(Path, job["after"])) if parent.state() != "finished"],
+        "sbatch": slurm_job.submission_text(run) if is_slurm else None,
+        "resume_next": [other.reference for other in behind],
+    }
+
+
+def again_as_lines(row: Row) -> list[str]:
+    """The same for a terminal."""
+    reference, tasks = RunDirectory(Path(row["run"])).reference, row["tasks"]
+    which = f"task{'s' if len(tasks) > 1 else ''} {ranges(tasks)} of {row['num_tasks']}" if row["num_tasks"] > 1 else "it"
+    waits = f"; waits for {', '.join(row['waits_for'])}" if row["waits_for"] else ""
+    lines = [f"{reference}: {which} would go on: {_asked(row | {'tasks': len(tasks)})}{waits}", *resume_next(row)]
+    return lines + (["", f"the sbatch script of {_name(row)}:", row["sbatch"].rstrip()] if row["sbatch"] is not None else [])
+
+
+def resume_next(row: Row) -> list[str]:
+    """What to resume after the run of the row, in that order; nothing where nothing waits for it."""
+    commands = [f"  crosscoder submit --resume {reference}" for reference in row["resume_next"]]
+    return ["what needs it did not run; resume that too, in this order:", *commands] if commands else []
 
 
 def _limit(job: Row) -> str | None:

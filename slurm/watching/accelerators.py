@@ -9,11 +9,11 @@ from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
 from slurm.client import slurm_commands, slurm_queries
 from slurm.client.node_output import Node
+from slurm.client.slurm_values import ranges
 from slurm.cluster import hardware
 from slurm.cluster.hardware import NvidiaGpu
 from slurm.record.text_table import Column, lay_out
 from slurm.watching import machines
-from slurm.watching.jobs import ranges
 from slurm.watching.machines import Machine
 
 # GB as NVIDIA counts them, 2**30 bytes (an H200 of 141 GB shows 143,771 MiB). Only types that come in one size: an a100 or

@@ -14,6 +14,7 @@ from slurm.client.job_output import Job
 from slurm.cluster.configuration import CLUSTER_NAME
 from slurm.record import activity, backlog, holder, run_directory
 from slurm.record.run_directory import RunDirectory, directory_in
+from slurm.record.run_reference import TASK_OF_JOB, TASK_OF_RUN, has_job
 from slurm.watching import jobs
 from slurm.watching.jobs import Row, Task
 
@@ -46,7 +47,7 @@ def gather(site: Site, *, wanted: Sequence[str] = (), everything: bool = False, 
     queue = None if is_stopped and os.environ.get("SLURM_CONF") else slurm_queries.my_jobs_if_any()
     runs, num_older = _runs(site.runs, queue or [], wanted, everything or bool(wanted))
     is_served = bool(backlog.queued_jobs(site.runs, queue or []))
-    tasks = [task for run in runs for task in read_tasks(run, is_stopped=is_stopped, is_served=is_served)]
+    tasks = [task for run in runs for task in _wanted_tasks(run, wanted, is_stopped=is_stopped, is_served=is_served)]
     if wanted and queue is not None:
         own = {task.job_id for task in tasks}
         queue = [job for job in queue if job.id in own or is_wanted(wanted, job=job.id, name=job.name)]
@@ -60,16 +61,34 @@ def _runs(root: Path, queue: Iterable[Job], wanted: Sequence[str], everything: b
     since = run_directory.new_id(time.time() - REMEMBERED_DAYS * 86400)
     known = set(run_directory.list_runs(root))
     queued = {RunDirectory(path) for job in queue if (path := directory_in(job.comment)) and (path / "job.json").exists()}
-    runs = {run for run in known | queued if not wanted or _is_wanted_run(run, wanted)}
+    runs = {run for run in known | queued if _is_wanted_run(run, wanted)}
     recent = {run for run in runs if everything or run.id >= since or run in queued}
     return sorted(recent, key=lambda run: run.submitted), len(runs) - len(recent)  # ids of one second are in no order
 
 
 def _is_wanted_run(run: RunDirectory, wanted: Sequence[str]) -> bool:
+    chosen = _chosen_tasks(run, wanted)
+    return chosen is None or bool(chosen)
+
+
+def _wanted_tasks(run: RunDirectory, wanted: Sequence[str], *, is_stopped: bool, is_served: bool) -> list[Task]:
+    chosen = _chosen_tasks(run, wanted)
+    return [task for task in read_tasks(run, is_stopped=is_stopped, is_served=is_served) if chosen is None or task.task in chosen]
+
+
+def _chosen_tasks(run: RunDirectory, wanted: Sequence[str]) -> set[int] | None:
+    """The tasks that the words name one by one; None where one of them names the whole run, or there are none."""
     stage, name, identity = run.path.parts[-3:]
-    if is_wanted(wanted, stage=stage, name=name, identity=identity):
-        return True
-    return any(word[:1].isdigit() and run_directory.has_job(run, word) for word in wanted)
+    chosen = set[int]()
+    for word in wanted:
+        if (of_job := TASK_OF_JOB.fullmatch(word)) and has_job(run, word):
+            entry = next(entry for entry in reversed(run.job()["jobs"]) if str(entry["id"]) == of_job[1])
+            chosen |= set(entry["tasks"][int(of_job[2]) :][:1])
+        elif (of_run := TASK_OF_RUN.fullmatch(word)) and is_wanted([of_run[1]], stage=stage, name=name, identity=identity):
+            chosen.add(int(of_run[2]))
+        elif is_wanted([word], stage=stage, name=name, identity=identity) or has_job(run, word):
+            return None
+    return chosen if wanted else None
 
 
 def standing_of(run: RunDirectory) -> dict[int, tuple[str, str]]:

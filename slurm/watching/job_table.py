@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.config.load import STAGES
 from pipeline.run import duration, quantity
+from slurm.client.slurm_values import ranges
 from slurm.record.text_table import Column, lay_out
 from slurm.watching import jobs
 from slurm.watching.jobs import ACTIVE, Row
@@ -49,15 +50,15 @@ class Line(NamedTuple):
             return ids[0]
         if len(arrays) > 1 or not all(job.partition("_")[2].isdigit() for job in ids):
             return ",".join(arrays) if len(",".join(arrays)) <= LONGEST_RANGES else f"{arrays[0]},..."
-        ranges = jobs.ranges([int(job.partition("_")[2]) for job in ids])
-        return f"{arrays[0]}_[{ranges}]" if len(ranges) <= LONGEST_RANGES else arrays[0]
+        text = ranges([int(job.partition("_")[2]) for job in ids])
+        return f"{arrays[0]}_[{text}]" if len(text) <= LONGEST_RANGES else arrays[0]
 
     @property
     def tasks(self) -> str:
         """The tasks' numbers where `job` does not name them."""
         if len(self.rows) == 1 or "[" in self.job:
             return ""
-        return "tasks " + jobs.ranges([row.task for row in self.rows if row.task is not None])
+        return "tasks " + ranges([row.task for row in self.rows if row.task is not None])
 
 
 def fold(rows: Sequence[Row]) -> list[Line]:

@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pipeline.config.errors import UserError
 from pipeline.run import duration
 from slurm.client import job_reasons, slurm_commands
 from slurm.client.job_output import Job
@@ -331,28 +330,3 @@ def _warning(job: Job | None, beat: dict[str, Any], ends: float | None, now: flo
 def _first_line(error: Any) -> str:
     lines = [line for line in str(error or "").strip().splitlines() if line.strip()]
     return lines[-1].strip() if lines else ""
-
-
-# -- tasks of an array ------------------------------------------------------------------------------------------------
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Numbers as Slurm writes them: `0-3,7`."""
-    spans: list[list[int]] = []
-    for number in sorted(numbers):
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-
-
-def parse_ranges(text: str) -> list[int]:
-    """The numbers of `3`, `[1-3,7]` or `[1-3,7%2]`."""
-    numbers: list[int] = []
-    for part in text.strip("[]").partition("%")[0].split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise UserError(f"{text!r} does not name tasks of an array; write 3, or [1-3,7]")
-        numbers += range(int(first), int(last or first) + 1)
-    return numbers

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from slurm.client.slurm_values import ranges
 from slurm.record.comparison import is_speed
 from slurm.record.run_directory import Json
 from slurm.record.text_table import Column, Layout, figure, lay_out
 from slurm.submission.sweep_results import columns, is_number, short_names
-from slurm.watching.jobs import ranges
 
 MOST_OTHERS = 3
 """Of results that nobody asked for, shown where the sweep's file names no columns; results.csv has them all."""

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import Site
-from slurm.record import run_directory
 from slurm.record.printable import cleaned, last_form
-from slurm.record.run_directory import RunDirectory
+from slurm.record.run_reference import Named, find
 from slurm.watching import job_listing, job_table
 from slurm.watching.job_listing import Gathered
 from slurm.watching.keyboard import Keyboard
@@ -59,14 +58,14 @@ class Looker:
 
 
 def watch(site: Site, reference: str | None, *, interval_s: float, looks: int | None = None, keyboard: Keyboard | None = None) -> None:
-    """Shows the jobs, looked at every `interval_s`, until q or Ctrl-C, or `looks` times; `reference` names a run whose log is shown too.
+    """Shows the jobs, looked at every `interval_s`, until q or Ctrl-C, or `looks` times; `reference` names what has its log shown.
 
     A queue that does not answer is said so above the last table, and asked again at the next interval.
     """
     from rich.console import Console, Group
     from rich.live import Live
 
-    run = run_directory.find(reference, site.runs) if reference is not None else None
+    named = find(reference, site.runs) if reference is not None else None
     if sys.stdout.isatty():
         for variable in ("LINES", "COLUMNS"):  # a size that a shell exported would hold, whatever size the terminal gets
             os.environ.pop(variable, None)
@@ -85,15 +84,15 @@ def watch(site: Site, reference: str | None, *, interval_s: float, looks: int | 
                 state = (console.size, looker.seen, looker.trouble, int(now))
                 if is_last or (console.is_terminal and state != drawn):
                     drawn, (width, height) = state, console.size
-                    live.update(Group(*view(looker, run, width=width, height=height, interval_s=interval_s)), refresh=True)
+                    live.update(Group(*view(looker, named, width=width, height=height, interval_s=interval_s)), refresh=True)
                 if is_last or keys.next(0.05 if looker.is_busy else KEY_WAIT_S) in QUIT_KEYS:
                     return
         except KeyboardInterrupt:
             return
 
 
-def view(looker: Looker, run: RunDirectory | None, *, width: int, height: int, interval_s: float, now: float | None = None) -> "list[Text]":
-    """The lines on the screen, at most `height` of at most `width`: the time, the table, the end of the run's liveliest log."""
+def view(looker: Looker, named: Named | None, *, width: int, height: int, interval_s: float, now: float | None = None) -> "list[Text]":
+    """The lines on the screen, at most `height` of at most `width`: the time, the table, the end of the liveliest log of what is named."""
     from rich.text import Text
 
     now = time.time() if now is None else now
@@ -104,7 +103,7 @@ def view(looker: Looker, run: RunDirectory | None, *, width: int, height: int, i
         lines.append(Text(f"no answer{since}, asking on: {looker.trouble}", style="red"))
     elif looker.gathered is None:
         lines.append(Text("asking Slurm ...", style="dim"))
-    log = _log_lines(run, min(LOG_LINES, height // 3)) if run is not None else []
+    log = _log_lines(named, min(LOG_LINES, height // 3)) if named is not None else []
     if looker.gathered is not None:
         room = max(2, height - len(lines) - 1 - (len(log) + 1 if log else 0))
         table = job_table.table(looker.gathered.rows(now), now=now, width=width, num_older=looker.gathered.num_older, max_lines=room)
@@ -119,14 +118,14 @@ def view(looker: Looker, run: RunDirectory | None, *, width: int, height: int, i
     return lines[:height]
 
 
-def _log_lines(run: RunDirectory, count: int) -> list[str]:
-    path = newest_log(run)
-    return [str(path), *last_lines(path, count)] if path else [f"{run.reference} has printed nothing yet"]
+def _log_lines(named: Named, count: int) -> list[str]:
+    path = newest_log(named)
+    return [str(path), *last_lines(path, count)] if path else [f"{named.reference} has printed nothing yet"]
 
 
-def newest_log(run: RunDirectory) -> Path | None:
-    """The log that was written to last, of any task."""
-    logs = [path for task in range(run.num_tasks) for path in run.log_files(task)[-1:]]
+def newest_log(named: Named) -> Path | None:
+    """The log that was written to last, of a whole run of any of its tasks."""
+    logs = [path for task in named.tasks for path in named.run.log_files(task)[-1:]]
     return max(logs, key=lambda path: path.stat().st_mtime, default=None)
 
 
