@@ -38,7 +38,45 @@ def test_a_run_that_fell_silent_is_warned_of() -> None:
 
 def test_of_an_earlier_attempts_heartbeat_only_the_progress_counts() -> None:
     row = only([job(elapsed_s=10, started=NOW - 10)], [task(progress=beat(time=NOW - 400))])
-    assert (row.percent, row.rate, row.ends, row.warning) == (25.0, None, None, "")
+    assert (row.percent, row.stopped_at, row.rate, row.ends, row.warning) == (None, 25.0, None, None, "")
+
+
+ENDED = {
+    "failed": {"file_state": "failed", "result": {"status": "failed", "error": "no disk"}},
+    "stopped": {"file_state": "stopped", "result": {"status": "stopped", "error": "SIGTERM"}},
+    "cancelled": {"was_cancelled": True},
+    "lost": {},
+    "waiting": {},
+    "held": {},
+    "finished": {"file_state": "finished", "result": {"status": "finished", "error": None}},
+}
+QUEUED = {"waiting": job(state="PENDING", reason="Priority"), "held": job(state="PENDING", reason="JobHeldUser", priority=0)}
+
+
+@pytest.mark.parametrize("state", [state for state in jobs.STATES if state not in ("running", "new")])
+def test_only_what_runs_has_a_percentage(state: str) -> None:
+    """Of what does not, the last heartbeat is of its past: 100 % of a phase says nothing of what failed after it."""
+    queue = [QUEUED[state]] if state in QUEUED else []
+    for step, stopped_at in ((430, 43.0), (1000, None)):
+        row = only(queue, [task(progress=beat(step=step), **ENDED[state])])
+        assert (row.state, row.percent, row.rate, row.ends) == (state, None, None, None)
+        assert row.stopped_at == (None if state == "finished" else stopped_at)
+        (line,) = job_table.fold([row])
+        cells = job_table.cells(line, NOW)
+        assert cells[6] == ""
+        assert ("stopped at 43 %" in cells[7]) == (row.stopped_at is not None)
+        assert "100 %" not in " ".join(cells)
+
+
+def test_where_several_stopped_stands_in_one_line_with_the_phase() -> None:
+    tasks = [task(f"1042_{i}", task=i, num_tasks=3, progress=beat(phase="statistics", step=100 * i), **ENDED["failed"]) for i in (1, 2, 10)]
+    (line,) = job_table.fold(jobs.join([], tasks, now=NOW))
+    assert job_table.cells(line, NOW)[7] == "no disk; stopped at 10-20 % of statistics"
+
+
+def test_a_task_that_was_started_again_says_how_far_it_was_until_it_reports() -> None:
+    row = only([job(elapsed_s=10, started=NOW - 10)], [task(progress=beat(time=NOW - 400))])
+    assert job_table.cells(job_table.fold([row])[0], NOW)[6:] == ["", "stopped at 25 % before"]
 
 
 def test_the_runs_own_result_wins_over_slurms_word() -> None:

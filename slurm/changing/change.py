@@ -135,8 +135,8 @@ def _check_is_for_all(target: Target, request: Request, reference: str) -> None:
     run, keys = target.run, ", ".join(setting.partition("=")[0] for setting in request.settings)
     if run.stage == "sweep":
         raise UserError(f"{run.reference} is a sweep, which can't be frozen again; cancel it and submit its file with the change")
-    ids = {run.job_of_task(task) for task in range(run.num_tasks) if run.task_state(task) in ("queued", "new")} - {None}
-    if keys and not (target.is_whole or ids <= set(target.ids)):
+    others = [task for task in range(run.num_tasks) if run.job_of_task(task) not in target.ids]
+    if keys and not target.is_whole and any(run.task_state(task) in ("queued", "new") for task in others):
         raise UserError(f"{reference} is a part of {run.reference}, whose tasks share one configuration: change {keys} of the whole run")
 
 

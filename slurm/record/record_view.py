@@ -112,7 +112,8 @@ def _progress_lines(task: Json) -> list[str]:
     if not progress or _word(task) == "finished":
         return []
     total = f" of {quantity(progress['total'])}" if progress["total"] else ""
-    return [f"  {progress['phase']}: {quantity(progress['step'])}{total} {progress['unit']}, {_when(progress['time'])}"]
+    came = "" if _word(task) == "running" else "came as far as "
+    return [f"  {came}{progress['phase']}: {quantity(progress['step'])}{total} {progress['unit']}, {_when(progress['time'])}"]
 
 
 def _error_lines(task: Json) -> list[str]:

@@ -186,11 +186,27 @@ def _elapsed(rows: Sequence[Row]) -> str:
 
 
 def _done(rows: Sequence[Row]) -> str:
-    shares = [row.percent for row in rows if row.percent is not None and row.state != "finished"]
+    return _range([row.percent for row in rows if row.percent is not None])
+
+
+def _range(shares: Sequence[float]) -> str:
     if not shares:
         return ""
     low, high = int(min(shares)), int(max(shares))  # 99.9 % is not all
     return f"{high} %" if low == high else f"{low}-{high} %"
+
+
+def _stopped(rows: Sequence[Row]) -> str:
+    """`stopped at 43 %`, of the phase that it was in, where that is not the stage's only one."""
+    known = [row for row in rows if row.stopped_at is not None]
+    phases = list(dict.fromkeys(row.phase for row in known))
+    of = f" of {phases[0]}" if len(phases) == 1 and not _says_nothing(known[0]) else ""
+    return f"stopped at {_range([row.stopped_at for row in known if row.stopped_at is not None])}{of}" if known else ""
+
+
+def _says_nothing(row: Row) -> bool:
+    """Whether the phase is called as the stage is."""
+    return not row.phase or row.phase == row.stage or (row.stage == "sweep" and row.phase in STAGES)
 
 
 def _detail(line: Line, now: float) -> str:
@@ -200,7 +216,7 @@ def _detail(line: Line, now: float) -> str:
     reason = shortened(re.sub(rf"\b{re.escape(row.job)}\b", line.job, row.reason) if len(line.rows) > 1 and row.job else row.reason)
     if row.state == "running":
         return "; ".join(part for part in (reason, _pace(line.rows, now)) if part)
-    parts = [reason]
+    parts = [reason, _stopped(line.rows)]
     if row.state in ACTIVE and row.starts is not None and row.starts > now and not row.reason.startswith("waits until"):
         parts.append(f"starts about {moment(row.starts, now)}")
     if row.state not in ACTIVE and row.ended is not None and not row.reason:
@@ -211,10 +227,11 @@ def _detail(line: Line, now: float) -> str:
 def _pace(rows: Sequence[Row], now: float) -> str:
     row = rows[0]
     parts = []
-    if row.step is not None and len(rows) == 1:
+    if stopped := _stopped(rows):
+        parts.append(f"{stopped} before")
+    elif row.step is not None and len(rows) == 1:
         of = f"/{quantity(row.total)}" if row.total else ""
-        says_nothing = row.phase == row.stage or (row.stage == "sweep" and row.phase in STAGES)
-        phase = f"{row.phase} " if row.phase and not says_nothing else ""
+        phase = "" if _says_nothing(row) else f"{row.phase} "
         parts.append(f"{phase}{quantity(row.step)}{of} {row.unit}".rstrip())
     if rate := sum(r.rate or 0.0 for r in rows):
         pace = f"{quantity(rate)}/s" if rate >= 0.1 else f"{quantity(60 * rate)}/min"

@@ -86,6 +86,9 @@ class Row(NamedTuple):
     total: float | None = None
     unit: str = ""
     percent: float | None = None
+    """Done of the phase that is under way; None of what does not run, or has not reported yet since it was started again."""
+    stopped_at: float | None = None
+    """The same of an earlier attempt, or of the last one: how far it had come in its last phase, if that was not over."""
     rate: float | None = None
     starts: float | None = None
     """When Slurm expects a waiting job to start."""
@@ -159,6 +162,8 @@ def _row_of_task(task: Task, job: Job | None, now: float, is_queue_known: bool) 
     left = beat.get("seconds_left") if running else None
     ends = beat["time"] + left if left is not None else None
     step, total = beat.get("step"), beat.get("total")
+    share = 100 * step / total if step is not None and total else None
+    is_at_work = running and not _is_of_earlier_attempt(task, job)
     return Row(
         job=task.job_id or "",
         run=task.run,
@@ -178,7 +183,8 @@ def _row_of_task(task: Task, job: Job | None, now: float, is_queue_known: bool) 
         step=step,
         total=total,
         unit=str(beat.get("unit", "")),
-        percent=100 * step / total if step is not None and total else None,
+        percent=share if is_at_work else None,
+        stopped_at=share if share is not None and share < 100 and not is_at_work and state != "finished" else None,
         rate=beat.get("rate") if running else None,
         starts=_expected_start(job, now) if job and state == "waiting" else None,
         ends=ends,
@@ -302,9 +308,14 @@ def _why_it_has_not_begun(task: Task) -> str:
 def _current_beat(task: Task, job: Job | None) -> dict[str, Any]:
     """The last heartbeat. Of an earlier attempt only how far it came: its rate and its end say nothing of this one."""
     beat = dict(task.progress or {})
-    if beat and job is not None and job.started and beat.get("time", 0.0) < job.started:
+    if job is not None and _is_of_earlier_attempt(task, job):
         beat |= {"rate": None, "seconds_left": None, "time": job.started}
     return beat
+
+
+def _is_of_earlier_attempt(task: Task, job: Job | None) -> bool:
+    """Whether the last heartbeat is older than the attempt that is under way."""
+    return bool(task.progress and job is not None and job.started and task.progress.get("time", 0.0) < job.started)
 
 
 def _elapsed(task: Task, job: Job | None, now: float) -> float | None:
