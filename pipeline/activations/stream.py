@@ -14,6 +14,7 @@ from pipeline.activations.layer_sums import LayerSums, counted
 from pipeline.activations.order import batch_pieces
 from pipeline.activations.source import ActivationBatch, LayerStatistics
 from pipeline.config.activation_source import Harvest, StreamedActivations
+from pipeline.config.token_limit import notices
 from pipeline.language_model import LanguageModel
 from pipeline.run import Run
 from pipeline.tokens import TokenSet
@@ -36,6 +37,8 @@ class ActivationStream:
         self.layers = config.layers
         self.d_model = model.d_model
         self.num_positions = self._harvester.order.num_positions
+        for notice in notices(config.max_tokens, self.num_positions, where=config.tokens, unit="positions"):
+            run.say(notice)
 
     @functools.cached_property
     def data_id(self) -> str:

@@ -48,7 +48,9 @@ class HeldOut:
         self._batch_contexts = batch_contexts
         self._device = device
         self.indices = np.arange(len(contexts))
-        if max_tokens is not None and int(contexts.lengths.sum()) > max_tokens:
+        self.num_there = int(contexts.lengths.sum())
+        """Tokens of the whole set, separators counted."""
+        if max_tokens is not None and self.num_there > max_tokens:
             drawn = Permutation(len(contexts), seed=seed).all().numpy()
             num_fitting = int(np.searchsorted(np.cumsum(contexts.lengths[drawn]), max_tokens, side="right"))
             self.indices = np.sort(drawn[:num_fitting])

@@ -21,6 +21,7 @@ from pipeline.activations.shard_file import ShardFileWriter
 from pipeline.activations.source import ActivationBatch
 from pipeline.config.cache_activations import CacheConfig
 from pipeline.config.errors import UserError
+from pipeline.config.token_limit import notices, short_of
 from pipeline.language_model import LanguageModel
 from pipeline.records import Record
 from pipeline.run import Run
@@ -43,7 +44,8 @@ def run(config: CacheConfig, run: Run) -> dict[str, Any]:
     model = LanguageModel.load(config.language_model)
     run.bind_input("language_model", model.hash, model.files)
     harvester = Harvester(tokens, model, config, run.check_stop)
-    for remark in harvester.remarks:
+    limit = notices(config.max_tokens, harvester.order.num_positions, where=config.tokens, unit="positions")
+    for remark in [*harvester.remarks, *limit]:
         run.say(remark)
     inputs: dict[str, Any] = {"tokens": tokens.data_id, "language_model": model.hash}
     inputs |= _beginning(harvester)
@@ -51,7 +53,7 @@ def run(config: CacheConfig, run: Run) -> dict[str, Any]:
     records.claim(config.output, {"stage": "cache", "settings": settings, "inputs": inputs})
     cache = _Cache(config, harvester, run)
     cache.write_missing()
-    return cache.seal_if_complete() | model.memory_used()
+    return cache.seal_if_complete() | short_of(config.max_tokens, harvester.order.num_positions) | model.memory_used()
 
 
 def _beginning(harvester: Harvester) -> Record:

@@ -19,6 +19,7 @@ from pipeline.activations.source import Provenance
 from pipeline.activations.token_check import check_tokens
 from pipeline.config.errors import UserError
 from pipeline.config.evaluate_crosscoder import EvaluateConfig
+from pipeline.config.token_limit import notices, short_of
 from pipeline.contexts import Contexts
 from pipeline.crosscoder import metrics
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder, load_crosscoder
@@ -52,7 +53,8 @@ def run(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     )
     if trained.provenance.tokens_id == tokens.data_id:
         run.say(f"{tokens.directory} is the token set that the crosscoder was trained on: these are no held-out figures")
-    for line in [*remarks, *differences_from_training(trained.provenance, config)]:
+    limit = notices(config.max_tokens, held_out.num_there, where=tokens.directory, unit="tokens")
+    for line in [*remarks, *limit, *differences_from_training(trained.provenance, config)]:
         run.say(line)
     found = measure(trained, language_model, held_out, config, run)
     document = {"format": METRICS_FORMAT, "inputs": identities, **as_json(found, trained)}
@@ -62,7 +64,8 @@ def run(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     paths = write_files(run.directory, document, found, trained)
     for path in paths:
         run.say(str(path))
-    return {**headline(document, trained.layers), "files": [str(path) for path in paths], **language_model.memory_used()}
+    result = {**headline(document, trained.layers), "files": [str(path) for path in paths], **language_model.memory_used()}
+    return result | short_of(config.max_tokens, held_out.num_there)
 
 
 def find_run(path: Path) -> Path:

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 
 from pipeline.activations.opening import open_source
+from pipeline.config.activation_source import StreamedActivations
 from pipeline.config.errors import UserError
+from pipeline.config.token_limit import short_of
 from pipeline.config.train_crosscoder import TrainConfig
 from pipeline.crosscoder.trainer import Trainer
 from pipeline.run import Run
@@ -15,7 +17,8 @@ def run(config: TrainConfig, run: Run) -> dict[str, Any]:
     """Trains to the end, from the newest checkpoint in the run directory where there is one."""
     device = chosen_device(config.device)
     source = open_source(config.activations, run, device)
-    return Trainer(config, source, run, device).train()
+    allowed = config.activations.max_tokens if isinstance(config.activations, StreamedActivations) else None
+    return Trainer(config, source, run, device).train() | short_of(allowed, source.num_positions)
 
 
 def chosen_device(setting: str) -> torch.device:

@@ -97,8 +97,9 @@ def submit(
     if moved:
         print("\n".join(moved), file=sys.stderr)
     parents = [find(reference, site.runs).whole("--after") for reference in dict.fromkeys(after or [])]
-    input_preflight.check(parsed, site.runs, [path for run in parents for path in (*outputs_of(run), run.path, run.path.parent)])
-    for notice in model_preflight.notices([config for _, config in parsed]):
+    pending = [path for run in parents for path in (*outputs_of(run), run.path, run.path.parent)]
+    input_preflight.check(parsed, site.runs, pending)
+    for notice in [*model_preflight.notices([config for _, config in parsed]), *input_preflight.notices(parsed, pending)]:
         print(notice, file=sys.stderr)
     cluster = check_queue(parsed) if executor is Executor.slurm else None
     freezer = Freezer(site, executor=executor.value)

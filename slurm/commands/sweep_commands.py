@@ -49,7 +49,8 @@ def sweep(
     read = sweeps.read_sweep(file, changes or [], site)
     sweeps.check_inputs_are_there(read, file, site.runs)
     input_preflight.check([(f"{file}: task {number}", config) for number, config in enumerate(read.stage_configs)], site.runs)
-    for notice in model_preflight.notices(read.stage_configs):
+    limits = input_preflight.notices([(str(file), config) for config in read.stage_configs])
+    for notice in [*model_preflight.notices(read.stage_configs), *limits]:
         print(notice, file=sys.stderr)
     cluster = preflight.check([(str(file), read.stage_configs[0])]) if executor is Executor.slurm else None
     with one_submission_at_a_time(site.runs):

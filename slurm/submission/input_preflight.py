@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import records
+from pipeline.config import token_limit
 from pipeline.config.activation_source import DiskActivations, Harvest
 from pipeline.config.beginning_of_text import is_wanted
 from pipeline.config.cache_activations import CacheConfig
@@ -63,6 +64,26 @@ def faults_of(config: StageConfig, runs: Path, pending: Sequence[Path] = ()) -> 
     """
     faults = [fault for field, path in _sets_read(config).items() for fault in set_faults(field, path, pending)]
     return faults + output_faults(config, pending, KnownHashes(runs.absolute()).hash_file) + _stage_faults(config, runs, pending)
+
+
+def notices(parsed: Sequence[tuple[str, StageConfig]], pending: Sequence[Path] = ()) -> list[str]:
+    """A sentence for each `max_tokens` of `parsed` that allows more than the token set holds that is there already."""
+    said, pending = [], list(pending)
+    for where, config in parsed:
+        said += [f"{where}: {notice}" for notice in _limit_notices(config, pending)]
+        pending += config.outputs().values()
+    return list(dict.fromkeys(said))
+
+
+def _limit_notices(config: StageConfig, pending: Sequence[Path]) -> list[str]:
+    reading = config.activations if isinstance(config, TrainConfig) else config
+    if not isinstance(reading, Harvest | EvaluateConfig) or (tokens := _manifest(reading.tokens, pending, "token-set")) is None:
+        return []
+    if isinstance(reading, EvaluateConfig):
+        there = int(tokens["tokens"]) + int(tokens["documents"])
+        return token_limit.notices(reading.max_tokens, there, where=reading.tokens, unit="tokens")
+    there = _kept_positions(reading, tokens)
+    return token_limit.notices(reading.max_tokens, there, where=reading.tokens, unit="positions", is_estimate=True)
 
 
 def _sets_read(config: StageConfig) -> dict[str, Path]:
@@ -201,13 +222,18 @@ def _cache_disk_faults(config: CacheConfig, shape: ModelShape, tokens: Facts | N
 
 
 def cached_positions(config: CacheConfig, tokens: Facts) -> int:
-    """About how many rows the cache will have: every id but for the dropped positions of each context."""
+    """About how many rows the cache will have."""
+    kept = _kept_positions(config, tokens)
+    return min(kept, config.max_tokens) if config.max_tokens is not None else kept
+
+
+def _kept_positions(config: Harvest, tokens: Facts) -> int:
+    """About how many positions a token set has: every id but for the dropped positions of each context."""
     ids = int(tokens["tokens"]) + int(tokens["documents"])
     leading = {0} if is_wanted(config.beginning_of_text, is_added=tokens.get("adds_beginning_of_text")) else set()
     contexts = -(-ids // max(config.context_tokens - len(leading), 1))
     dropped = sum(position < config.context_tokens for position in leading.union(config.drop_positions))
-    kept = ids + contexts * (len(leading) - dropped)
-    return min(kept, config.max_tokens) if config.max_tokens is not None else kept
+    return ids + contexts * (len(leading) - dropped)
 
 
 def _item_bytes(dtype: str) -> int:
