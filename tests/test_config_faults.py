@@ -84,6 +84,13 @@ EVALUATE = DEMO.with_name("evaluate.yaml")
         ("{data}", "{data}"),
         ("train/here", "{here}/train/here"),
         ("w", "{here}/w"),
+        ("k3f9", "{runs}/k3f9"),
+        ("1042", "{runs}/1042"),
+        ("1042_2", "{runs}/1042_2"),
+        ("104_200", "{runs}/104_200"),
+        ("1042/tasks/2", "{runs}/1042/tasks/2"),
+        ("sweep/w/k3f9/tasks/2", "{runs}/sweep/w/k3f9/tasks/2"),
+        ("other/tasks/here/deep", "{here}/other/tasks/here/deep"),
         ("elsewhere/w", "{here}/elsewhere/w"),
     ],
 )

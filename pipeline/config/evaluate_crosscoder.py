@@ -28,7 +28,8 @@ class EvaluateConfig(StageConfig):
     )
     stage: Literal["evaluate"] = "evaluate"
     crosscoder: Annotated[DataPath, Field(json_schema_extra=RUN)]
-    """A run of `train`, the folder of all runs of one name (the newest finished one is taken; `train/demo` names it), or one checkpoint."""
+    """A run of `train`, the folder of all runs of one name (the newest finished one is taken; `train/demo` names it), or one checkpoint.
+    A run may be given by its id or job id too, and a task of a sweep as `1042_3` or `sweep/<name>/<id>/tasks/3`."""
     tokens: Annotated[DataPath, Field(json_schema_extra=OPERATIONAL)]
     """Token set that training did not see: the `validation` folder that `tokenize` wrote."""
     language_model: LanguageModelConfig

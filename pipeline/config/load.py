@@ -18,6 +18,10 @@ PLACEHOLDER = re.compile(r"\{(data|ssd|runs)\}")
 """YAML reads `{runs}/train/x` as a broken mapping; in a change on the command line it is a path."""
 
 
+ID_OR_JOB = re.compile(r"[0-9]+(_[0-9]+)?|[0-9a-z-]{4,20}")
+"""A run's id, or its end of four letters at least; a job id, or that of a task."""
+
+
 class Stage(NamedTuple):
     """Where a stage lives: its configuration (imported here) and its program (imported by whoever runs it)."""
 
@@ -139,5 +143,9 @@ def _found_name(name: str, field: str) -> str:
 
 
 def _names_a_run(path: Path) -> bool:
-    """Whether it is `train/x` or `train/x/<id>` under the root of runs, rather than a path from the current directory."""
-    return not path.is_absolute() and len(path.parts) in (2, 3) and path.parts[0] in STAGES and not path.exists()
+    """Whether it is a run's name, `train/x`, `train/x/<id>`, `<id>` or `1042`, or a task's, `1042_3` or with `/tasks/3` behind it,
+    rather than a path from the current directory: such a name stands under the root of runs."""
+    if path.is_absolute() or path.exists():
+        return False
+    parts = path.parts[:-2] if len(path.parts) > 2 and path.parts[-2] == "tasks" else path.parts
+    return (len(parts) in (2, 3) and parts[0] in (*STAGES, "sweep")) or (len(parts) == 1 and bool(ID_OR_JOB.fullmatch(parts[0])))

@@ -177,6 +177,8 @@ def rerun(
 
 def parse_configs(arguments: Sequence[str], site: Site) -> list[tuple[str, StageConfig]]:
     """Each configuration file among `arguments` with the changes among them laid over it, and its name for messages."""
+    from slurm.submission.run_fields import with_runs_found
+
     files = [argument for argument in arguments if "=" not in argument]
     changes = [argument for argument in arguments if "=" in argument]
     if not files:
@@ -187,7 +189,8 @@ def parse_configs(arguments: Sequence[str], site: Site) -> list[tuple[str, Stage
             raise UserError(f"the change {change!r} is for the stage {stage}, which none of the configurations is of")
     stages = {file: str(yaml_file.read(Path(file)).get("stage")) for file in files}
     _check_belonging(stages, changes)
-    return [(file, load.load(Path(file), _changes_for(stages[file], changes), site)) for file in files]
+    loaded = [(file, load.load(Path(file), _changes_for(stages[file], changes), site)) for file in files]
+    return [(file, with_runs_found(config, site.runs, file)) for file, config in loaded]
 
 
 def _check_belonging(stages: dict[str, str], changes: Sequence[str]) -> None:

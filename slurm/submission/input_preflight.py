@@ -179,8 +179,10 @@ def _evaluate_faults(config: EvaluateConfig, pending: Sequence[Path]) -> list[st
     faults = model_preflight.faults_of(config.language_model)
     faults += _reading_faults(config.context_tokens, config.language_model, shape, tokens, config.tokens)
     trained = _crosscoder(config.crosscoder)
-    if trained is None or is_pending(config.crosscoder, pending):
+    if is_pending(config.crosscoder, pending) or not config.crosscoder.exists():
         return faults
+    if trained is None:
+        return [*faults, f"crosscoder is {config.crosscoder}, which holds no checkpoint; name a run of train, or one of its checkpoints"]
     for layer in trained["layers"]:
         number = layer.rpartition(".")[2]
         if shape.num_blocks is not None and number.isdigit() and int(number) >= shape.num_blocks:

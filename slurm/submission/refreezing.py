@@ -14,6 +14,7 @@ from pipeline.config.stage import StageConfig
 from slurm.record import run_inputs
 from slurm.record.known_hashes import KnownHashes
 from slurm.record.run_directory import RunDirectory
+from slurm.submission.run_fields import with_runs_found
 
 FILES = ("config.yaml", "inputs.json", "job.json")
 KEEP = ".before-change"
@@ -37,6 +38,7 @@ def refreeze(run: RunDirectory, settings: Sequence[str], resources: Resources, s
         load.set_value(values, setting, where=run.reference)
     values["resources"] = resources.resolved()
     config = load.from_values(values, where=run.reference, site=site, frozen=frozen)
+    config = with_runs_found(config, site.runs, run.reference)
     if (config.stage, config.name) != (before.stage, before.name) or resources.array_tasks != run.num_tasks:
         raise UserError(
             f"{run.reference}: stage, name and the number of tasks can't change under the same id; cancel it and submit a new run"

@@ -17,6 +17,7 @@ from slurm.record.run_reference import Named
 from slurm.record.text_table import number_of
 from slurm.submission import dry_run, freezing, preflight
 from slurm.submission.chain_resuming import Chain
+from slurm.submission.run_fields import with_runs_found
 
 Row = dict[str, Any]
 
@@ -106,6 +107,7 @@ def check_again(origin: RunDirectory, changes: Sequence[str], executor_name: str
     for change in changes:
         load.set_value(values, change, where=origin.reference)
     config = load.from_values(values, where=origin.reference, site=site, frozen=origin.config_values())
+    config = with_runs_found(config, site.runs, origin.reference)
     return config, preflight.check([(origin.reference, config)]) if executor_name == "slurm" else None
 
 

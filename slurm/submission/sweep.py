@@ -38,6 +38,7 @@ from pipeline.config.stage import Name, StageConfig
 from slurm.record import run_directory, run_inputs, snapshot
 from slurm.record.run_directory import Json, RunDirectory
 from slurm.submission.freezing import Freezer, bind_runs, write_config
+from slurm.submission.run_fields import with_runs_found
 
 Values = dict[str, Any]
 """Dotted keys of the base configuration, and their values."""
@@ -82,7 +83,8 @@ def read_sweep(path: Path, changes: Sequence[str], site: Site) -> Sweep:
             put(values, key, value, f"{path}: task {number}")
         for change in changes:
             load.set_value(values, change, where=str(path))
-        stage_configs.append(load.from_values(values, where=f"{path}: task {number} ({describe(member)})", site=site))
+        where = f"{path}: task {number} ({describe(member)})"
+        stage_configs.append(with_runs_found(load.from_values(values, where=where, site=site), site.runs, where))
     _check_alike(stage_configs, str(path))
     _check_results(config, members, type(stage_configs[0]), str(path))
     return Sweep(config, members, stage_configs)

@@ -1,0 +1,37 @@
+"""A run that a configuration names (`crosscoder: 1042_3`) becomes its directory; `train/demo` stays, a chain may be about to make it."""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.errors import UserError
+from pipeline.config.schema import RUN
+from pipeline.config.stage import StageConfig
+from slurm.record.run_reference import find
+
+
+def with_runs_found(config: StageConfig, runs: Path, where: str) -> StageConfig:
+    """`config` with the directory of each run or task that it names by an id, a job id, or as a task.
+
+    Raises `UserError` for a name that no run has, and for a run of several tasks: one of them is meant.
+    """
+    update: dict[str, Any] = {}
+    for key, field in type(config).model_fields.items():
+        path = getattr(config, key)
+        if field.json_schema_extra != RUN or not path.is_relative_to(runs):
+            continue
+        is_inside_a_run = path.exists() and not (path / "job.json").exists()  # a checkpoint, or the folder of a name
+        parts = path.relative_to(runs).parts
+        if len(parts) != 2 and not is_inside_a_run:
+            update[key] = _directory("/".join(parts), runs, f"{where}: {key}")
+    return config.model_copy(update=update)
+
+
+def _directory(reference: str, runs: Path, where: str) -> Path:
+    try:
+        named = find(reference, runs)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if len(named.tasks) > 1:
+        last = named.run.num_tasks - 1
+        raise UserError(f"{where} is {named.reference}, which has tasks 0 to {last}; name one: {named.reference}/tasks/0")
+    return named.run.path if named.task is None else named.run.task_directory(named.task)
