@@ -52,3 +52,31 @@ def test_a_dry_run_as_json_is_json_alone(project: ToyProject) -> None:
     assert (queued["stage"], queued["name"], queued["tasks"], queued["sbatch"]) == ("toy", "second", 1, None)
     assert queued["resources"]["timeout_min"] == 60
     assert not (project.runs / "toy/second").exists() or not list((project.runs / "toy/second").iterdir())
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file() and path.name != ".submission.lock"}
+
+
+def test_a_dry_resumption_says_what_would_go_on_and_changes_nothing(project: ToyProject) -> None:
+    config = project.config(fail_at=1, resources="{array_tasks: 3, mem_gb: 2}")
+    assert project.crosscoder("submit", config, "--executor", "debug").returncode == 1
+    run, before = project.only_run(), content(project.runs)
+    done = project.crosscoder("submit", "--resume", "toy/toy", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    asked = "3 tasks, executor debug, 60 minutes, 1 core, 2 GB, no GPU each"
+    assert done.stdout == f"toy/toy/{run.name}: tasks 0-2 of 3 would go on: {asked}\n"
+    (row,) = json.loads(project.crosscoder("submit", "--resume", f"{run}/tasks/1", "--dry-run", "--json").stdout)
+    assert (row["run"], row["tasks"], row["num_tasks"], row["resources"]["mem_gb"]) == (str(run), [1], 3, 2)
+    assert content(project.runs) == before
+    for given in (["--after", "toy/toy"], ["--partition", "x"], [config], ["seed=1"], ["--executor", "local"], ["--again"]):
+        refused = project.crosscoder("submit", "--resume", "toy/toy", "--dry-run", *given, COLUMNS="400")
+        assert (refused.returncode, "give it without" in " ".join(refused.stderr.split())) == (2, True), given
+    assert content(project.runs) == before
+
+
+def test_a_dry_resumption_refuses_what_the_real_one_would(project: ToyProject) -> None:
+    assert project.crosscoder("run", project.config()).returncode == 0
+    for options in ([], ["--dry-run"]):
+        refused = project.crosscoder("submit", "--resume", "toy/toy", *options)
+        assert (refused.returncode, "has finished; `crosscoder rerun" in refused.stderr) == (1, True)

@@ -13,7 +13,7 @@ from slurm.record.run_directory import RunDirectory
 
 JOB_KEYS = {
     *("job", "name", "state", "run", "stage", "task", "num_tasks", "slurm_state", "reason", "node", "partition", "gpus", "elapsed_s"),
-    *("limit_s", "phase", "step", "total", "unit", "percent", "rate", "starts", "ends", "warning", "submitted", "ended"),
+    *("limit_s", "phase", "step", "total", "unit", "percent", "stopped_at", "rate", "starts", "ends", "warning", "submitted", "ended"),
 }
 NODE_KEYS = {"node", "type", "memory_gb", "total", "used", "free", "state", "partitions", "note", "in_slurm"}
 SHOW_KEYS = {"run", "directory", "state", "tasks", "config", "inputs", "code", "environment", "job"}
@@ -100,6 +100,42 @@ def test_one_task_of_a_sweep_is_shown_alone(project: ToyProject) -> None:
     assert "has tasks 0 to 3, not 9" in project.crosscoder("show", f"sweep/s/{run.id}/tasks/9").stderr
     refused = project.crosscoder("results", f"runs/sweep/s/{run.id}/tasks/1").stderr
     assert f"{run.reference}/tasks/1 is one task; results takes a whole run: name {run.reference}" in refused
+
+
+def test_two_tasks_of_a_sweep_are_compared_by_every_form_of_their_names(project: ToyProject) -> None:
+    (run,) = [RunDirectory(path) for path in (project.runs / "sweep/s").iterdir()]
+    job = run.job()["jobs"][0]["id"]
+    names = (f"{job}_", "sweep/s/tasks/", f"{run.path}/tasks/")
+    pairs = [(f"{name}0", f"{name}2") for name in names]
+    for first, second in pairs:
+        differences = value(project, "compare", first, second)
+        assert (differences["first"], differences["second"]) == (f"{run.path}/tasks/0", f"{run.path}/tasks/2")
+        assert differences["differences"]["config"] == [{"name": "steps", "first": 1, "second": 2}]
+        assert {row["name"] for row in differences["differences"]["results"]} == {"steps", "score"}
+    text = project.crosscoder("compare", *pairs[0]).stdout
+    assert text.startswith(f"{run.reference}/tasks/0 -> {run.reference}/tasks/2\n")
+    same = project.crosscoder("compare", pairs[0][0], pairs[1][0])
+    assert (same.returncode, "both name" in same.stderr) == (1, True)
+
+
+def test_what_takes_a_whole_run_says_so_of_a_task(project: ToyProject) -> None:
+    (run,) = [RunDirectory(path) for path in (project.runs / "sweep/s").iterdir()]
+    task = f"{run.job()['jobs'][0]['id']}_2"
+    commands = {
+        "verify": ["verify", task],
+        "results": ["results", task],
+        "--after": ["submit", project.config(), "--executor", "local", "--after", task],
+    }
+    for what, command in commands.items():
+        refused = project.crosscoder(*command)
+        said = f"crosscoder: {run.reference}/tasks/2 is one task; {what} takes a whole run: name {run.reference}\n"
+        assert (refused.returncode, refused.stderr) == (1, said)
+    again = project.crosscoder("rerun", task)
+    assert f"`crosscoder submit {run.path}/tasks/2/config.yaml` makes a run of its own of it" in again.stderr
+    one = project.crosscoder("cancel", "--yes", task)
+    assert f"{run.reference}/tasks/2 is one task, and one process works on all of them: name {run.reference}" in one.stderr
+    assert [row["task"] for row in value(project, "jobs", task)] == [2]
+    assert [row["task"] for row in value(project, "jobs", f"sweep/s/{run.id[-4:]}/tasks/3")] == [3]
 
 
 @pytest.mark.slurm

@@ -268,6 +268,40 @@ def test_a_cancelled_job_saves_and_stays_cancelled(queue: Queue) -> None:
     wait_until(lambda: at_step(run, 4), "the run to go on")
 
 
+def test_a_dry_resumption_shows_the_script_and_queues_nothing(queue: Queue) -> None:
+    (run,) = queue.submit(queue.project.config(steps=2, fail_at=1), "--partition", "short")
+    wait_until(lambda: run.state() == "failed", "the failure")
+    before = run.job()
+    variables = {"SLURM_CONF": str(queue.cluster.configuration)}
+    (row,) = json.loads(queue.project.crosscoder("submit", "--resume", "toy/toy", "--dry-run", "--json", **variables).stdout)
+    assert (row["tasks"], row["resources"]["partition"], row["resume_next"]) == ([0], "short", [])
+    assert "#SBATCH --partition=short" in row["sbatch"]
+    told = queue.project.crosscoder("submit", "--resume", "toy/toy", "--dry-run", **variables).stdout
+    assert told.startswith(f"{run.reference}: it would go on: 1 task, in Slurm (partition short), 60 minutes")
+    assert (run.job(), run.state()) == (before, "failed")
+    assert queue.cluster.command("squeue", "-h", "-t", "pending,running", "-n", "toy-toy") == ""
+
+
+def test_cancelling_a_task_that_has_ended_cancels_no_other(queue: Queue) -> None:
+    (run,) = queue.submit(queue.project.config(steps=500, step_seconds=0.1, resources="{array_tasks: 3, cpus: 1}"))
+    wait_until(lambda: all((run.progress(task) or {}).get("step", 0) > 0 for task in range(3)), "three tasks at work")
+    one, variables = f"{queue.job(run)}_1", {"SLURM_CONF": str(queue.cluster.configuration)}
+    assert queue.project.crosscoder("cancel", "--yes", f"{run.path}/tasks/1", **variables).stdout.endswith(
+        f"{queue.job(run)}_[1] cancelled\n"
+    )
+    wait_until(lambda: run.task_state(1) == "stopped" and queue.slurm_state(one) == "CANCELLED", "the end of the one")
+    for name in (one, f"{run.reference}/tasks/1"):
+        again = queue.project.crosscoder("cancel", "--yes", name, **variables)
+        assert (again.returncode, again.stdout) == (1, "")
+        assert f"{run.reference}/tasks/1 has no job that is waiting or running; it is stopped" in again.stderr
+    rows = json.loads(queue.project.crosscoder("jobs", "--json", one, **variables).stdout)
+    assert [row["task"] for row in rows] == [1]
+    assert [run.task_state(task) for task in (0, 2)] == ["running", "running"]
+    queue.submit("--resume", one)
+    wait_until(lambda: run.task_state(1) == "running", "the one to go on alone")
+    assert [entry["tasks"] for entry in run.job()["jobs"]] == [[0, 1, 2], [1]]
+
+
 def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(queue: Queue) -> None:
     (run,) = queue.submit(queue.project.config(steps=3, step_seconds=60.0))
     wait_until(lambda: bool(run.log_files()) and "at step 0" in run.log_files()[-1].read_text(), "the stage")

@@ -186,7 +186,7 @@ def _elapsed(rows: Sequence[Row]) -> str:
 
 
 def _done(rows: Sequence[Row]) -> str:
-    return _range([row.percent for row in rows if row.percent is not None])
+    return _range([row.percent for row in rows if row.percent is not None and row.state == "running"])
 
 
 def _range(shares: Sequence[float]) -> str:

@@ -86,7 +86,8 @@ class Row(NamedTuple):
     total: float | None = None
     unit: str = ""
     percent: float | None = None
-    """Done of the phase that is under way; None of what does not run, or has not reported yet since it was started again."""
+    """Done of the phase that is under way, or of all of what has finished; None of what else does not run, or was started again and
+    has not reported yet."""
     stopped_at: float | None = None
     """The same of an earlier attempt, or of the last one: how far it had come in its last phase, if that was not over."""
     rate: float | None = None
@@ -183,7 +184,7 @@ def _row_of_task(task: Task, job: Job | None, now: float, is_queue_known: bool) 
         step=step,
         total=total,
         unit=str(beat.get("unit", "")),
-        percent=share if is_at_work else None,
+        percent=share if is_at_work or state == "finished" else None,
         stopped_at=share if share is not None and share < 100 and not is_at_work and state != "finished" else None,
         rate=beat.get("rate") if running else None,
         starts=_expected_start(job, now) if job and state == "waiting" else None,
