@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 from toy_project import ToyProject
+from waiting import wait_until
+
+from slurm.record.run_directory import RunDirectory
 
 
 @pytest.fixture
@@ -73,6 +76,18 @@ def test_a_dry_resumption_says_what_would_go_on_and_changes_nothing(project: Toy
         refused = project.crosscoder("submit", "--resume", "toy/toy", "--dry-run", *given, COLUMNS="400")
         assert (refused.returncode, "give it without" in " ".join(refused.stderr.split())) == (2, True), given
     assert content(project.runs) == before
+
+
+def test_a_run_that_will_not_finish_is_not_waited_for(project: ToyProject) -> None:
+    assert project.crosscoder("run", project.config("bad", fail_at=1)).returncode == 1
+    assert project.crosscoder("submit", project.config("failed", fail_at=1), "--executor", "local").returncode == 0
+    wait_until(lambda: RunDirectory(project.only_run("failed")).state() == "failed", "the failure")
+    said = {"bad": "is of executor run: what is of executor local can't wait for it", "failed": "did not finish and is not queued"}
+    for name, sentence in said.items():
+        refused = project.crosscoder("submit", project.config(), "--executor", "local", "--after", f"toy/{name}")
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert sentence in refused.stderr
+    assert not (project.runs / "toy/toy").exists()
 
 
 def test_a_dry_resumption_refuses_what_the_real_one_would(project: ToyProject) -> None:

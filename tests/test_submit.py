@@ -103,7 +103,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(project: ToyProject, hold: Path) -> 
     assert f"`crosscoder submit --resume {run.reference}` goes on from there" in output
     assert run.state() == "stopped"
     hold.unlink()
-    again = project.crosscoder("submit", "--resume", run.reference, "--executor", "local")
+    again = project.crosscoder("submit", "--resume", run.reference)
     assert f"hello from {run.code / 'pipeline/stages/toy.py'} at step {saved}" in again.stdout
     assert finished(run)
     assert project.crosscoder("logs", run.reference).stdout.count("hello from") == 2  # all attempts, those at the terminal too

@@ -82,8 +82,8 @@ def change(reference: str, changes: Sequence[str], site: Site) -> list[str]:
     _check_used(target.run, after)
     anew = needs_new_submission(before, after, request)
     if anew:
-        _check_all_wait(target, running, anew)
         _check_is_for_all(target, request, reference)
+        _check_all_wait(target, running, anew, request)
         if after != before:
             _check_possible(after)
         return _submit_anew(target.run, target.ids, waiting, after, request, site)
@@ -140,13 +140,16 @@ def _check_is_for_all(target: Target, request: Request, reference: str) -> None:
         raise UserError(f"{reference} is a part of {run.reference}, whose tasks share one configuration: change {keys} of the whole run")
 
 
-def _check_all_wait(target: Target, running: Sequence[Job], keys: Sequence[str]) -> None:
-    if running:
-        names = ", ".join(job_control.slurm_names([job.id for job in running]))
-        raise UserError(
-            f"{names} is running on {running[0].nodes}: {', '.join(keys)} can't be changed under it; cancel it (it saves first), then "
-            f"change the configuration and `crosscoder submit --resume`, or hold what still waits and change that"
-        )
+def _check_all_wait(target: Target, running: Sequence[Job], keys: Sequence[str], request: Request) -> None:
+    """Raises `UserError` for what a new submission alone could change, of a job that runs; says what does change it."""
+    if not running:
+        return
+    names, run = ", ".join(job_control.slurm_names([job.id for job in running])), target.run
+    assert run is not None
+    way = f"cancel it (it saves first), and change it once `crosscoder submit --resume {run.reference}` has queued it again and it waits"
+    if request.settings:
+        way = f"`crosscoder rerun {run.reference} {' '.join(request.settings)}` makes a new run with it"
+    raise UserError(f"{names} is running on {running[0].nodes}: {', '.join(keys)} can't be changed under it; {way}")
 
 
 def _check_running(request: Request, waiting: Sequence[Job], running: Sequence[Job]) -> None:

@@ -59,7 +59,8 @@ def logs(
     if named is not None and task is not None:
         raise typer.BadParameter(f"{reference} names task {named} already; leave --task out")
     if task is not None and task >= run.num_tasks:
-        raise UserError(f"{run.reference} has tasks 0 to {run.num_tasks - 1}, not {task}")
+        has = f"tasks 0 to {run.num_tasks - 1}" if run.num_tasks > 1 else "one task, 0"
+        raise UserError(f"{run.reference} has {has}, not {task}")
     if named is None and task is None and run.num_tasks > 1:
         print(f"task 0 of {run.reference}, which has {run.num_tasks}; --task chooses another", file=sys.stderr)
     task = named if named is not None else task or 0

@@ -48,7 +48,7 @@ def run(
 
     site = load_site()
     if others := [argument for argument in changes or [] if "=" not in argument]:
-        raise UserError(f"`run` takes one configuration, and {others[0]} is another; for a chain: `crosscoder submit --executor debug`")
+        raise UserError(f"{others[0]} is no key=value, and `run` takes one configuration; `submit --executor debug` takes more")
     parsed = parse_configs([config, *(changes or [])], site)
     input_preflight.check(parsed, site.runs)
     planned = Freezer(site, executor="run").plan(parsed, again=True)
@@ -78,6 +78,7 @@ def submit(
     from slurm.record.activity import one_submission_at_a_time
     from slurm.record.run_reference import find
     from slurm.submission import chain_order, input_preflight, model_preflight
+    from slurm.submission.chain_resuming import Chain
     from slurm.submission.foreground import run_here
     from slurm.submission.freezing import Freezer, outputs_of
 
@@ -97,6 +98,7 @@ def submit(
     if moved:
         print("\n".join(moved), file=sys.stderr)
     parents = [find(reference, site.runs).whole("--after") for reference in dict.fromkeys(after or [])]
+    Chain(site.runs).check_can_finish(parents, executor.value)
     pending = [path for run in parents for path in (*outputs_of(run), run.path, run.path.parent)]
     input_preflight.check(parsed, site.runs, pending)
     for notice in [*model_preflight.notices([config for _, config in parsed]), *input_preflight.notices(parsed, pending)]:

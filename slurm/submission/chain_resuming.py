@@ -1,5 +1,6 @@
 """What resuming one run of a chain means for the others: which must be resumed before it, and which were cancelled for it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config.errors import UserError
@@ -24,6 +25,19 @@ class Chain:
                 f"{run.reference} needs {needed.reference}, which did not finish and is not queued; "
                 f"resume that first: `crosscoder submit --resume {needed.reference}`"
             )
+
+    def check_can_finish(self, parents: Sequence[RunDirectory], executor: str) -> None:
+        """Raises `UserError` for one of `parents` that came to rest unfinished, or that a job of `executor` can't wait for."""
+        for parent in parents:
+            if parent.state() == "finished":
+                continue
+            if (kind := parent.job()["executor"]) != executor:
+                raise UserError(
+                    f"{parent.reference} has not finished and is of executor {kind}: what is of executor {executor} can't wait for it"
+                )
+            if self._is_at_rest(parent):
+                again = f"resume it first: `crosscoder submit --resume {parent.reference}`"
+                raise UserError(f"{parent.reference} did not finish and is not queued, so nothing can wait for it; {again}")
 
     def behind(self, run: RunDirectory) -> list[RunDirectory]:
         """The runs that need `run`, or one of these, and came to rest unfinished; in the order in which they can be resumed."""
