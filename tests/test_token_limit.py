@@ -80,6 +80,6 @@ def test_a_submission_says_it_where_the_token_set_is_there_already(place: Place)
     said = input_preflight.notices(parsed)
     assert [line.partition(":")[0] for line in said] == ["cache.yaml", "train.yaml", "evaluate.yaml"]
     assert all(f"max_tokens is 1,000,000, but {place.root}/tokens has about " in line for line in said[:2])
-    assert said[2].endswith(f"has {place.num_ids:,} tokens: all of them are taken")
+    assert said[2].endswith(f"has about {place.num_ids:,} tokens: all of them are taken")
     assert input_preflight.notices(parsed, [place.root / "tokens"]) == []  # another set will be there
     assert input_preflight.notices([(where, place.config(where[:-5], 150)) for where, _ in parsed]) == []

@@ -49,7 +49,7 @@ class HeldOut:
         self._device = device
         self.indices = np.arange(len(contexts))
         self.num_there = int(contexts.lengths.sum())
-        """Tokens of the whole set, separators counted."""
+        """Tokens of the whole set, separators and beginnings of text counted."""
         if max_tokens is not None and self.num_there > max_tokens:
             drawn = Permutation(len(contexts), seed=seed).all().numpy()
             num_fitting = int(np.searchsorted(np.cumsum(contexts.lengths[drawn]), max_tokens, side="right"))

@@ -81,7 +81,7 @@ def _limit_notices(config: StageConfig, pending: Sequence[Path]) -> list[str]:
         return []
     if isinstance(reading, EvaluateConfig):
         there = int(tokens["tokens"]) + int(tokens["documents"])
-        return token_limit.notices(reading.max_tokens, there, where=reading.tokens, unit="tokens")
+        return token_limit.notices(reading.max_tokens, there, where=reading.tokens, unit="tokens", is_estimate=True)
     there = _kept_positions(reading, tokens)
     return token_limit.notices(reading.max_tokens, there, where=reading.tokens, unit="positions", is_estimate=True)
 
