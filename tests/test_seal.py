@@ -144,7 +144,7 @@ def test_verify_names_every_file_of_a_finished_run_that_was_changed(project: Toy
     run = finished(project)
     assert told(project, run) == ([f"run {run.path}"], [])
     names = [str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file()]
-    names = [name for name in names if name not in ("job.json", "seal.json") and not name.startswith("code/")]
+    names = [name for name in names if name not in ("job.json", "seal.json", "setup.json") and not name.startswith("code/")]
     assert {"result.json", "state.json", "progress.json", "config.yaml", "inputs.json", "environment.json", "code.json"} < set(names)
     for name in names:
         path, content = run.path / name, (run.path / name).read_bytes()
@@ -195,7 +195,7 @@ KILLED_BEFORE_ITS_RESULT = """
 import os, runpy, sys
 from pipeline import records
 write = records.write_json
-records.write_json = lambda path, value: os._exit(9) if path.name == "result.json" else write(path, value)
+records.write_json = lambda path, value, **how: os._exit(9) if path.name == "result.json" else write(path, value, **how)
 sys.argv = ["crosscoder", "submit", "--executor", "debug", "toy.yaml"]
 runpy.run_module("slurm", run_name="__main__")
 """
