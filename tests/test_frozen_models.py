@@ -25,6 +25,7 @@ from slurm.execution.worker import work
 from slurm.record.comparison import compare_runs
 from slurm.record.record_view import as_text
 from slurm.record.run_directory import RunDirectory
+from slurm.record.run_reference import Named
 from slurm.submission import input_preflight
 from slurm.submission.freezing import Freezer, already_made
 from slurm.submission.refreezing import refreeze
@@ -78,7 +79,7 @@ def test_weights_that_are_replaced_while_the_job_waits_stop_it_and_the_file_is_n
     error = (waiting.result() or {})["error"]
     assert f"language_model ({model}) is another one: model.safetensors was changed; put back what it was, or submit a new run" in error
     copy_of_model(model)
-    assert project.crosscoder("submit", "--resume", str(waiting.path), "--executor", "local").returncode == 0
+    assert project.crosscoder("submit", "--resume", str(waiting.path)).returncode == 0
     wait_until(lambda: finished(waiting), "the resumed job")
 
 
@@ -266,9 +267,9 @@ def test_a_run_that_waits_compares_with_one_that_ended_by_what_both_know(tmp_pat
     values = tokenize_values(tmp_path)
     ended = frozen(values, site)
     assert work(ended.path, frozen=False) == 0
-    assert compare_runs(ended, frozen(values, site))["inputs"] == []
+    assert compare_runs(Named(ended), Named(frozen(values, site)))["inputs"] == []
     replace_tokenizer(tmp_path / "tokenizer")
-    names = [row["name"] for row in compare_runs(ended, frozen(values, site))["inputs"]]
+    names = [row["name"] for row in compare_runs(Named(ended), Named(frozen(values, site)))["inputs"]]
     assert names == ["tokenizer", "tokenizer: tokenizer.json"]
 
 

@@ -253,7 +253,6 @@ TABLE = {
         {
             "--directory": Option("--directory d", passes(directory=Path("d"))),
             "--pretend": Option("--pretend", passes(pretend=True)),
-            "--munge": Option("--munge", passes(munge=True)),
             "--accounting": Option("--accounting", passes(accounting=True)),
             "--fresh": Option("--fresh", passes(fresh=True)),
         }

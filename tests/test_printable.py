@@ -12,6 +12,7 @@ from toy_project import ToyProject
 from slurm.commands import command_line
 from slurm.record import printable, text_table
 from slurm.record.run_directory import RunDirectory
+from slurm.record.run_reference import Named
 from slurm.watching import watch
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +130,7 @@ def test_the_live_view_shows_no_control_character(project: ToyProject) -> None:
     looker = watch.Looker(Site(runs=project.runs))
     looker.trouble = f"squeue said {TITLE}"
     looker.look()
-    lines = watch.view(looker, RunDirectory(project.only_run()), width=200, height=60, interval_s=5.0)
+    lines = watch.view(looker, Named(RunDirectory(project.only_run())), width=200, height=60, interval_s=5.0)
     assert any("hello from" in line.plain for line in lines)
     assert not CONTROLS.search("\n".join(line.plain for line in lines).encode())
 

@@ -18,7 +18,7 @@ from pipeline.run import Run
 from slurm.execution import waves
 from slurm.execution.submission_environment import detached
 from slurm.execution.terminal import logged_to
-from slurm.record import backlog, holder, output_writer, run_directory, snapshot
+from slurm.record import backlog, holder, output_writer, run_directory, run_reference, snapshot
 from slurm.record.activity import SUBMISSION_LOCK, one_submission_at_a_time
 from slurm.record.holder import Holder
 from slurm.record.output_writer import only_writer
@@ -175,7 +175,7 @@ def test_two_people_of_a_group_share_a_root_of_runs(shared: Path) -> None:
     second, third = of(BEN, lambda: submit(shared)), of(BEN, lambda: submit(shared, run))
     assert first.stat().st_uid == ANA
     assert {path.stat().st_uid for path in (second, third)} == {BEN}
-    assert of(ANA, lambda: run_directory.find("count/demo", shared).path) in (second, third)
+    assert of(ANA, lambda: run_reference.find("count/demo", shared).run.path) in (second, third)
     assert of(ANA, lambda: submit(shared)).exists()
 
 
