@@ -1,6 +1,8 @@
 """What goes wrong on a cluster, done to jobs on a real one: nodes that die, limits, preemption that cancels."""
 
 import json
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,14 +144,22 @@ def test_a_job_at_its_time_limit_saves_and_goes_on(queue: Queue) -> None:
     queue.cluster.command("scancel", queue.job(run))
 
 
+def make_full(path: Path) -> None:
+    """A device like /dev/full: every write to it fails as on a full disk. A link to that one would be refused as a link."""
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 7))
+    except PermissionError:
+        pytest.skip("only root may make a device that is always full")
+
+
 def test_a_full_log_disk_costs_a_job_its_log_and_nothing_else(queue: Queue) -> None:
     blocker = queue.cluster.command("sbatch", "--parsable", "-w", "n3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 60").strip()
     (run,) = queue.submit(queue.project.config(steps=4, step_seconds=0.1), "--node", "n3")
     job = queue.job(run)
     (run.path / "log").mkdir(exist_ok=True)
     for log in (f"log/{job}.log", f"submitit/{job}_0_log.out", f"submitit/{job}_0_log.err"):
-        (run.path / log).symlink_to("/dev/full")  # every write to it fails as on a full disk
+        make_full(run.path / log)
     queue.cluster.command("scancel", blocker)
     wait_until(lambda: finished(run), "the job")
     assert (run.result() or {})["result"]["steps"] == 4
-    assert (run.path / f"log/{job}.log").readlink() == Path("/dev/full")
+    assert stat.S_ISCHR((run.path / f"log/{job}.log").lstat().st_mode)
