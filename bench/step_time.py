@@ -55,7 +55,6 @@ def training_step(shape: Shape, variant: str, options: argparse.Namespace, direc
     """One step of the trainer on random activations; `auxk` is batch_topk with a share of its features dead."""
     device = torch.device(options.device)
     relu = variant == "relu"
-    sparsity = {"kind": "decoder_norm_l1", "coefficient": 2.0} if relu else {"kind": "none"}
     values: dict[str, Any] = {
         "stage": "train",
         "name": "bench",
@@ -64,7 +63,7 @@ def training_step(shape: Shape, variant: str, options: argparse.Namespace, direc
             "num_features": shape.features,
             "activation_function": {"kind": "relu"} if relu else {"kind": "batch_topk", "k": options.k},
         },
-        "loss": {"sparsity": sparsity, "auxiliary": {"kind": "none" if relu else "auxk"}},
+        "loss": {"l1": {"coefficient": 2.0}} if relu else {"auxk": {}},
         "num_tokens": 10**9,
         "batch_positions": shape.positions,
         "dead_window_tokens": 10**9,

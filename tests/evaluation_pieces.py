@@ -42,7 +42,9 @@ def held_out_tokens(directory: Path, *, num_documents: int = 14, tokenizer_hash:
 
 def random_crosscoder(config: CrosscoderConfig, num_layers: int = 2, d_model: int = D_MODEL) -> Crosscoder:
     crosscoder = Crosscoder(config, num_layers=num_layers, d_model=d_model, seed=0)
-    crosscoder.threshold.fill_(0.02)
+    for name, buffer in crosscoder.named_buffers():
+        if name.endswith(".threshold"):
+            buffer.fill_(0.02)
     return crosscoder
 
 

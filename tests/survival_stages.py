@@ -91,7 +91,7 @@ def small_stages(root: Path, made: Path, outputs: Path, crosscoder: str) -> list
     train = {
         "activations": {"kind": "disk", "path": str(made / "activations")},
         "crosscoder": {"num_features": 256, "activation_function": {"kind": "batch_topk", "k": 8}},
-        "loss": {"sparsity": {"kind": "none"}, "auxiliary": {"kind": "auxk"}},
+        "loss": {"auxk": {}},
         "epochs": 1,
         "batch_positions": 24,
         "dead_window_tokens": 20_000,

@@ -68,7 +68,7 @@ def test_a_loaded_crosscoder_is_the_one_that_was_trained(tmp_path: Path) -> None
 
 def test_as_trained_k_fire_a_position_and_at_inference_a_position_does_not_depend_on_the_batch(trained: Path) -> None:
     loaded, raw_BLD = load_crosscoder(trained), random_activations(50)
-    assert (loaded.encode(raw_BLD, batch_topk=True) > 0).sum().item() == 2 * 50
+    assert (loaded.encode(raw_BLD, as_trained=True) > 0).sum().item() == 2 * 50
     whole_BF = loaded.encode(raw_BLD)
     torch.testing.assert_close(torch.cat([loaded.encode(part_BLD) for part_BLD in raw_BLD.split(7)]), whole_BF)
     assert 1.0 < (whole_BF > 0).sum().item() / 50 < 3.0

@@ -1,5 +1,6 @@
 """The crosscoder's formulas, its first weights, and the units that it works in."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ def crosscoder(seed: int = 0, **initialization: Any) -> Crosscoder:
 
 def statistics_of(acts_BLD: torch.Tensor) -> LayerStatistics:
     exact = acts_BLD.double()
-    return LayerStatistics.from_sums(exact.sum(0), exact.square().sum((0, 2)), acts_BLD.shape[0])
+    return LayerStatistics.from_sums(exact.sum(0), exact.square().sum((0, 2)), acts_BLD.shape[0], exact.norm(dim=-1).sum(0))
 
 
 def test_encode_and_decode_agree_with_a_loop_over_features_and_layers() -> None:
@@ -40,27 +41,6 @@ def test_encode_and_decode_agree_with_a_loop_over_features_and_layers() -> None:
             assert features_BF[b, f].item() == pytest.approx(max(0.0, pre.item()), abs=1e-5)
             expected_LD += features_BF[b, f] * model.W_dec_FLD[f].detach()
         torch.testing.assert_close(decoded_BLD[b], expected_LD)
-
-
-def test_decoders_begin_with_the_norm_asked_for_in_every_layer_and_encoders_as_their_transpose() -> None:
-    model = crosscoder(decoder_norm=0.37)
-    torch.testing.assert_close(model.W_dec_FLD.norm(dim=-1), torch.full((9, 3), 0.37))
-    assert torch.equal(model.W_enc_LDF, model.W_dec_FLD.permute(1, 2, 0))
-    torch.testing.assert_close(model.decoder_norms(), torch.full((9,), 3 * 0.37))
-    assert not model.b_enc_F.any()
-    assert not model.b_dec_LD.any()
-
-
-def test_an_encoder_drawn_on_its_own_has_the_same_norms_and_other_directions() -> None:
-    model = crosscoder(decoder_norm=0.37, encoder="random_directions")
-    torch.testing.assert_close(model.W_enc_LDF.norm(dim=1), torch.full((3, 9), 0.37))
-    cosines = (model.W_enc_LDF.permute(2, 0, 1) * model.W_dec_FLD).sum(-1) / 0.37**2
-    assert cosines.abs().mean() < 0.9
-
-
-def test_the_seed_decides_the_first_weights() -> None:
-    assert torch.equal(crosscoder(seed=1).W_dec_FLD, crosscoder(seed=1).W_dec_FLD)
-    assert not torch.equal(crosscoder(seed=1).W_dec_FLD, crosscoder(seed=2).W_dec_FLD)
 
 
 @pytest.mark.parametrize("center", [True, False])
@@ -98,3 +78,16 @@ def test_a_layer_that_never_varies_is_refused() -> None:
     raw_BLD[:, 1] = 0.0
     with pytest.raises(UserError, match="layer 1 of the activations never varies"):
         Normalizer.from_statistics(statistics_of(raw_BLD), Normalization())
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_activations_may_be_scaled_by_their_mean_norm(center: bool) -> None:
+    raw_BLD = random_activations(50)
+    normalizer = Normalizer.from_statistics(statistics_of(raw_BLD), Normalization(center=center, scale="mean_norm"))
+    torch.testing.assert_close(normalizer.scale_L, 6**0.5 / raw_BLD.norm(dim=-1).mean(0))
+
+
+def test_a_set_without_mean_norms_is_refused_where_they_are_needed() -> None:
+    statistics = replace(statistics_of(random_activations(50)), mean_norm_L=None)
+    with pytest.raises(UserError, match="which this set was made without; cache it again"):
+        Normalizer.from_statistics(statistics, Normalization(scale="mean_norm"))

@@ -31,7 +31,7 @@ def config(values: dict[str, Any], **changes: object) -> StageConfig:
 
 def train(path: Path) -> StageConfig:
     crosscoder = {"num_features": 8, "activation_function": {"kind": "relu"}}
-    loss = {"sparsity": {"kind": "none"}, "auxiliary": {"kind": "none"}}
+    loss: dict[str, Any] = {}
     activations = {"kind": "disk", "path": str(path)}
     values = {"stage": "train", "name": "x", "activations": activations, "crosscoder": crosscoder, "loss": loss, "epochs": 1}
     return load.from_values(values, where="train.yaml", site=Site())

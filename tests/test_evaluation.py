@@ -180,9 +180,10 @@ def test_sparsity_agrees_with_a_loop_over_positions_and_groups(pieces: Pieces, t
     run = pieces.write_crosscoder(config, random_crosscoder(config), run="sparsity")
     trained, acts_NLD = load_crosscoder(run), torch.from_numpy(all_acts(pieces)).float()
     fired_NF = trained.encode(acts_NLD) > 0
-    pre_NF = trained.crosscoder.pre_activations(trained.normalizer.normalize(acts_NLD)) * trained.crosscoder.decoder_norms()
-    assert (pre_NF - trained.crosscoder.threshold).abs().min() > ROUNDING * pre_NF.abs().max(), "rounding must not decide what fires"
-    groups = [trained.encode(acts_NLD[start : start + 16], batch_topk=True) > 0 for start in range(0, len(acts_NLD), 16)]
+    crosscoder, threshold = trained.crosscoder, trained.crosscoder.state_dict()["activation_function.threshold"]
+    pre_NF = crosscoder.pre_activations(trained.normalizer.normalize(acts_NLD), crosscoder.W_enc_LDF) * crosscoder.decoder_norms()
+    assert (pre_NF - threshold).abs().min() > ROUNDING * pre_NF.abs().max(), "rounding must not decide what fires"
+    groups = [trained.encode(acts_NLD[start : start + 16], as_trained=True) > 0 for start in range(0, len(acts_NLD), 16)]
     assert len(groups[-1]) < 16
     assert min(int(group.sum()) for group in groups[:-1]) < 12 * 16 == max(int(group.sum()) for group in groups)
     found = evaluated(pieces, run, tmp_path)["sparsity"]

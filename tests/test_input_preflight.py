@@ -127,7 +127,7 @@ def test_a_cache_that_takes_some_positions_needs_only_theirs(inputs: dict[str, A
 def test_checkpoints_have_to_fit_on_the_disk_of_runs(inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     activations = {"kind": "stream", "layers": ["transformer.h.0"], **inputs}
     crosscoder = {"num_features": 1000, "activation_function": {"kind": "relu"}}
-    loss = {"sparsity": {"kind": "none"}, "auxiliary": {"kind": "none"}}
+    loss: dict[str, Any] = {}
     values = {"stage": "train", "name": "x", "activations": activations, "crosscoder": crosscoder, "loss": loss, "epochs": 1}
     config = load.from_values(values, where="train.yaml", site=Site())
     needed = 3 * 12 * (2 * 16 * 1000 + 1000 + 16) + input_preflight.SPARE_BYTES
@@ -167,7 +167,7 @@ def test_a_data_set_of_another_kind_is_refused_with_both_names(inputs: dict[str,
         "name": "x",
         "activations": {"kind": "disk", "path": inputs["tokens"]},
         "crosscoder": {"num_features": 8, "activation_function": {"kind": "relu"}},
-        "loss": {"sparsity": {"kind": "none"}, "auxiliary": {"kind": "none"}},
+        "loss": {},
         "epochs": 1,
     }
     config = load.from_values(values, where="train.yaml", site=Site())

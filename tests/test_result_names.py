@@ -44,7 +44,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         "train": {
             "activations": {"kind": "disk", "path": str(root / "activations")},
             "crosscoder": {"num_features": 32, "activation_function": {"kind": "batch_topk", "k": 4}},
-            "loss": {"sparsity": {"kind": "none"}, "auxiliary": {"kind": "none"}},
+            "loss": {},
             "epochs": 1,
             "batch_positions": 100,
         },

@@ -12,7 +12,7 @@ from slurm.record.run_directory import RunDirectory
 from slurm.submission import sweep_results
 from slurm.watching import sweep_figure, sweep_table
 
-LEARNING_RATE, KIND = "optimizer.learning_rate", "loss.sparsity.kind"
+LEARNING_RATE, KIND = "optimizer.learning_rate", "loss.l1.norm"
 
 
 def row(task: int, state: str = "finished", **values: Any) -> dict[str, Any]:
@@ -55,8 +55,8 @@ def test_fields_that_are_the_same_in_every_task_are_not_varied() -> None:
 
 
 def test_fields_are_named_by_as_few_parts_as_tell_them_apart() -> None:
-    names = sweep_results.short_names(["optimizer.learning_rate", "loss.sparsity.kind", "loss.auxiliary.k", "activation.k", "seed"])
-    assert list(names.values()) == ["learning_rate", "sparsity.kind", "auxiliary.k", "activation.k", "seed"]
+    names = sweep_results.short_names(["optimizer.learning_rate", "loss.l1.norm", "loss.auxk.k", "activation.k", "seed"])
+    assert list(names.values()) == ["learning_rate", "norm", "auxk.k", "activation.k", "seed"]
 
 
 # -- table ------------------------------------------------------------------------------------------------------------

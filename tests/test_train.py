@@ -114,8 +114,7 @@ def test_a_known_dictionary_is_recovered(variant: str, tmp_path: Path) -> None:
 def test_the_trainer_moves_features_that_only_the_auxiliary_loss_reaches(tmp_path: Path) -> None:
     moved = {}
     for kind in ("auxk", "none"):
-        auxiliary = {"kind": "auxk", "k": 64} if kind == "auxk" else {"kind": "none"}
-        loss = {"sparsity": {"kind": "none"}, "auxiliary": auxiliary}
+        loss = {"auxk": {"k": 64} if kind == "auxk" else None}
         course = trainer(tmp_path / kind, MemorySource(random_activations(300)), "batch_topk", loss=loss)
         state = course.state
         with torch.no_grad():  # feature 5 is too weak to be among the highest of any batch
@@ -133,7 +132,12 @@ def test_the_trainer_moves_features_that_only_the_auxiliary_loss_reaches(tmp_pat
 def test_the_trainer_agrees_with_a_plain_loop_over_the_published_formulas(tmp_path: Path) -> None:
     """Forward pass by einsum, Adam and clipping written out; 10 steps, the last batch short."""
     acts_NLD = random_activations(300)
-    optimizer = {"learning_rate": 0.01, "warmup_fraction": 0.4, "decay_fraction": 0.0, "gradient_clip_norm": 0.7, "beta2": 0.99}
+    optimizer = {
+        "learning_rate": 0.01,
+        "schedule": {"warmup_fraction": 0.4, "decay": "constant"},
+        "clipping": {"kind": "absolute", "norm": 0.7},
+        "beta2": 0.99,
+    }
     course = trainer(tmp_path, MemorySource(acts_NLD), num_tokens=300, optimizer=optimizer, log_every_steps=1)
     state = course.state
     weights = [w.detach().clone().requires_grad_() for w in (state.crosscoder.W_enc_LDF, state.crosscoder.b_enc_F)]
@@ -198,10 +202,10 @@ def test_a_row_is_of_all_steps_since_the_last_and_agrees_with_the_steps_one_by_o
     sizes = [32] * 9 + [12]
     for row, (first, last) in zip(four, [(0, 4), (4, 8), (8, 10)], strict=True):
         total = sum(sizes[first:last])
-        for key in ("loss", "loss_reconstruction", "loss_sparsity", "l0"):
+        for key in ("loss", "loss_reconstruction", "loss_l1", "l0"):
             assert row[key] == pytest.approx(sum(e[key] * n for e, n in zip(each[first:last], sizes[first:last], strict=True)) / total)
         assert row["gradient_norm"] == pytest.approx(sum(e["gradient_norm"] for e in each[first:last]) / (last - first))
-        assert row["loss"] == pytest.approx(row["loss_reconstruction"] + row["loss_sparsity"] + row["loss_auxiliary"])
+        assert row["loss"] == pytest.approx(row["loss_reconstruction"] + row["loss_l1"])
         assert row["tokens"] == sum(sizes[:last])
 
 
@@ -223,8 +227,8 @@ def test_the_first_explained_variance_agrees_with_its_definition(tmp_path: Path)
 def test_rows_hold_every_number_that_is_promised(tmp_path: Path) -> None:
     result = trainer(tmp_path, MemorySource(random_activations(300)), "batch_topk").train()
     for row in rows(tmp_path):
-        numbers = {"loss", "loss_reconstruction", "loss_sparsity", "loss_auxiliary", "l0", "dead_features", "explained_variance"}
-        numbers |= {"gradient_norm", "learning_rate", "sparsity_coefficient", "tokens_per_second", "data_wait_share", "threshold"}
+        numbers = {"loss", "loss_reconstruction", "loss_auxk", "gradient_clipped_share", "l0", "dead_features", "explained_variance"}
+        numbers |= {"gradient_norm", "learning_rate", "coefficient_auxk", "k", "tokens_per_second", "data_wait_share", "threshold"}
         assert all(isinstance(row[name], int | float) for name in numbers)
         assert all(len(row[f"{name}_by_layer"]) == 2 for name in ("explained_variance", "encoder_norm", "decoder_norm"))
         assert 0 <= row["data_wait_share"] <= 1

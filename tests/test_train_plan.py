@@ -1,17 +1,17 @@
-"""What follows from the step alone: positions, learning rate, sparsity coefficient; and counters of dead features."""
+"""What follows from the step alone: positions, what schedules move; and counters of dead features."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-from toy_activations import L1, train_config
+from toy_activations import train_config
 
 from pipeline.config.errors import UserError
-from pipeline.config.train_crosscoder import Optimizer
+from pipeline.config.schedule import Schedule
 from pipeline.crosscoder.dead_features import count_tokens, dead_features, firings, firings_by_norm
 from pipeline.crosscoder.plan import Place, Plan
-from pipeline.crosscoder.schedules import learning_rate, sparsity_coefficient
+from pipeline.crosscoder.schedules import factor, scheduled_numbers
 
 
 def test_the_plan_of_three_and_a_half_epochs_by_hand() -> None:
@@ -26,7 +26,7 @@ def test_the_plan_of_three_and_a_half_epochs_by_hand() -> None:
 
 @pytest.mark.parametrize(("epoch_positions", "batch", "num_tokens"), [(7, 7, 7), (7, 3, 20), (5, 9, 12), (100, 1, 30), (64, 8, 128)])
 def test_steps_add_up_to_the_tokens_asked_for(epoch_positions: int, batch: int, num_tokens: int) -> None:
-    plan = Plan(epoch_positions, batch, num_tokens)
+    plan = Plan(epoch_positions, batch, num_tokens, 1)
     sizes = [plan.positions_in(step) for step in range(1, plan.num_steps + 1)]
     assert sum(sizes) == num_tokens
     assert 1 <= min(sizes) <= max(sizes) <= batch
@@ -53,34 +53,63 @@ def test_as_many_features_a_position_as_there_are_is_refused() -> None:
 
 
 def test_the_learning_rate_rises_stays_and_falls_by_hand() -> None:
-    settings = Optimizer(learning_rate=1.0, warmup_fraction=0.4, decay="linear", decay_fraction=0.3)
-    found = [learning_rate(settings, step, 10) for step in range(1, 11)]
+    schedule = Schedule(warmup_fraction=0.4, decay="linear", decay_fraction=0.3)
+    found = [factor(schedule, step, 10) for step in range(1, 11)]
     assert found == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75, 0.5, 0.25])
 
 
 def test_a_cosine_falls_to_the_final_fraction() -> None:
-    settings = Optimizer(learning_rate=2.0, warmup_fraction=0.0, decay="cosine", decay_fraction=1.0, final_fraction=0.1)
-    found = [learning_rate(settings, step, 999) for step in range(1, 1000)]
+    schedule = Schedule(decay="cosine", decay_fraction=1.0, final_fraction=0.1)
+    found = [2.0 * factor(schedule, step, 999) for step in range(1, 1000)]
     assert found == sorted(found, reverse=True)
     assert found[499] == pytest.approx(2.0 * 0.55)
     assert found[-1] == pytest.approx(0.2, rel=1e-4)
 
 
-def test_a_constant_learning_rate_stays() -> None:
-    settings = Optimizer(learning_rate=0.3, warmup_fraction=0.0, decay="constant")
-    assert {learning_rate(settings, step, 50) for step in range(1, 51)} == {0.3}
+def test_the_default_schedule_changes_nothing() -> None:
+    assert {factor(Schedule(), step, 50) for step in range(1, 51)} == {1.0}
+
+
+def test_a_schedule_above_one_anneals_by_hand() -> None:
+    schedule = Schedule(initial_fraction=5.0, warmup_fraction=0.4)
+    assert [factor(schedule, step, 10) for step in range(1, 7)] == pytest.approx([4, 3, 2, 1, 1, 1])
+
+
+def test_changing_one_field_of_the_learning_rates_schedule_keeps_the_others() -> None:
+    schedule = train_config(optimizer={"schedule": {"warmup_fraction": 0.1}}).optimizer.schedule
+    assert (schedule.warmup_fraction, schedule.decay, schedule.decay_fraction) == (0.1, "linear", 0.2)
+
+
+def test_everything_that_a_schedule_moves_is_named_with_its_value() -> None:
+    crosscoder = {
+        "num_features": 16,
+        "activation_function": {"kind": "batch_topk", "k": 2, "k_schedule": {"initial_fraction": 4, "warmup_fraction": 0.5}},
+    }
+    loss = {"l1": {"coefficient": 2.0, "schedule": {"warmup_fraction": 0.5}}}
+    config = train_config(
+        crosscoder=crosscoder, loss=loss, layer_mask_rate=0.2, optimizer={"learning_rate": 0.1, "schedule": {"warmup_fraction": 0.0}}
+    )
+    found = scheduled_numbers(config, 2, 8)
+    assert found == {"learning_rate": 0.1, "coefficient_l1": 1.0, "k": 5, "layer_mask_rate": 0.2}
+
+
+def test_the_window_of_dead_features_is_a_tenth_of_the_run_and_ten_million_at_most() -> None:
+    windows = [
+        Plan.of(train_config(num_tokens=tokens, dead_window_tokens=None), 1000).dead_window_tokens for tokens in (100, 30_000_000, 10**9)
+    ]
+    assert windows == [32, 3_000_000, 10_000_000]
+    assert Plan.of(train_config(dead_window_tokens=77), 1000).dead_window_tokens == 77
 
 
 def test_phases_that_overlap_are_refused() -> None:
     with pytest.raises(UserError, match="warmup_fraction and decay_fraction add up to more than 1"):
-        train_config(optimizer={"warmup_fraction": 0.5, "decay_fraction": 0.6})
+        train_config(optimizer={"schedule": {"warmup_fraction": 0.5, "decay_fraction": 0.6}})
 
 
-def test_the_sparsity_coefficient_rises_linearly_and_is_zero_without_a_penalty() -> None:
-    loss = {**L1, "sparsity": {"kind": "decoder_norm_l1", "coefficient": 2.0, "warmup_fraction": 0.5}}
-    found = [sparsity_coefficient(train_config(loss=loss).loss, step, 8) for step in range(1, 9)]
+def test_a_coefficient_rises_linearly() -> None:
+    loss = {"l1": {"coefficient": 2.0, "schedule": {"warmup_fraction": 0.5}}}
+    found = [scheduled_numbers(train_config(loss=loss), step, 8)["coefficient_l1"] for step in range(1, 9)]
     assert found == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0]
-    assert sparsity_coefficient(train_config("batch_topk").loss, 8, 8) == 0.0
 
 
 def test_dead_counters_by_hand() -> None:

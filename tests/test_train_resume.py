@@ -62,7 +62,7 @@ def test_an_interrupted_run_has_the_same_rows_of_metrics(trained: Trained) -> No
     assert rows_without_times(trained.interrupted) == rows
     assert [row["step"] for row in rows] == [4, 8, 12, 16, 20, 24, 28, 32, 34]
     if trained.variant == "batch_topk":
-        assert any(row["loss_auxiliary"] > 0 for row in rows), "the run must have dead features, or their state is not tested"
+        assert any(row["loss_auxk"] > 0 for row in rows), "the run must have dead features, or their state is not tested"
 
 
 def test_killed_writers_leave_nothing_behind(trained: Trained) -> None:

@@ -25,7 +25,7 @@ class MemorySource:
         self.d_model = acts_NLD.shape[2]
         self.num_positions = acts_NLD.shape[0]
         exact = acts_NLD.double()
-        self.statistics = LayerStatistics.from_sums(exact.sum(0), exact.square().sum((0, 2)), self.num_positions)
+        self.statistics = LayerStatistics.from_sums(exact.sum(0), exact.square().sum((0, 2)), self.num_positions, exact.norm(dim=-1).sum(0))
         self.served: list[tuple[int, int]] = []
 
     def batches(self, *, batch_positions: int, epoch: int, cursor: int) -> Iterator[ActivationBatch]:
@@ -48,8 +48,8 @@ def random_activations(num_positions: int, *, num_layers: int = 2, d_model: int 
 
 RELU = {"kind": "relu"}
 BATCH_TOPK = {"kind": "batch_topk", "k": 2, "threshold_momentum": 0.8}
-L1 = {"sparsity": {"kind": "decoder_norm_l1", "coefficient": 0.5}, "auxiliary": {"kind": "none"}}
-AUXK = {"sparsity": {"kind": "none"}, "auxiliary": {"kind": "auxk", "k": 2, "refresh_steps": 3}}
+L1 = {"l1": {"coefficient": 0.5}}
+AUXK = {"auxk": {"k": 2, "refresh_steps": 3}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "relu": {"crosscoder": {"num_features": 16, "activation_function": RELU}, "loss": L1},
     "batch_topk": {"crosscoder": {"num_features": 64, "activation_function": BATCH_TOPK}, "loss": AUXK},

@@ -26,12 +26,14 @@ class ActivationBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """First and second moments of each layer's activations, in float64, on the CPU, without dropped positions and position 0."""
+    """Moments of each layer's activations, in float64, on the CPU, without dropped positions and position 0."""
 
     mean_LD: Tensor
     mean_squared_norm_L: Tensor
     """Mean of |x|^2, x as the model gives it."""
     num_positions: int
+    mean_norm_L: Tensor | None = None
+    """Mean of |x|; None of a set that was made before this was recorded."""
 
     @property
     def mean_squared_centered_norm_L(self) -> Tensor:
@@ -39,15 +41,19 @@ class LayerStatistics:
         return self.mean_squared_norm_L - self.mean_LD.square().sum(-1)
 
     @classmethod
-    def from_sums(cls, sum_LD: Tensor, sum_squared_norm_L: Tensor, num_positions: int) -> "LayerStatistics":
+    def from_sums(
+        cls, sum_LD: Tensor, sum_squared_norm_L: Tensor, num_positions: int, sum_norm_L: Tensor | None = None
+    ) -> "LayerStatistics":
         """The moments that float64 sums over `num_positions` positions give."""
-        return cls(sum_LD / num_positions, sum_squared_norm_L / num_positions, num_positions)
+        mean_norm_L = None if sum_norm_L is None else sum_norm_L / num_positions
+        return cls(sum_LD / num_positions, sum_squared_norm_L / num_positions, num_positions, mean_norm_L)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values; floats keep every bit."""
         return {
             "num_positions": self.num_positions,
             "mean_squared_norm": self.mean_squared_norm_L.tolist(),
+            "mean_norm": None if self.mean_norm_L is None else self.mean_norm_L.tolist(),
             "mean_squared_centered_norm": self.mean_squared_centered_norm_L.tolist(),
             "mean": self.mean_LD.tolist(),
         }
@@ -55,8 +61,10 @@ class LayerStatistics:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "LayerStatistics":
         """The inverse of `to_json`."""
-        mean_LD = torch.tensor(values["mean"], dtype=torch.float64)
-        return cls(mean_LD, torch.tensor(values["mean_squared_norm"], dtype=torch.float64), values["num_positions"])
+        mean_LD, mean_squared_norm_L = (torch.tensor(values[key], dtype=torch.float64) for key in ("mean", "mean_squared_norm"))
+        mean_norm = values.get("mean_norm")
+        mean_norm_L = None if mean_norm is None else torch.tensor(mean_norm, dtype=torch.float64)
+        return cls(mean_LD, mean_squared_norm_L, values["num_positions"], mean_norm_L)
 
 
 class Provenance(NamedTuple):

@@ -6,54 +6,44 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.activation_source import ActivationSourceConfig
-from pipeline.config.crosscoder import CrosscoderConfig, Positive
+from pipeline.config.crosscoder import CrosscoderConfig, Momentum
+from pipeline.config.loss import Loss
+from pipeline.config.schedule import Positive, Schedule
 from pipeline.config.schema import OPERATIONAL, Config, Fraction, PositiveCount
 from pipeline.config.stage import StageConfig
 
-NonNegative = Annotated[float, Field(ge=0.0)]
-Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 
-
-class NoPenalty(Config):
-    """Nothing in the loss makes features sparse: for activation functions that are sparse by themselves."""
+class NoClipping(Config):
+    """Gradients are taken as they are."""
 
     kind: Literal["none"] = "none"
 
 
-class DecoderNormL1(Config):
-    """Each feature's activation times the sum over layers of its decoder norms (Lindsey et al. 2024)."""
+class AbsoluteClipping(Config):
+    """A fixed largest norm of all gradients together. What it does depends on the loss's unit: on layers, width and scale."""
 
-    kind: Literal["decoder_norm_l1"] = "decoder_norm_l1"
-    coefficient: NonNegative
-    """Weight against the squared error, which is summed over width and layers and averaged over positions."""
-    warmup_fraction: Fraction = 0.05
-    """Share of all steps over which the coefficient rises linearly from 0."""
+    kind: Literal["absolute"] = "absolute"
+    norm: Positive = 1.0
+    """Larger gradients are scaled down to this norm."""
 
 
-class NoAuxiliary(Config):
-    """No help for dead features."""
+class RelativeClipping(Config):
+    """The largest norm is a multiple of the running mean of the norms so far, so that it is free of the loss's unit."""
 
-    kind: Literal["none"] = "none"
-
-
-class Auxk(Config):
-    """The `k` strongest dead features of each position reconstruct what the living left over (Gao et al. 2024)."""
-
-    kind: Literal["auxk"] = "auxk"
-    coefficient: NonNegative = 1 / 32
-    """Weight of the share of the residual that they leave unexplained, against the share of the activations' variance that
-    the crosscoder leaves unexplained."""
-    k: PositiveCount | None = None
-    """Dead features a position; None takes half the model's width."""
-    refresh_steps: PositiveCount = 10
-    """Which features are dead is looked up every so many steps; each look-up waits for the device once."""
+    kind: Literal["relative"] = "relative"
+    factor: Positive = 4.0
+    """Times the running mean of the norms, each counted after clipping."""
+    momentum: Momentum = 0.99
+    """Of that running mean; the first 1 / (1 - momentum) steps are averaged evenly."""
 
 
-class Loss(Config):
-    """Squared error, summed over width and layers, averaged over positions, plus the two terms chosen here."""
+class LearningRateSchedule(Schedule):
+    """A factor on the learning rate: it rises over the first 2 % of all steps and falls to 0 over the last 20 %."""
 
-    sparsity: Annotated[DecoderNormL1 | NoPenalty, Field(discriminator="kind")]
-    auxiliary: Annotated[Auxk | NoAuxiliary, Field(discriminator="kind")]
+    warmup_fraction: Fraction = 0.02
+    """Share of all steps, the first ones, over which the factor moves to 1."""
+    decay: Literal["constant", "linear", "cosine"] = "linear"
+    """The form of the way to `final_fraction`; `constant` stays at 1."""
 
 
 class Optimizer(Config):
@@ -61,28 +51,15 @@ class Optimizer(Config):
 
     learning_rate: Positive = 2e-4
     """At the peak."""
-    warmup_fraction: Fraction = 0.02
-    """Share of all steps over which it rises linearly from 0."""
-    decay: Literal["linear", "cosine", "constant"] = "linear"
-    """How it falls to `final_fraction` of the peak; `constant` does not fall."""
-    decay_fraction: Fraction = 0.2
-    """Share of all steps, the last ones, over which it falls."""
-    final_fraction: Fraction = 0.0
-    """What remains of the peak when training ends."""
+    schedule: LearningRateSchedule = LearningRateSchedule()
     beta1: Momentum = 0.9
     """Adam's running average of gradients."""
     beta2: Momentum = 0.999
     """Adam's running average of squared gradients."""
     epsilon: Positive = 1e-8
     """Adam's addend in the denominator."""
-    gradient_clip_norm: Positive | None = 1.0
-    """Largest norm of all gradients together; None does not clip."""
-
-    @model_validator(mode="after")
-    def _phases_fit(self) -> "Optimizer":
-        if self.decay != "constant" and self.warmup_fraction + self.decay_fraction > 1:
-            raise ValueError("warmup_fraction and decay_fraction add up to more than 1; make one of them smaller")
-        return self
+    clipping: Annotated[NoClipping | AbsoluteClipping | RelativeClipping, Field(discriminator="kind")] = RelativeClipping()
+    """What is done about a gradient that is far larger than the others."""
 
 
 class Checkpoints(Config):
@@ -102,9 +79,7 @@ class TrainConfig(StageConfig):
         "tokens",
         "epochs",
         "loss",
-        "loss_reconstruction",
-        "loss_sparsity",
-        "loss_auxiliary",
+        "loss_*",
         "l0",
         "explained_variance",
         "dead_features",
@@ -128,8 +103,17 @@ class TrainConfig(StageConfig):
     """Times that every position is trained on; give this or `num_tokens`."""
     batch_positions: PositiveCount = 4096
     """Positions in a step; the last batch of an epoch may be shorter."""
-    dead_window_tokens: PositiveCount = 10_000_000
-    """A feature is dead when it did not fire in so many of the latest training tokens."""
+    micro_batch_positions: PositiveCount | None = None
+    """Positions that go through the crosscoder at a time, to save memory; their gradients add up to those of the whole batch, and
+    TopK over the batch is taken over all of it. Costs up to two more passes without a gradient. Null takes the batch at once."""
+    layer_mask_rate: Fraction = 0.0
+    """Probability with which the encoder sees a layer's mean in place of a position's activation there, while all layers are
+    reconstructed (after fmxcoders, arXiv 2605.09438): features must then not hang on one layer."""
+    layer_mask_schedule: Schedule = Schedule()
+    """A factor on `layer_mask_rate`."""
+    dead_window_tokens: PositiveCount | None = None
+    """A feature is dead when it did not fire in so many of the latest training tokens. Null takes a tenth of the run's tokens,
+    10 M at most."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the matrix products; weights, their updates and sums in the loss are float32 in either case."""
     compile: bool = False
@@ -144,6 +128,12 @@ class TrainConfig(StageConfig):
     def _one_length(self) -> "TrainConfig":
         if (self.num_tokens is None) == (self.epochs is None):
             raise ValueError("give either num_tokens or epochs, one of them says how long to train; set the other one to null")
+        return self
+
+    @model_validator(mode="after")
+    def _loss_fits(self) -> "TrainConfig":
+        if fault := self.loss.fault(self.crosscoder):
+            raise ValueError(fault)
         return self
 
     def inputs(self) -> dict[str, Path]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline import records
 from pipeline.activations.source import Provenance
-from pipeline.config.crosscoder import CrosscoderConfig
+from pipeline.config.crosscoder import CrosscoderConfig, Relu
 from pipeline.config.errors import UserError
 from pipeline.config.schema import build
 from pipeline.crosscoder import checkpoint_files
@@ -23,6 +23,13 @@ from pipeline.crosscoder.normalizer import Normalizer
 
 FACTS = ("dead_window_tokens", "batch_positions", "activations_id")
 """What the record of a crosscoder says of its training, besides step, tokens, layers and the activations' provenance."""
+
+_NAMES_BEFORE_0_2 = {
+    "W_enc_LDF": "weights.W_enc_LDF",
+    "W_dec_FLD": "weights.W_dec_FLD",
+    "threshold": "activation_function.threshold",
+    "num_threshold_updates": "activation_function.num_threshold_updates",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -64,17 +71,16 @@ class TrainedCrosscoder:
         return self.tokens_since_fired_F >= self.dead_window_tokens
 
     @torch.no_grad()
-    def encode(self, raw_BLD: Tensor, *, batch_topk: bool = False) -> Tensor:
-        """features_BF, float32. With `batch_topk` they fire as in training, judged against the rest of this batch."""
+    def encode(self, raw_BLD: Tensor, *, as_trained: bool = False) -> Tensor:
+        """features_BF, float32. With `as_trained` they fire as in training, where TopK judges them against each other."""
         acts_BLD = self.normalizer.normalize(raw_BLD)
-        if batch_topk:
-            return self.crosscoder.fire(self.crosscoder.pre_activations(acts_BLD)).features_BF
-        return self.crosscoder.encode(acts_BLD)
+        return self.crosscoder.encode_as_trained(acts_BLD) if as_trained else self.crosscoder.encode(acts_BLD)
 
     @torch.no_grad()
-    def decode(self, features_BF: Tensor) -> Tensor:
-        """The reconstruction in the language model's units, [B, L, D] float32."""
-        return self.normalizer.denormalize(self.crosscoder.decode(features_BF))
+    def decode(self, features_BF: Tensor, raw_BLD: Tensor | None = None) -> Tensor:
+        """The reconstruction in the language model's units, [B, L, D] float32; a dense path needs the activations too."""
+        acts_BLD = None if raw_BLD is None else self.normalizer.normalize(raw_BLD)
+        return self.normalizer.denormalize(self.crosscoder.decode(features_BF, acts_BLD))
 
 
 def crosscoder_part(
@@ -90,12 +96,14 @@ def load_crosscoder(path: Path, device: torch.device | str = "cpu") -> TrainedCr
     """The crosscoder in a checkpoint, or in the newest whole checkpoint of a run directory."""
     checkpoint = _checkpoint_of(path)
     part = checkpoint_files.read_part(checkpoint, "crosscoder")
-    facts, tensors = part.facts, dict(part.tensors)
+    facts, tensors = part.facts, {_NAMES_BEFORE_0_2.get(name, name): tensor for name, tensor in part.tensors.items()}
     config = build(CrosscoderConfig, facts["config"], str(checkpoint / "crosscoder.json"))
     tokens_since_fired_F = tensors.pop("tokens_since_fired_F").to(device)
     normalizer = Normalizer(tensors.pop("mean_LD"), tensors.pop("scale_L"), center=config.normalization.center).to(device)
     num_layers, d_model = normalizer.mean_LD.shape
     crosscoder = Crosscoder(config, num_layers=num_layers, d_model=d_model)
+    if isinstance(config.activation_function, Relu):  # before 0.2 it had a threshold that nothing used
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("activation_function.")}
     crosscoder.load_state_dict(tensors)
     return TrainedCrosscoder(
         config=config,

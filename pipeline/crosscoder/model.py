@@ -4,67 +4,97 @@ Shapes: B positions in a batch, L layers read and written, D model width, F feat
 (see `pipeline.crosscoder.normalizer`).
 
     pre_BF  = sum over l of acts_BLD[:, l] @ W_enc_LDF[l] + b_enc_F
-    x_BLD   = features_BF @ W_dec_FLD + b_dec_LD
+    x_BLD   = features_BF @ W_dec_FLD + b_dec_LD, plus the dense path's output where there is one
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from pipeline.config.crosscoder import BatchTopk, CrosscoderConfig
+from pipeline.config.crosscoder import CrosscoderConfig
+from pipeline.crosscoder.activation_functions import InferenceForm, make_activation_function
 from pipeline.crosscoder.initialization import initial_weights
-from pipeline.crosscoder.sparsity import ACTIVATION_FUNCTIONS, Firing, decoder_norms, update_threshold
+from pipeline.crosscoder.schedules import StepValues
+from pipeline.crosscoder.weights import PARAMETERIZATIONS, DensePath, Weights, decoder_norms
 
 
 class Crosscoder(nn.Module):
-    """Parameters are float32; under autocast the two matrix products run in its dtype.
+    """Parameters are float32; under autocast the matrix products run in its dtype."""
 
-    Buffers: `threshold`, the rank above which a feature fires at inference where the activation function has one, and
-    `num_threshold_updates`, the batches that it is a running average of.
-    """
+    def __init__(
+        self, config: CrosscoderConfig, *, num_layers: int, d_model: int, seed: int | None = None, data_NLD: Tensor | None = None
+    ) -> None:
+        """With a seed the weights are drawn; without one they are left empty, for weights that will be loaded.
 
-    threshold: Tensor
-    num_threshold_updates: Tensor
-
-    def __init__(self, config: CrosscoderConfig, *, num_layers: int, d_model: int, seed: int | None = None) -> None:
-        """With a seed the weights are drawn; without one they are left empty, for weights that will be loaded."""
+        data_NLD : normalized activations, for initializations that begin from them.
+        """
         super().__init__()
-        self.settings = config.activation_function
-        self.activation_function = ACTIVATION_FUNCTIONS[type(config.activation_function)]
-        num_features = config.num_features
+        shape = (num_layers, d_model, config.num_features)
         if seed is None:
-            W_enc_LDF, W_dec_FLD = torch.empty(num_layers, d_model, num_features), torch.empty(num_features, num_layers, d_model)
+            with torch.device("meta"):
+                first = Weights(torch.empty(shape), torch.empty(config.num_features, num_layers, d_model))
         else:
-            W_enc_LDF, W_dec_FLD = initial_weights(config.initialization, num_layers, d_model, num_features, seed)
-        self.W_enc_LDF = nn.Parameter(W_enc_LDF)
-        self.b_enc_F = nn.Parameter(torch.zeros(num_features))
-        self.W_dec_FLD = nn.Parameter(W_dec_FLD)
+            first = initial_weights(config.initialization, *shape, seed, data_NLD)
+        self.weights = PARAMETERIZATIONS[type(config.parameterization)](config.parameterization, *first)
+        self.b_enc_F = nn.Parameter(torch.zeros(config.num_features))
         self.b_dec_LD = nn.Parameter(torch.zeros(num_layers, d_model))
-        self.register_buffer("threshold", torch.zeros(()))
-        self.register_buffer("num_threshold_updates", torch.zeros((), dtype=torch.int64))
+        self.activation_function = make_activation_function(config.activation_function, config.num_features)
+        self._k = getattr(config.activation_function, "k", None)
+        generator = None if seed is None else Generator().manual_seed(seed + 1)
+        self.dense = DensePath(num_layers, d_model, config.dense_rank, generator) if config.dense_rank else None
+        if seed is None:
+            self.weights.to_empty(device="cpu")
+
+    @property
+    def W_enc_LDF(self) -> Tensor:
+        """The encoder that works; what is stored where the parameterization is free."""
+        encoder: Tensor = self.weights().W_enc_LDF
+        return encoder
+
+    @property
+    def W_dec_FLD(self) -> Tensor:
+        """The decoder that works; what is stored where the parameterization is free."""
+        decoder: Tensor = self.weights().W_dec_FLD
+        return decoder
 
     def decoder_norms(self) -> Tensor:
         """[F]: the sum over layers of each feature's decoder norms, float32."""
         return decoder_norms(self.W_dec_FLD)
 
-    def pre_activations(self, acts_BLD: Tensor) -> Tensor:
+    def pre_activations(self, acts_BLD: Tensor, W_enc_LDF: Tensor) -> Tensor:
         """[B, F], before the activation function."""
-        return torch.addmm(self.b_enc_F, acts_BLD.flatten(1), self.W_enc_LDF.flatten(0, 1))
+        return torch.addmm(self.b_enc_F, acts_BLD.flatten(1), W_enc_LDF.flatten(0, 1))
 
-    def fire(self, pre_BF: Tensor) -> Firing:
-        """The features as in training: BatchTopK looks at the whole batch."""
-        return self.activation_function.in_training(pre_BF, self.W_dec_FLD, self.settings)
+    def inference_form(self) -> InferenceForm:
+        """What decides at inference which features fire and how much."""
+        return self.activation_function.inference_form(self.decoder_norms(), self.b_enc_F)
 
     def encode(self, acts_BLD: Tensor) -> Tensor:
-        """features_BF at inference: each position alone, by the threshold that training estimated."""
-        pre_BF = self.pre_activations(acts_BLD)
-        return self.activation_function.at_inference(pre_BF, self.W_dec_FLD, self.threshold, self.settings)
+        """features_BF at inference: each position alone, by the thresholds that training learned or estimated."""
+        gain_F, shift_F, threshold_F = self.inference_form()
+        value_BF = self.pre_activations(acts_BLD, self.W_enc_LDF) * gain_F + shift_F
+        return torch.where(value_BF > threshold_F, value_BF, 0.0)
 
-    def update_threshold(self, smallest_rank: Tensor) -> None:
-        """Takes the smallest rank that fired in a training batch into the running average that is the threshold."""
-        if isinstance(self.settings, BatchTopk):
-            update_threshold(self.threshold, self.num_threshold_updates, smallest_rank, self.settings.threshold_momentum)
+    def encode_as_trained(self, acts_BLD: Tensor) -> Tensor:
+        """features_BF as they fire in training: where features compete, against the rest of this batch, `k` as it is at the end."""
+        weights = self.weights()
+        values = StepValues(coefficients={}, k=self._k, bandwidth=torch.ones((), device=acts_BLD.device))
+        pre_BF = self.pre_activations(acts_BLD, weights.W_enc_LDF)
+        return self.activation_function.fire(pre_BF, decoder_norms(weights.W_dec_FLD), self.b_enc_F, values, None).features_BF
 
-    def decode(self, features_BF: Tensor) -> Tensor:
-        """The reconstruction of all layers' normalized activations, [B, L, D]."""
-        x_BC = torch.addmm(self.b_dec_LD.flatten(), features_BF, self.W_dec_FLD.flatten(1))
-        return x_BC.view(-1, *self.b_dec_LD.shape)
+    def decode(self, features_BF: Tensor, acts_BLD: Tensor | None = None, W_dec_FLD: Tensor | None = None) -> Tensor:
+        """The reconstruction of all layers' normalized activations, [B, L, D]; the dense path adds its part of `acts_BLD`.
+
+        W_dec_FLD : of `weights()`, where the caller has them already.
+        """
+        W_dec_FLD = self.W_dec_FLD if W_dec_FLD is None else W_dec_FLD
+        x_BC = torch.addmm(self.b_dec_LD.flatten(), features_BF, W_dec_FLD.flatten(1))
+        x_BLD = x_BC.view(-1, *self.b_dec_LD.shape)
+        return x_BLD if self.dense is None else x_BLD + self.dense_part(acts_BLD)
+
+    def dense_part(self, acts_BLD: Tensor | None) -> Tensor:
+        """What the dense path makes of the activations, [B, L, D]; only where there is one."""
+        assert self.dense is not None
+        if acts_BLD is None:
+            raise ValueError("this crosscoder has a dense path beside its features: its reconstruction needs the activations too")
+        out_BC: Tensor = self.dense(acts_BLD.flatten(1))
+        return out_BC.view_as(acts_BLD)

@@ -30,8 +30,10 @@ class Normalizer(nn.Module):
 
     @classmethod
     def from_statistics(cls, statistics: LayerStatistics, settings: Normalization) -> "Normalizer":
-        """Scales each layer so that the mean squared norm of what the crosscoder sees is d_model (`scale: layer`)."""
+        """Scales each layer as `settings.scale` says, from what the crosscoder sees: centered or not."""
         mean_LD = statistics.mean_LD
+        if settings.scale == "mean_norm":
+            return cls(mean_LD, _by_mean_norm(statistics), center=settings.center)
         squared_norm_L = statistics.mean_squared_centered_norm_L if settings.center else statistics.mean_squared_norm_L
         if not bool((squared_norm_L > 0).all()):
             constant = int((~(squared_norm_L > 0)).nonzero()[0])
@@ -50,3 +52,10 @@ class Normalizer(nn.Module):
     def normalized_mean(self) -> Tensor:
         """[L, D]: where the mean lies in normalized units; zero where centering is on."""
         return (self.mean_LD - self.offset_LD) * self.scale_L[:, None]
+
+
+def _by_mean_norm(statistics: LayerStatistics) -> Tensor:
+    """[L]: sqrt(D) over the mean norm of the activations as the model gives them, centered or not."""
+    if statistics.mean_norm_L is None:
+        raise UserError("normalization.scale mean_norm needs the activations' mean norms, which this set was made without; cache it again")
+    return torch.full_like(statistics.mean_norm_L, statistics.mean_LD.shape[1]).sqrt() / statistics.mean_norm_L

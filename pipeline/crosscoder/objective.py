@@ -3,27 +3,29 @@
 Shapes: B positions in a batch, L layers, D model width, F features, J dead features.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.config.train_crosscoder import Auxk, TrainConfig
+from pipeline.config.train_crosscoder import TrainConfig
 from pipeline.crosscoder.dead_features import firings
-from pipeline.crosscoder.losses import PENALTIES, auxk, squared_norms_L
+from pipeline.crosscoder.losses import TERMS, reconstruction, squared_norms_L
 from pipeline.crosscoder.model import Crosscoder
+from pipeline.crosscoder.schedules import StepValues
+from pipeline.crosscoder.training_pass import BatchSums, Pass
+from pipeline.crosscoder.weights import decoder_norms
 
 
 class Outcome(NamedTuple):
-    """Of one batch; only `loss` carries a gradient. Float32, on the crosscoder's device."""
+    """Of one batch, or of a part of it; only `loss` carries a gradient. Float32, on the crosscoder's device."""
 
     loss: Tensor
-    """The sum of the three terms below: what is trained on."""
+    """The sum of the reconstruction and all terms: what is trained on."""
     reconstruction: Tensor
-    sparsity: Tensor
-    """With its coefficient."""
-    auxiliary: Tensor
-    """With its coefficient."""
+    terms: dict[str, Tensor]
+    """With their coefficients."""
     residual_L: Tensor
     """Sum over positions of |x - x_hat|^2."""
     variance_L: Tensor
@@ -31,48 +33,125 @@ class Outcome(NamedTuple):
     firings_F: Tensor
     """Positions at which each feature fired."""
     smallest_rank: Tensor | None
-    """The smallest rank that fired, where the activation function has a threshold."""
+    """The smallest rank that fired, where the activation function ranks."""
+
+    @classmethod
+    def added(cls, parts: "Sequence[Outcome]") -> "Outcome":
+        """Of a batch, from those of its parts: all but the smallest rank add up."""
+        ranks = [part.smallest_rank for part in parts if part.smallest_rank is not None]
+        names = parts[0].terms
+        return cls(
+            loss=torch.stack([part.loss for part in parts]).sum(),
+            reconstruction=torch.stack([part.reconstruction for part in parts]).sum(),
+            terms={name: torch.stack([part.terms[name] for part in parts]).sum() for name in names},
+            residual_L=torch.stack([part.residual_L for part in parts]).sum(0),
+            variance_L=torch.stack([part.variance_L for part in parts]).sum(0),
+            firings_F=torch.stack([part.firings_F for part in parts]).sum(0),
+            smallest_rank=torch.stack(ranks).mean() if ranks else None,
+        )
 
 
 class Objective:
     """The loss that a training configuration describes, as a function of crosscoder and batch."""
 
-    def __init__(self, config: TrainConfig, d_model: int, device_type: str) -> None:
-        self.auxiliary = config.loss.auxiliary
-        self.penalty = PENALTIES[type(config.loss.sparsity)]
+    def __init__(self, config: TrainConfig, device_type: str) -> None:
+        self.reconstruction = config.loss.reconstruction
+        self.terms = config.loss.terms()
+        for name, term in self.terms.items():
+            if type(term) not in TERMS:
+                raise KeyError(f"no function gives the term {name} of the loss")
         self.autocast_to = torch.bfloat16 if config.precision == "bfloat16" else None
         self.device_type = device_type
-        self.k_auxiliary = (self.auxiliary.k or max(1, d_model // 2)) if isinstance(self.auxiliary, Auxk) else 0
 
-    def __call__(self, crosscoder: Crosscoder, acts_BLD: Tensor, mean_LD: Tensor, coefficient: Tensor, dead_J: Tensor | None) -> Outcome:
-        """The outcome of the normalized batch `acts_BLD`.
+    def __call__(
+        self,
+        crosscoder: Crosscoder,
+        acts_BLD: Tensor,
+        mean_LD: Tensor,
+        values: StepValues,
+        dead_J: Tensor | None,
+        batch: BatchSums | None = None,
+    ) -> Outcome:
+        """The outcome of the normalized activations `acts_BLD`.
 
-        `mean_LD` is the activations' mean in normalized units, `coefficient` the penalty's weight as a scalar tensor, and
-        `dead_J` the indices of dead features, None where there are none: the auxiliary term is then exactly zero.
+        mean_LD : the activations' mean in normalized units.
+        dead_J : the indices of dead features; None where there are none, and then the auxiliary term is exactly zero.
+        batch : sums over the whole batch, where `acts_BLD` is only a part of it (see `batch_sums`).
         """
-        with torch.autocast(self.device_type, dtype=self.autocast_to, enabled=self.autocast_to is not None):
-            pre_BF = crosscoder.pre_activations(acts_BLD)
-            firing = crosscoder.fire(pre_BF)
-            residual_BLD = acts_BLD - crosscoder.decode(firing.features_BF)
-            share_left = auxk(crosscoder, pre_BF, residual_BLD, dead_J, self.k_auxiliary) if dead_J is not None else None
-        num_positions = acts_BLD.shape[0]
-        residual_L = squared_norms_L(residual_BLD)
         variance_L = squared_norms_L(acts_BLD - mean_LD)
-        reconstruction = residual_L.sum() / num_positions
-        sparsity = coefficient * self.penalty(firing.features_BF, crosscoder.W_dec_FLD)
-        auxiliary = torch.zeros_like(reconstruction)
-        if share_left is not None and isinstance(self.auxiliary, Auxk):
-            # Gao et al. divide both terms, the reconstruction by the variance and this one by the residual. Here the first is
-            # in absolute units, so this one is multiplied by the variance: their ratio is the paper's.
-            auxiliary = self.auxiliary.coefficient * share_left * (variance_L.sum() / num_positions)
-        loss = reconstruction + sparsity + auxiliary
+        p = self._pass(crosscoder, acts_BLD, mean_LD, values, dead_J, batch, variance_L.sum())
+        residual_L = squared_norms_L(p.residual_BLD)
+        with self._autocast():
+            error = reconstruction(self.reconstruction, p, residual_L)
+            terms = {name: values.coefficients[name] * TERMS[type(term)](term, p) for name, term in self.terms.items()}
+        loss = error
+        for term in terms.values():
+            loss = loss + term
         return Outcome(
             loss,
-            reconstruction.detach(),
-            sparsity.detach(),
-            auxiliary.detach(),
+            error.detach(),
+            {name: term.detach() for name, term in terms.items()},
             residual_L.detach(),
             variance_L.detach(),
-            firings(firing.features_BF),
-            firing.smallest_rank,
+            firings(p.fired.features_BF),
+            p.fired.smallest_rank,
         )
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device_type, dtype=self.autocast_to, enabled=self.autocast_to is not None)
+
+    def _pass(
+        self,
+        crosscoder: Crosscoder,
+        acts_BLD: Tensor,
+        mean_LD: Tensor,
+        values: StepValues,
+        dead_J: Tensor | None,
+        batch: BatchSums | None,
+        squared_deviation: Tensor,
+    ) -> Pass:
+        weights = crosscoder.weights()
+        norms_F = decoder_norms(weights.W_dec_FLD)
+        smallest_rank = None if batch is None else batch.smallest_rank
+        with self._autocast():
+            pre_BF = crosscoder.pre_activations(seen(acts_BLD, mean_LD, values.keep_BL), weights.W_enc_LDF)
+            fired = crosscoder.activation_function.fire(pre_BF, norms_F, crosscoder.b_enc_F, values, smallest_rank)
+            residual_BLD = acts_BLD - crosscoder.decode(fired.features_BF, acts_BLD, weights.W_dec_FLD)
+        num_positions = acts_BLD.shape[0] if batch is None else batch.num_positions
+        variance = (squared_deviation if batch is None else batch.variance) / num_positions
+        if self.reconstruction.reduction == "mean":
+            variance = variance / acts_BLD[0].numel()
+        return Pass(crosscoder, values, acts_BLD, pre_BF, fired, weights, norms_F, residual_BLD, dead_J, variance, batch)
+
+    @torch.no_grad()
+    def batch_sums(self, crosscoder: Crosscoder, parts: Sequence[Tensor], mean_LD: Tensor, values: Sequence[StepValues]) -> BatchSums:
+        """What the parts of one batch must know of the whole, from passes over them without a gradient.
+
+        parts, values : the normalized activations of each part, and the step's values for it.
+        """
+        num_positions = sum(len(part_BLD) for part_BLD in parts)
+        function, weights = crosscoder.activation_function, crosscoder.weights()
+        norms_F = decoder_norms(weights.W_dec_FLD)
+        highest: list[Tensor] = []
+        for part_BLD, of_part in zip(parts, values, strict=True):
+            with self._autocast():
+                pre_BF = crosscoder.pre_activations(seen(part_BLD, mean_LD, of_part.keep_BL), weights.W_enc_LDF)
+                ranks = function.ranks_that_fire(pre_BF, norms_F, num_positions, of_part)
+            highest += [] if ranks is None else [ranks]
+        smallest_rank = function.smallest_of(torch.cat(highest), num_positions, values[0]) if highest else None
+        zero = torch.zeros((), device=parts[0].device)
+        sums = BatchSums(num_positions, smallest_rank, zero, zero, zero)
+        for part_BLD, of_part in zip(parts, values, strict=True):
+            variance = squared_norms_L(part_BLD - mean_LD).sum()
+            p = self._pass(crosscoder, part_BLD, mean_LD, of_part, None, sums, variance)
+            sums = sums._replace(
+                squared_residual=sums.squared_residual + squared_norms_L(p.residual_BLD).sum(),
+                variance=sums.variance + variance,
+                l0=sums.l0 + firings(p.fired.features_BF).sum() / num_positions,
+            )
+        return sums
+
+
+def seen(acts_BLD: Tensor, mean_LD: Tensor, keep_BL: Tensor | None) -> Tensor:
+    """What the encoder sees: the mean in place of the layers that are masked."""
+    return acts_BLD if keep_BL is None else mean_LD + (acts_BLD - mean_LD) * keep_BL[..., None]

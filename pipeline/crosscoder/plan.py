@@ -5,6 +5,8 @@ from typing import NamedTuple
 from pipeline.config.errors import UserError
 from pipeline.config.train_crosscoder import TrainConfig
 
+LONGEST_DEAD_WINDOW = 10_000_000
+
 
 class Place(NamedTuple):
     """Where a step's batch begins in the data."""
@@ -20,13 +22,16 @@ class Plan(NamedTuple):
     epoch_positions: int
     batch_positions: int
     num_tokens: int
+    dead_window_tokens: int
+    """Training tokens without firing after which a feature is dead."""
 
     @classmethod
     def of(cls, config: TrainConfig, epoch_positions: int) -> "Plan":
         if epoch_positions < 1:
             raise UserError("the activations hold no positions to train on; check what the cache stage or the token set holds")
         num_tokens = config.num_tokens if config.num_tokens is not None else (config.epochs or 1) * epoch_positions
-        return cls(epoch_positions, config.batch_positions, num_tokens)
+        window = config.dead_window_tokens or max(config.batch_positions, min(LONGEST_DEAD_WINDOW, num_tokens // 10))
+        return cls(epoch_positions, config.batch_positions, num_tokens, window)
 
     @property
     def steps_an_epoch(self) -> int:

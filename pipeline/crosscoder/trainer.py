@@ -16,10 +16,10 @@ from torch import Tensor
 
 from pipeline.activations.source import ActivationBatch, ActivationSource
 from pipeline.config.errors import UserError
-from pipeline.config.train_crosscoder import Auxk, TrainConfig
+from pipeline.config.train_crosscoder import TrainConfig
 from pipeline.crosscoder import checkpoint_files, schedules
 from pipeline.crosscoder.dead_features import count_tokens, dead_features
-from pipeline.crosscoder.objective import Objective
+from pipeline.crosscoder.objective import Objective, Outcome
 from pipeline.crosscoder.training_log import TrainingLog
 from pipeline.crosscoder.training_state import TrainingState
 from pipeline.run import Run, Stopped
@@ -38,8 +38,8 @@ class Trainer:
         # state in the checkpoint.
         torch.manual_seed(config.seed)
         self._resume()
-        objective = Objective(config, source.d_model, device.type)
-        self.objective = torch.compile(objective.__call__) if config.compile else objective
+        self.objective = Objective(config, device.type)
+        self.forward = torch.compile(self.objective.__call__) if config.compile else self.objective.__call__
         self.mean_LD = self.state.normalizer.normalized_mean()
         self.log = TrainingLog(run, self.state)
         self._saved_at = time.monotonic()
@@ -127,35 +127,44 @@ class Trainer:
         state, config = self.state, self.config
         step, num_steps, num_tokens = state.step + 1, state.plan.num_steps, raw_BLD.shape[0]
         self._look_up_dead_features(step)
-        coefficient = torch.full((), schedules.sparsity_coefficient(config.loss, step, num_steps), device=state.device)
-        outcome = self.objective(state.crosscoder, state.normalizer.normalize(raw_BLD), self.mean_LD, coefficient, state.dead_J)
+        acts_BLD = state.normalizer.normalize(raw_BLD)
+        values = schedules.step_values(config, step, num_steps, batch_shape=(num_tokens, len(state.layers)), device=state.device)
         state.optimizer.zero_grad(set_to_none=True)
-        outcome.loss.backward()  # type: ignore[no-untyped-call]
-        gradient_norm = self._clip_gradients()
-        state.optimizer.param_groups[0]["lr"] = schedules.learning_rate(config.optimizer, step, num_steps)
+        outcome = self._forward_and_backward(acts_BLD, values)
+        gradient_norm, clipped = state.clipping.clip(list(state.crosscoder.parameters()))
+        state.optimizer.param_groups[0]["lr"] = schedules.scheduled_numbers(config, step, num_steps)["learning_rate"]
         state.optimizer.step()
         count_tokens(state.tokens_since_fired_F, outcome.firings_F, num_tokens)
         if outcome.smallest_rank is not None:
-            state.crosscoder.update_threshold(outcome.smallest_rank)
-        state.window.add(outcome, gradient_norm, step=step, num_tokens=num_tokens)
+            state.crosscoder.activation_function.update(outcome.smallest_rank)
+        state.window.add(outcome, gradient_norm, clipped, step=step, num_tokens=num_tokens)
         state.step = step
 
-    def _look_up_dead_features(self, step: int) -> None:
-        auxiliary, state = self.config.loss.auxiliary, self.state
-        if not isinstance(auxiliary, Auxk) or state.tokens < self.config.dead_window_tokens:
-            return
-        if (step - 1) % auxiliary.refresh_steps == 0:
-            dead_J = dead_features(state.tokens_since_fired_F, self.config.dead_window_tokens)
-            state.dead_J = dead_J if dead_J.numel() > 0 else None
+    def _forward_and_backward(self, acts_BLD: Tensor, values: schedules.StepValues) -> Outcome:
+        """The gradients of a batch, at once or a part at a time."""
+        state, size = self.state, self.config.micro_batch_positions
+        if size is None or len(acts_BLD) <= size:
+            outcome = self.forward(state.crosscoder, acts_BLD, self.mean_LD, values, state.dead_J)
+            outcome.loss.backward()  # type: ignore[no-untyped-call]
+            return outcome
+        parts = torch.split(acts_BLD, size)
+        kept = [None] * len(parts) if values.keep_BL is None else torch.split(values.keep_BL, size)
+        of_parts = [values._replace(keep_BL=keep_BL) for keep_BL in kept]
+        batch = self.objective.batch_sums(state.crosscoder, parts, self.mean_LD, of_parts)
+        outcomes = []
+        for part_BLD, of_part in zip(parts, of_parts, strict=True):
+            outcome = self.forward(state.crosscoder, part_BLD, self.mean_LD, of_part, state.dead_J, batch)
+            outcome.loss.backward()  # type: ignore[no-untyped-call]
+            outcomes.append(outcome._replace(loss=outcome.loss.detach()))
+        return Outcome.added(outcomes)
 
-    def _clip_gradients(self) -> Tensor:
-        """The norm of all gradients together, before clipping."""
-        parameters = list(self.state.crosscoder.parameters())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        limit = self.config.optimizer.gradient_clip_norm
-        if limit is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        return norm
+    def _look_up_dead_features(self, step: int) -> None:
+        auxk, state = self.config.loss.auxk, self.state
+        if auxk is None or state.tokens < state.plan.dead_window_tokens:
+            return
+        if (step - 1) % auxk.refresh_steps == 0:
+            dead_J = dead_features(state.tokens_since_fired_F, state.plan.dead_window_tokens)
+            state.dead_J = dead_J if dead_J.numel() > 0 else None
 
     def check_finite(self) -> None:
         """Raises `UserError` if any step's loss or gradient was NaN or infinite. Waits for the device."""

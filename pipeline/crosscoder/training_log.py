@@ -9,6 +9,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.crosscoder import schedules
+from pipeline.crosscoder.activation_functions import RankedFunction
 from pipeline.crosscoder.training_state import TrainingState
 from pipeline.run import Run
 
@@ -79,19 +80,20 @@ class TrainingLog:
 def _state_metrics(state: TrainingState) -> dict[str, Any]:
     config, step, num_steps = state.config, state.step, state.plan.num_steps
     with torch.no_grad():
-        num_dead = (state.tokens_since_fired_F >= config.dead_window_tokens).sum().item()
-        encoder_L = torch.linalg.vector_norm(state.crosscoder.W_enc_LDF, dim=1).mean(dim=1)
-        decoder_L = torch.linalg.vector_norm(state.crosscoder.W_dec_FLD, dim=2).mean(dim=0)
+        num_dead = (state.tokens_since_fired_F >= state.plan.dead_window_tokens).sum().item()
+        weights = state.crosscoder.weights()
+        encoder_L = torch.linalg.vector_norm(weights.W_enc_LDF, dim=1).mean(dim=1)
+        decoder_L = torch.linalg.vector_norm(weights.W_dec_FLD, dim=2).mean(dim=0)
     row = {
         "dead_features": num_dead,
         "dead_fraction": num_dead / config.crosscoder.num_features,
         "encoder_norm_by_layer": encoder_L.tolist(),
         "decoder_norm_by_layer": decoder_L.tolist(),
-        "learning_rate": schedules.learning_rate(config.optimizer, step, num_steps),
-        "sparsity_coefficient": schedules.sparsity_coefficient(config.loss, step, num_steps),
+        **schedules.scheduled_numbers(config, step, num_steps),
     }
-    if state.crosscoder.num_threshold_updates.item() > 0:
-        row["threshold"] = state.crosscoder.threshold.item()
+    function = state.crosscoder.activation_function
+    if isinstance(function, RankedFunction) and function.num_threshold_updates.item() > 0:
+        row["threshold"] = function.threshold.item()
     return row
 
 

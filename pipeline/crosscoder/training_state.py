@@ -16,6 +16,8 @@ from pipeline.config.train_crosscoder import TrainConfig
 from pipeline.crosscoder import checkpoint_files
 from pipeline.crosscoder.checkpoint import crosscoder_part
 from pipeline.crosscoder.checkpoint_files import Part
+from pipeline.crosscoder.clipping import Clipping
+from pipeline.crosscoder.initialization import needs_data
 from pipeline.crosscoder.model import Crosscoder
 from pipeline.crosscoder.normalizer import Normalizer
 from pipeline.crosscoder.plan import Plan
@@ -31,8 +33,9 @@ class TrainingState:
     def __init__(self, config: TrainConfig, source: ActivationSource, device: torch.device) -> None:
         self.config = config
         self.activations_id = source.data_id
+        self.plan = Plan.of(config, source.num_positions)
         self._facts = {
-            "dead_window_tokens": config.dead_window_tokens,
+            "dead_window_tokens": self.plan.dead_window_tokens,
             "batch_positions": config.batch_positions,
             "activations_id": source.data_id,
             **source.provenance.facts(),
@@ -40,10 +43,9 @@ class TrainingState:
         self.layers = list(source.layers)
         self.device = device
         self.step = 0
-        self.plan = Plan.of(config, source.num_positions)
         self.normalizer = Normalizer.from_statistics(source.statistics, config.crosscoder.normalization).to(device)
-        crosscoder = Crosscoder(config.crosscoder, num_layers=len(self.layers), d_model=source.d_model, seed=config.seed)
-        self.crosscoder = crosscoder.to(device)
+        self.crosscoder = self._first_crosscoder(source)
+        self.clipping = Clipping(config.optimizer.clipping).to(device)
         self.optimizer = torch.optim.Adam(
             self.crosscoder.parameters(),
             lr=config.optimizer.learning_rate,
@@ -54,7 +56,20 @@ class TrainingState:
         self.tokens_since_fired_F = torch.zeros(config.crosscoder.num_features, dtype=torch.int64, device=device)
         self.dead_J: Tensor | None = None
         """Features that were dead when last looked up; None while there are none."""
-        self.window = Window(len(self.layers), device)
+        self.window = Window(list(config.loss.terms()), len(self.layers), device)
+
+    def _first_crosscoder(self, source: ActivationSource) -> Crosscoder:
+        """As training begins, with weights drawn from the seed and, where the initialization asks for it, from the first batch."""
+        settings, shape = self.config.crosscoder, {"num_layers": len(self.layers), "d_model": source.d_model}
+        data_NLD = None
+        if needs_data(settings.initialization):
+            batch = next(iter(source.batches(batch_positions=self.plan.batch_positions, epoch=0, cursor=0)))
+            data_NLD = self.normalizer.normalize(batch.acts_BLD.to(self.device))
+        crosscoder = Crosscoder(settings, **shape, seed=self.config.seed, data_NLD=data_NLD).to(self.device)
+        if settings.initialization.decoder_bias == "mean":
+            with torch.no_grad():
+                crosscoder.b_dec_LD.copy_(self.normalizer.normalized_mean())
+        return crosscoder
 
     @property
     def tokens(self) -> int:
@@ -82,7 +97,8 @@ class TrainingState:
 
     def _counters(self) -> dict[str, Tensor]:
         dead_J = self.dead_J if self.dead_J is not None else torch.zeros(0, dtype=torch.int64)
-        return {"window.sums": self.window.sums, "dead_features": dead_J}
+        clipping = {f"clipping.{name}": buffer for name, buffer in self.clipping.named_buffers()}
+        return {"window.sums": self.window.sums, "dead_features": dead_J, **clipping}
 
     def _random_states(self) -> dict[str, Tensor]:
         states = {"random.cpu": torch.get_rng_state()}
@@ -104,6 +120,7 @@ class TrainingState:
         dead_J = training.tensors["dead_features"].to(self.device)
         self.dead_J = dead_J if dead_J.numel() > 0 else None
         self.window.sums.copy_(training.tensors["window.sums"])
+        self.clipping.load_state_dict({name: training.tensors[f"clipping.{name}"] for name, _ in self.clipping.named_buffers()})
         self.window.num_steps, self.window.num_tokens = training.facts["window_steps"], training.facts["window_tokens"]
         torch.set_rng_state(training.tensors["random.cpu"])
         if self.device.type == "cuda" and "random.cuda" in training.tensors:

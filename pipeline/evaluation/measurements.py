@@ -129,7 +129,7 @@ class Measurement:
         for part_NLD in torch.split(acts_NLD, max(1, FEATURES_AT_A_TIME // self._trained.num_features)):
             features_NF = self._trained.encode(part_NLD)
             self._firing.add(features_NF)
-            reconstructions.append(self._trained.decode(features_NF))
+            reconstructions.append(self._trained.decode(features_NF, part_NLD))
         return torch.cat(reconstructions)
 
     def _replacements(
@@ -195,7 +195,7 @@ class EncodingAsTrained:
         self._trained = trained
         self._group_positions = group_positions
         self._firing = FiringCounts(trained.num_features, device)
-        self._applies = trained.config.activation_function.kind == "batch_topk"
+        self._applies = trained.config.activation_function.kind in ("topk", "batch_topk")
         self._waiting: list[Tensor] = []
 
     def add(self, acts_NLD: Tensor) -> None:
@@ -214,7 +214,7 @@ class EncodingAsTrained:
 
     def _encode(self, group_NLD: Tensor) -> None:
         if len(group_NLD):
-            self._firing.add(self._trained.encode(group_NLD, batch_topk=True))
+            self._firing.add(self._trained.encode(group_NLD, as_trained=True))
 
     def l0(self) -> float | None:
         """Of everything added, the last group included; None for other activation functions. To be called once, at the end."""

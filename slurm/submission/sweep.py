@@ -4,7 +4,7 @@
     base: ../demo/train.yaml            relative to this file
     changes: {num_tokens: 1e6}          the same in every task
     grid:                               every combination of these
-      loss.sparsity: [1.0, 2.0, 4.0]
+      loss.l1.coefficient: [1.0, 2.0, 4.0]
       seed: [0, 1]
     zip:                                these go together: first with first, second with second
       crosscoder.num_features: [4096, 8192]
