@@ -34,7 +34,7 @@ def fault(change: str) -> str:
             "crosscoder.activation_function.k is not a setting of the kind relu; known here: kind",
         ),
         (
-            "crosscoder.initialization=3",
+            "crosscoder.normalization=3",
             "crosscoder.normalization is 3, expected a group of settings: center, scale",
         ),
         ("crosscoder.num_features=1.5", "crosscoder.num_features is 1.5, expected a whole number"),

@@ -75,9 +75,7 @@ def _norms(settings: L1, W_dec_FLD: Tensor, norms_F: Tensor) -> Tensor:
     in_layer_FL = layer_norms(W_dec_FLD) if settings.norm == "l2" else W_dec_FLD.abs().sum(dim=-1)
     if settings.across_layers == "sum":
         return in_layer_FL.sum(dim=-1)
-    if settings.across_layers == "max":
-        return in_layer_FL.amax(dim=-1)
-    across_F: Tensor = torch.linalg.vector_norm(in_layer_FL, dim=-1)
+    across_F: Tensor = in_layer_FL.amax(dim=-1) if settings.across_layers == "max" else torch.linalg.vector_norm(in_layer_FL, dim=-1)
     return across_F
 
 
