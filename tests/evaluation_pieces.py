@@ -41,7 +41,7 @@ def held_out_tokens(directory: Path, *, num_documents: int = 14, tokenizer_hash:
 
 
 def random_crosscoder(config: CrosscoderConfig, num_layers: int = 2, d_model: int = D_MODEL) -> Crosscoder:
-    crosscoder = Crosscoder(config, num_layers=num_layers, d_model=d_model, seed=0)
+    crosscoder = Crosscoder(config, layers=[f"layer.{index}" for index in range(num_layers)], d_model=d_model, seed=0)
     for name, buffer in crosscoder.named_buffers():
         if name.endswith(".threshold"):
             buffer.fill_(0.02)
@@ -52,7 +52,7 @@ def exact_crosscoder() -> tuple[CrosscoderConfig, Crosscoder]:
     """A crosscoder that gives its input back: a feature for the positive and one for the negative part of each number."""
     size = len(LAYERS) * D_MODEL
     config = CrosscoderConfig(num_features=2 * size, activation_function=Relu())
-    crosscoder = Crosscoder(config, num_layers=len(LAYERS), d_model=D_MODEL, seed=0)
+    crosscoder = Crosscoder(config, layers=LAYERS, d_model=D_MODEL, seed=0)
     one_LDC = torch.eye(size).view(len(LAYERS), D_MODEL, size)
     with torch.no_grad():
         crosscoder.W_enc_LDF.copy_(torch.cat([one_LDC, -one_LDC], dim=-1))

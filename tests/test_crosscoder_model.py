@@ -17,7 +17,7 @@ from pipeline.crosscoder.normalizer import Normalizer
 
 def crosscoder(seed: int = 0, **initialization: Any) -> Crosscoder:
     values = {"num_features": 9, "activation_function": {"kind": "relu"}, "initialization": initialization}
-    return Crosscoder(build(CrosscoderConfig, values, "test"), num_layers=3, d_model=4, seed=seed)
+    return Crosscoder(build(CrosscoderConfig, values, "test"), layers=["a", "b", "c"], d_model=4, seed=seed)
 
 
 def statistics_of(acts_BLD: torch.Tensor) -> LayerStatistics:

@@ -41,7 +41,7 @@ class Toy:
         crosscoder = {"num_features": 8, "activation_function": activation_function, **changes.pop("crosscoder", {})}
         self.config = train_config(crosscoder=crosscoder, loss=loss, **changes)
         torch.manual_seed(3)
-        self.crosscoder = Crosscoder(self.config.crosscoder, num_layers=2, d_model=4, seed=3)
+        self.crosscoder = Crosscoder(self.config.crosscoder, layers=["a", "b"], d_model=4, seed=3)
         with torch.no_grad():
             self.crosscoder.b_enc_F.add_(0.1 * torch.randn(8))
             for parameter in self.crosscoder.parameters():  # away from the symmetry of the first weights
@@ -305,7 +305,7 @@ def test_the_auxiliary_loss_alone_reaches_dead_features_even_those_that_are_nega
     with torch.no_grad():  # features 1, 4 and 6 are below zero at every position
         toy.crosscoder.b_enc_F[toy.dead_J] = -100.0
     without, with_auxk = toy.gradients(), toy.gradients(dead_J=toy.dead_J)
-    for name, axis in (("weights.W_enc_LDF", 2), ("b_enc_F", 0)):
+    for name, axis in (("parameterization.W_enc_LDF", 2), ("b_enc_F", 0)):
         assert (without[name].index_select(axis, toy.dead_J) == 0).all(), "dead for the main loss, or this test shows nothing"
         reached = (
             with_auxk[name].index_select(axis, toy.dead_J).abs().movedim(axis, 0).flatten(1)
@@ -319,8 +319,8 @@ def test_the_auxiliary_loss_gives_living_features_no_gradient() -> None:
     toy = Toy({"kind": "batch_topk", "k": 1}, EACH_TERM["auxk"][1])
     one, other = toy.gradients(), toy.gradients(dead_J=toy.dead_J)
     alive = [0, 2, 3, 5, 7]
-    torch.testing.assert_close(one["weights.W_enc_LDF"][:, :, alive], other["weights.W_enc_LDF"][:, :, alive])
-    torch.testing.assert_close(one["weights.W_dec_FLD"][alive], other["weights.W_dec_FLD"][alive])
+    torch.testing.assert_close(one["parameterization.W_enc_LDF"][:, :, alive], other["parameterization.W_enc_LDF"][:, :, alive])
+    torch.testing.assert_close(one["parameterization.W_dec_FLD"][alive], other["parameterization.W_dec_FLD"][alive])
     torch.testing.assert_close(one["b_dec_LD"], other["b_dec_LD"])
 
 

@@ -15,11 +15,12 @@ from pipeline.crosscoder.model import Crosscoder
 from pipeline.crosscoder.weights import PARAMETERIZATIONS, Weights
 
 LAYERS, WIDTH, FEATURES = 3, 4, 40
+NAMES = ["a", "b", "c"]
 
 
 def crosscoder(**settings: Any) -> Crosscoder:
     values = {"num_features": FEATURES, "activation_function": {"kind": "relu"}, **settings}
-    return Crosscoder(build(CrosscoderConfig, values, "test"), num_layers=LAYERS, d_model=WIDTH, seed=0)
+    return Crosscoder(build(CrosscoderConfig, values, "test"), layers=NAMES, d_model=WIDTH, seed=0)
 
 
 def drawn(seed: int = 0, data_NLD: Tensor | None = None, **settings: Any) -> Weights:
@@ -32,13 +33,13 @@ def drawn(seed: int = 0, data_NLD: Tensor | None = None, **settings: Any) -> Wei
 def test_aligned_encoders_and_decoders_have_inner_product_one_whatever_is_stored() -> None:
     model = crosscoder(parameterization={"kind": "aligned"})
     with torch.no_grad():
-        for parameter in model.weights.parameters():
+        for parameter in model.parameterization.parameters():
             parameter.add_(torch.randn_like(parameter))
     inner_F = torch.einsum("ldf,fld->f", model.W_enc_LDF, model.W_dec_FLD)
     # 12 products and their sum in float32, of numbers of order 1.
     torch.testing.assert_close(inner_F, torch.ones(FEATURES), rtol=0, atol=1e-4)
     model.W_enc_LDF.sum().backward()
-    assert all(parameter.grad is not None for parameter in model.weights.parameters())
+    assert all(parameter.grad is not None for parameter in model.parameterization.parameters())
 
 
 def test_an_aligned_feature_alone_reads_its_own_coefficient_back() -> None:
@@ -87,7 +88,7 @@ def test_a_crosscoder_without_a_seed_takes_the_weights_of_another(parameterizati
     settings = {"parameterization": parameterization, "dense_rank": 2, "activation_function": {"kind": "jump_relu"}}
     model = crosscoder(**settings)
     values = {"num_features": FEATURES, "activation_function": {"kind": "relu"}, **settings}
-    empty = Crosscoder(build(CrosscoderConfig, values, "test"), num_layers=LAYERS, d_model=WIDTH)
+    empty = Crosscoder(build(CrosscoderConfig, values, "test"), layers=NAMES, d_model=WIDTH)
     empty.load_state_dict(model.state_dict())
     acts_BLD = torch.randn(5, LAYERS, WIDTH)
     assert torch.equal(empty.encode(acts_BLD), model.encode(acts_BLD))

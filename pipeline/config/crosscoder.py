@@ -134,9 +134,25 @@ class Factorized(Config):
 ParameterizationConfig = Annotated[Free | Aligned | Factorized, Field(discriminator="kind")]
 
 
+class Group(Config):
+    """Features that read and write the same layers and cost the same."""
+
+    features: PositiveCount
+    """How many; the groups follow one another in the dictionary."""
+    reads: Literal["all"] | Annotated[list[str], Field(min_length=1)] = "all"
+    """Layers that their encoders see, by name."""
+    writes: Literal["all"] | Annotated[list[str], Field(min_length=1)] = "all"
+    """Layers that their decoders reconstruct, by name. A layer that no group writes is not reconstructed and not in the loss."""
+    cost: Positive = 1.0
+    """What they weigh against others: penalties on activations are multiplied by it, and ranks of TopK divided. Below 1 favors them,
+    as designated shared features are in model diffing."""
+
+
 class CrosscoderConfig(Config):
     num_features: PositiveCount
-    """Size of the dictionary: features shared by all layers."""
+    """Size of the dictionary, over all groups."""
+    groups: list[Group] = []
+    """Which features read and write which layers; empty: all read and write all."""
     activation_function: ActivationFunctionConfig
     parameterization: ParameterizationConfig = Free()
     dense_rank: Count = 0
@@ -148,4 +164,11 @@ class CrosscoderConfig(Config):
     def _fewer_fire_than_there_are(self) -> "CrosscoderConfig":
         if isinstance(self.activation_function, _Ranked) and self.activation_function.k >= self.num_features:
             raise ValueError(f"activation_function.k is {self.activation_function.k}, expected less than num_features, {self.num_features}")
+        return self
+
+    @model_validator(mode="after")
+    def _groups_add_up(self) -> "CrosscoderConfig":
+        total = sum(group.features for group in self.groups)
+        if self.groups and total != self.num_features:
+            raise ValueError(f"the groups have {total} features together, expected num_features, {self.num_features}")
         return self

@@ -25,8 +25,8 @@ FACTS = ("dead_window_tokens", "batch_positions", "activations_id")
 """What the record of a crosscoder says of its training, besides step, tokens, layers and the activations' provenance."""
 
 _NAMES_BEFORE_0_2 = {
-    "W_enc_LDF": "weights.W_enc_LDF",
-    "W_dec_FLD": "weights.W_dec_FLD",
+    "W_enc_LDF": "parameterization.W_enc_LDF",
+    "W_dec_FLD": "parameterization.W_dec_FLD",
     "threshold": "activation_function.threshold",
     "num_threshold_updates": "activation_function.num_threshold_updates",
 }
@@ -100,8 +100,7 @@ def load_crosscoder(path: Path, device: torch.device | str = "cpu") -> TrainedCr
     config = build(CrosscoderConfig, facts["config"], str(checkpoint / "crosscoder.json"))
     tokens_since_fired_F = tensors.pop("tokens_since_fired_F").to(device)
     normalizer = Normalizer(tensors.pop("mean_LD"), tensors.pop("scale_L"), center=config.normalization.center).to(device)
-    num_layers, d_model = normalizer.mean_LD.shape
-    crosscoder = Crosscoder(config, num_layers=num_layers, d_model=d_model)
+    crosscoder = Crosscoder(config, layers=facts["layers"], d_model=normalizer.mean_LD.shape[1])
     if isinstance(config.activation_function, Relu):  # before 0.2 it had a threshold that nothing used
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("activation_function.")}
     crosscoder.load_state_dict(tensors)

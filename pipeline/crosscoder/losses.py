@@ -42,13 +42,13 @@ def reconstruction(settings: Reconstruction, p: Pass, residual_L: Tensor) -> Ten
 def _prefix_residuals(prefixes: list[int], p: Pass) -> list[Tensor]:
     """acts_BLD minus the reconstruction from the first n features, for each n."""
     W_dec_FC = p.weights.W_dec_FLD.flatten(1)
-    left_BC = p.acts_BLD.flatten(1) - p.crosscoder.b_dec_LD.flatten()
+    left_BLD = p.acts_BLD - p.crosscoder.b_dec_LD
     if p.crosscoder.dense is not None:
-        left_BC = left_BC - p.crosscoder.dense(p.acts_BLD.flatten(1))
-    residuals, start = [], 0
+        left_BLD = left_BLD - p.crosscoder.dense_part(p.acts_BLD)
+    left_BC, residuals, start = left_BLD.flatten(1), [], 0
     for stop in prefixes:
         left_BC = left_BC - p.fired.features_BF[:, start:stop] @ W_dec_FC[start:stop]
-        residuals.append(left_BC.view_as(p.acts_BLD))
+        residuals.append(p.crosscoder.only_written(left_BC.view_as(p.acts_BLD)))
         start = stop
     return residuals
 
@@ -156,7 +156,7 @@ def gated(settings: GatedAuxiliary, p: Pass) -> Tensor:
     x_BLD = torch.addmm(bias_C, p.fired.penalized_BF, W_dec_FC).view_as(p.acts_BLD)
     if p.crosscoder.dense is not None:
         x_BLD = x_BLD + p.crosscoder.dense_part(p.acts_BLD).detach()
-    return squared_norms_L(p.acts_BLD - x_BLD).sum() / p.num_positions
+    return squared_norms_L(p.crosscoder.only_written(p.acts_BLD - x_BLD)).sum() / p.num_positions
 
 
 TERMS: dict[type[Term], Callable[[Any, Pass], Tensor]] = {

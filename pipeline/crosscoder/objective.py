@@ -78,7 +78,7 @@ class Objective:
         dead_J : the indices of dead features; None where there are none, and then the auxiliary term is exactly zero.
         batch : sums over the whole batch, where `acts_BLD` is only a part of it (see `batch_sums`).
         """
-        variance_L = squared_norms_L(acts_BLD - mean_LD)
+        variance_L = squared_norms_L(crosscoder.only_written(acts_BLD - mean_LD))
         p = self._pass(crosscoder, acts_BLD, mean_LD, values, dead_J, batch, variance_L.sum())
         residual_L = squared_norms_L(p.residual_BLD)
         with self._autocast():
@@ -112,16 +112,18 @@ class Objective:
     ) -> Pass:
         weights = crosscoder.weights()
         norms_F = decoder_norms(weights.W_dec_FLD)
+        ranking_F = crosscoder.ranking_norms(norms_F)
+        penalized_F = norms_F if crosscoder.groups is None else norms_F * crosscoder.groups.cost_F
         smallest_rank = None if batch is None else batch.smallest_rank
         with self._autocast():
             pre_BF = crosscoder.pre_activations(seen(acts_BLD, mean_LD, values.keep_BL), weights.W_enc_LDF)
-            fired = crosscoder.activation_function.fire(pre_BF, norms_F, crosscoder.b_enc_F, values, smallest_rank)
-            residual_BLD = acts_BLD - crosscoder.decode(fired.features_BF, acts_BLD, weights.W_dec_FLD)
+            fired = crosscoder.activation_function.fire(pre_BF, ranking_F, crosscoder.b_enc_F, values, smallest_rank)
+            residual_BLD = crosscoder.only_written(acts_BLD - crosscoder.decode(fired.features_BF, acts_BLD, weights.W_dec_FLD))
         num_positions = acts_BLD.shape[0] if batch is None else batch.num_positions
         variance = (squared_deviation if batch is None else batch.variance) / num_positions
         if self.reconstruction.reduction == "mean":
             variance = variance / acts_BLD[0].numel()
-        return Pass(crosscoder, values, acts_BLD, pre_BF, fired, weights, norms_F, residual_BLD, dead_J, variance, batch)
+        return Pass(crosscoder, values, acts_BLD, pre_BF, fired, weights, penalized_F, residual_BLD, dead_J, variance, batch)
 
     @torch.no_grad()
     def batch_sums(self, crosscoder: Crosscoder, parts: Sequence[Tensor], mean_LD: Tensor, values: Sequence[StepValues]) -> BatchSums:
@@ -131,18 +133,18 @@ class Objective:
         """
         num_positions = sum(len(part_BLD) for part_BLD in parts)
         function, weights = crosscoder.activation_function, crosscoder.weights()
-        norms_F = decoder_norms(weights.W_dec_FLD)
+        ranking_F = crosscoder.ranking_norms(decoder_norms(weights.W_dec_FLD))
         highest: list[Tensor] = []
         for part_BLD, of_part in zip(parts, values, strict=True):
             with self._autocast():
                 pre_BF = crosscoder.pre_activations(seen(part_BLD, mean_LD, of_part.keep_BL), weights.W_enc_LDF)
-                ranks = function.ranks_that_fire(pre_BF, norms_F, num_positions, of_part)
+                ranks = function.ranks_that_fire(pre_BF, ranking_F, num_positions, of_part)
             highest += [] if ranks is None else [ranks]
         smallest_rank = function.smallest_of(torch.cat(highest), num_positions, values[0]) if highest else None
         zero = torch.zeros((), device=parts[0].device)
         sums = BatchSums(num_positions, smallest_rank, zero, zero, zero)
         for part_BLD, of_part in zip(parts, values, strict=True):
-            variance = squared_norms_L(part_BLD - mean_LD).sum()
+            variance = squared_norms_L(crosscoder.only_written(part_BLD - mean_LD)).sum()
             p = self._pass(crosscoder, part_BLD, mean_LD, of_part, None, sums, variance)
             sums = sums._replace(
                 squared_residual=sums.squared_residual + squared_norms_L(p.residual_BLD).sum(),

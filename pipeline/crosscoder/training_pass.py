@@ -38,7 +38,8 @@ class Pass(NamedTuple):
     fired: Fired
     weights: Weights
     norms_F: Tensor
-    """The sum over layers of each feature's decoder norms, with its gradient; float32."""
+    """What penalties weigh an activation by: the sum over layers of the feature's decoder norms, times its group's cost; with its
+    gradient, float32."""
     residual_BLD: Tensor
     """acts_BLD minus the reconstruction."""
     dead_J: Tensor | None

@@ -60,7 +60,7 @@ class TrainingState:
 
     def _first_crosscoder(self, source: ActivationSource) -> Crosscoder:
         """As training begins, with weights drawn from the seed and, where the initialization asks for it, from the first batch."""
-        settings, shape = self.config.crosscoder, {"num_layers": len(self.layers), "d_model": source.d_model}
+        settings, shape = self.config.crosscoder, {"layers": self.layers, "d_model": source.d_model}
         data_NLD = None
         if needs_data(settings.initialization):
             batch = next(iter(source.batches(batch_positions=self.plan.batch_positions, epoch=0, cursor=0)))

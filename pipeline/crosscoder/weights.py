@@ -48,13 +48,19 @@ class FreeWeights(nn.Module):
 class AlignedWeights(nn.Module):
     """The stored encoder, moved along the decoder until their inner product over all layers is one."""
 
+    both_LF: Tensor | None
+
     def __init__(self, settings: Aligned, W_enc_LDF: Tensor, W_dec_FLD: Tensor) -> None:
         super().__init__()
         self.W_enc_LDF = nn.Parameter(W_enc_LDF)
         self.W_dec_FLD = nn.Parameter(W_dec_FLD)
+        # 1 for the layers that a feature both reads and writes, where groups tell: the inner product is over those.
+        self.register_buffer("both_LF", None, persistent=False)
 
     def forward(self) -> Weights:
         d_LDF = self.W_dec_FLD.permute(1, 2, 0)
+        if self.both_LF is not None:
+            d_LDF = d_LDF * self.both_LF[:, None]
         inner_F = (self.W_enc_LDF * d_LDF).sum(dim=(0, 1))
         squared_F = d_LDF.square().sum(dim=(0, 1)).clamp(min=torch.finfo(torch.float32).tiny)
         return Weights(self.W_enc_LDF + d_LDF * ((1.0 - inner_F) / squared_F), self.W_dec_FLD)
