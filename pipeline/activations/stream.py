@@ -28,7 +28,8 @@ class ActivationStream:
     """
 
     def __init__(self, tokens: TokenSet, model: LanguageModel, config: StreamedActivations, run: Run) -> None:
-        self._config = config
+        self.settings = self._config = config
+        self.language_model = model
         self._run = run
         self._harvester = Harvester(tokens, model, config, run.check_stop)
         for remark in self._harvester.remarks:

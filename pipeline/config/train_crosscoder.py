@@ -5,11 +5,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.activation_source import ActivationSourceConfig
+from pipeline.config.activation_source import ActivationSourceConfig, StreamedActivations
 from pipeline.config.crosscoder import CrosscoderConfig, Momentum
+from pipeline.config.language_model import LanguageModelConfig
 from pipeline.config.loss import Loss
 from pipeline.config.schedule import Positive, Schedule
-from pipeline.config.schema import OPERATIONAL, Config, Fraction, PositiveCount
+from pipeline.config.schema import OPERATIONAL, Config, DataPath, Fraction, PositiveCount
 from pipeline.config.stage import StageConfig
 
 
@@ -62,6 +63,39 @@ class Optimizer(Config):
     """What is done about a gradient that is far larger than the others."""
 
 
+class NoHistory(Config):
+    """Nothing but the checkpoints that are kept."""
+
+    kind: Literal["none"] = "none"
+
+
+class LogSpacedHistory(Config):
+    """Steps whose logarithms are evenly spaced from 1 to the last."""
+
+    kind: Literal["log_spaced"] = "log_spaced"
+    points: PositiveCount = 20
+    """So many, fewer where two would be the same step."""
+
+
+class TokensHistory(Config):
+    """A step every so many training tokens."""
+
+    kind: Literal["every_tokens"] = "every_tokens"
+    tokens: PositiveCount
+    """Training tokens from one to the next."""
+
+
+class HeldOut(Config):
+    """Positions that training doesn't see, on which the crosscoder is measured with every row of metrics."""
+
+    tokens: Annotated[DataPath, Field(json_schema_extra=OPERATIONAL)]
+    """Token set that training does not see: the `validation` folder that `tokenize` wrote."""
+    language_model: LanguageModelConfig | None = None
+    """The model that the activations are of; null takes the one that a stream computes them with. It is needed once, at the start."""
+    positions: PositiveCount = 8192
+    """Positions measured; their activations stay in memory: 25 MB at two layers of width 768 in bfloat16."""
+
+
 class Checkpoints(Config):
     """When the state of training is saved. A run that is asked to stop saves besides, and so does its end."""
 
@@ -71,6 +105,10 @@ class Checkpoints(Config):
     """None means not by time."""
     keep: PositiveCount = 2
     """So many of the newest stay on disk."""
+    keep_best: bool = True
+    """Where there are held-out positions, the checkpoint that explains most of their variance stays, too."""
+    history: Annotated[NoHistory | LogSpacedHistory | TokensHistory, Field(discriminator="kind")] = NoHistory()
+    """Snapshots of the crosscoder alone, in `history/` beside the checkpoints, for `crosscoder evolution`."""
 
 
 class TrainConfig(StageConfig):
@@ -82,6 +120,9 @@ class TrainConfig(StageConfig):
         "loss_*",
         "l0",
         "explained_variance",
+        "held_out_explained_variance",
+        "held_out_l0",
+        "held_out_*",
         "dead_features",
         "dead_fraction",
         "threshold",
@@ -120,6 +161,8 @@ class TrainConfig(StageConfig):
     """Compile the step with torch.compile: a minute at the start, fewer passes over memory then."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Field(json_schema_extra=OPERATIONAL)] = "auto"
     """`auto` takes a GPU when there is one."""
+    held_out: HeldOut | None = None
+    """Positions to measure as training goes; what runs are then compared by. Null measures training batches alone."""
     log_every_steps: PositiveCount = 50
     """A row of metrics for every so many steps, over all of them."""
     checkpoints: Checkpoints = Field(default=Checkpoints(), json_schema_extra=OPERATIONAL)
@@ -131,10 +174,17 @@ class TrainConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
+    def _held_out_has_a_model(self) -> "TrainConfig":
+        if self.held_out is not None and self.held_out.language_model is None and not isinstance(self.activations, StreamedActivations):
+            raise ValueError("held_out.language_model is missing: activations on disk don't say where their model is; name it there")
+        return self
+
+    @model_validator(mode="after")
     def _loss_fits(self) -> "TrainConfig":
         if fault := self.loss.fault(self.crosscoder):
             raise ValueError(fault)
         return self
 
     def inputs(self) -> dict[str, Path]:
-        return self.activations.inputs()
+        held_out = {} if self.held_out is None else {"held_out": self.held_out.tokens}
+        return {**self.activations.inputs(), **held_out}

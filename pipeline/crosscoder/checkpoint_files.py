@@ -139,9 +139,11 @@ def _damage(checkpoint: Path) -> str | None:
         return str(error)
 
 
-def remove_old(checkpoints: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints, and what killed writers left."""
+def remove_old(checkpoints: Path, keep: int, *, spare: int | None = None) -> None:
+    """Deletes all but the newest `keep` checkpoints and that of the step `spare`, and what killed writers left."""
     for path in all_in(checkpoints)[:-keep]:
+        if spare is not None and path.name == name_of(spare):
+            continue
         # Under a temporary name first: what a kill leaves of it is then neither taken for a checkpoint nor left for ever.
         os.rename(path, path.with_name(f".{path.name}.old.tmp"))
     for path in checkpoints.glob(".*.tmp"):

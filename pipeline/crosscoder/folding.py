@@ -62,5 +62,12 @@ def fold(crosscoder: Crosscoder, normalizer: Normalizer, dtype: torch.dtype = to
         write_RC = crosscoder.dense.write_RC.double().cpu() / scales_C
         b_dec_LD = b_dec_LD - ((offset_LD.flatten() @ read_CR) @ write_RC).view_as(b_dec_LD)
         read_CR, write_RC = read_CR.to(dtype), write_RC.to(dtype)
-    plain = (part.to(dtype) for part in (W_enc_LDF, b_enc_F, threshold_F, W_dec_FLD, b_dec_LD))
-    return Folded(*plain, read_CR, write_RC)
+    return Folded(
+        W_enc_LDF=W_enc_LDF.to(dtype),
+        b_enc_F=b_enc_F.to(dtype),
+        threshold_F=threshold_F.to(dtype),
+        W_dec_FLD=W_dec_FLD.to(dtype),
+        b_dec_LD=b_dec_LD.to(dtype),
+        dense_read_CR=read_CR,
+        dense_write_RC=write_RC,
+    )

@@ -22,6 +22,11 @@ from pipeline.crosscoder.activation_functions import JumpReluFunction
 from pipeline.crosscoder.training_pass import Pass
 from pipeline.crosscoder.weights import decoder_norms, layer_norms
 
+ACROSS_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda norms_FL: norms_FL.sum(dim=-1),
+    "l2": lambda norms_FL: torch.linalg.vector_norm(norms_FL, dim=-1),
+    "max": lambda norms_FL: norms_FL.amax(dim=-1),
+}
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -73,10 +78,8 @@ def _norms(settings: L1, W_dec_FLD: Tensor, norms_F: Tensor) -> Tensor:
     if settings.norm == "l2" and settings.across_layers == "sum":
         return norms_F
     in_layer_FL = layer_norms(W_dec_FLD) if settings.norm == "l2" else W_dec_FLD.abs().sum(dim=-1)
-    if settings.across_layers == "sum":
-        return in_layer_FL.sum(dim=-1)
-    across_F: Tensor = in_layer_FL.amax(dim=-1) if settings.across_layers == "max" else torch.linalg.vector_norm(in_layer_FL, dim=-1)
-    return across_F
+    norms: Tensor = ACROSS_LAYERS[settings.across_layers](in_layer_FL)
+    return norms
 
 
 def tanh(settings: Tanh, p: Pass) -> Tensor:

@@ -118,4 +118,5 @@ class Crosscoder(nn.Module):
             out_BC: Tensor = self.dense(acts_BLD.flatten(1))
             return out_BC.view_as(acts_BLD)
         read_BLD = acts_BLD * self.groups.reads_FL.amax(0)[:, None]
-        return self.dense(read_BLD.flatten(1)).view_as(acts_BLD) * self.groups.writes_FL.amax(0)[:, None]
+        written_BC: Tensor = self.dense(read_BLD.flatten(1))
+        return self.only_written(written_BC.view_as(acts_BLD))

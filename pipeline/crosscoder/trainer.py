@@ -19,6 +19,8 @@ from pipeline.config.errors import UserError
 from pipeline.config.train_crosscoder import TrainConfig
 from pipeline.crosscoder import checkpoint_files, schedules
 from pipeline.crosscoder.dead_features import count_tokens, dead_features
+from pipeline.crosscoder.held_out import HeldOutPositions
+from pipeline.crosscoder.history import History
 from pipeline.crosscoder.objective import Objective, Outcome
 from pipeline.crosscoder.training_log import TrainingLog
 from pipeline.crosscoder.training_state import TrainingState
@@ -28,8 +30,12 @@ from pipeline.run import Run, Stopped
 class Trainer:
     """One start of a training run."""
 
-    def __init__(self, config: TrainConfig, source: ActivationSource, run: Run, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainConfig, source: ActivationSource, run: Run, device: torch.device, held_out_NLD: Tensor | None = None
+    ) -> None:
+        """held_out_NLD : raw activations of positions that the source does not hold, to measure the crosscoder on as it goes."""
         self.config = config
+        self.held_out = None if held_out_NLD is None else HeldOutPositions(held_out_NLD)
         self.source = source
         self.run = run
         self.checkpoints = run.directory / "checkpoints"
@@ -41,7 +47,8 @@ class Trainer:
         self.objective = Objective(config, device.type)
         self.forward = torch.compile(self.objective.__call__) if config.compile else self.objective.__call__
         self.mean_LD = self.state.normalizer.normalized_mean()
-        self.log = TrainingLog(run, self.state)
+        self.log = TrainingLog(run, self.state, self.held_out)
+        self.history = History(config.checkpoints.history, run.directory / "history", self.state, self.held_out)
         self._saved_at = time.monotonic()
 
     def _resume(self) -> None:
@@ -119,6 +126,7 @@ class Trainer:
             self.run.check_stop()
         if self._checkpoint_is_due():
             self._save()
+        self.history.after_step()
 
     # -- one step -------------------------------------------------------------------------------------------------
 
@@ -195,13 +203,25 @@ class Trainer:
         self.check_finite()
         if self.saved is None or self.saved.name != checkpoint_files.name_of(self.state.step):
             self.log.flush()
+            self._compare_with_best()
             self.saved = checkpoint_files.write(self.checkpoints, self.state.step, self.state.parts())
-            checkpoint_files.remove_old(self.checkpoints, self.config.checkpoints.keep)
+            best = self.state.best_step if self.config.checkpoints.keep_best else None
+            checkpoint_files.remove_old(self.checkpoints, self.config.checkpoints.keep, spare=best)
         return self.saved
 
+    def _compare_with_best(self) -> None:
+        if self.held_out is None:
+            return
+        measured = self.held_out.measure(self.state.crosscoder, self.state.normalizer)
+        explained = measured.metrics["held_out_explained_variance"]
+        if explained is not None and (self.state.best_explained is None or explained > self.state.best_explained):
+            self.state.best_step, self.state.best_explained = self.state.step, explained
+
     def _result(self, checkpoint: Path, seconds: float, tokens_per_second: float) -> dict[str, Any]:
-        row = dict(self.log.last_row or {})
-        kept = {key: row[key] for key in row if key.startswith(("loss", "l0", "explained", "dead", "threshold", "peak"))}
-        result = {"steps": self.state.step, "tokens": self.state.tokens, "epochs": self.state.tokens / self.state.plan.epoch_positions}
-        result |= {**kept, "seconds": seconds, "tokens_per_second": tokens_per_second}
+        state = self.state
+        result: dict[str, Any] = {"steps": state.step, "tokens": state.tokens, "epochs": state.tokens / state.plan.epoch_positions}
+        result |= {"dead_window_tokens": state.plan.dead_window_tokens, **self.log.results()}
+        if state.best_step is not None:
+            result |= {"best_step": state.best_step, "best_held_out_explained_variance": state.best_explained}
+        result |= {"seconds": seconds, "tokens_per_second": tokens_per_second}
         return result | {"checkpoint": str(checkpoint.relative_to(self.run.directory)), "activations_id": self.source.data_id}

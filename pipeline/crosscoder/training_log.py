@@ -10,9 +10,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.crosscoder import schedules
 from pipeline.crosscoder.activation_functions import RankedFunction
+from pipeline.crosscoder.held_out import HeldOutPositions
 from pipeline.crosscoder.training_state import TrainingState
 from pipeline.run import Run
 
+RESULT_SHARE = 0.05
+"""Of the run's tokens: so many of the last ones a result is a mean over, at least."""
 TIME_FIELDS = ("seconds", "tokens_per_second", "data_wait_share", "peak_memory_gib")
 """What a resumed run can't repeat; all other fields of a row are the same as without the interruption."""
 
@@ -20,11 +23,13 @@ TIME_FIELDS = ("seconds", "tokens_per_second", "data_wait_share", "peak_memory_g
 class TrainingLog:
     """Continues what earlier starts of the run logged up to the step that it resumes from, and drops what lies beyond."""
 
-    def __init__(self, run: Run, state: TrainingState) -> None:
+    def __init__(self, run: Run, state: TrainingState, held_out: HeldOutPositions | None) -> None:
         self.run = run
         self.state = state
+        self.held_out = held_out
         run.rewind_metrics(state.step)
-        self.last_row = _last_row(run)
+        self.rows = _rows(run)
+        """Of the run so far, the oldest first."""
         # Earlier starts may have drawn points beyond the checkpoint: TensorBoard hides those from purge_step on.
         _wait_for_a_later_name(run.directory / "tensorboard")
         self.writer = SummaryWriter(str(run.directory / "tensorboard"), purge_step=state.step + 1)
@@ -36,11 +41,39 @@ class TrainingLog:
     def write_row(self) -> None:
         """Logs the window since the last row and begins the next. Waits for the device, once."""
         row = {"step": self.state.step, "tokens": self.state.tokens, "epoch": self.state.plan.place_after(self.state.step - 1).epoch}
-        row |= self.state.window.metrics() | _state_metrics(self.state) | self._time_metrics()
+        row |= self.state.window.metrics() | _state_metrics(self.state)
+        if self.held_out is not None:
+            row |= self.held_out.measure(self.state.crosscoder, self.state.normalizer).metrics
+        row |= self._time_metrics()
         self.run.log_metrics(row)
         self._draw(row)
-        self.last_row = row
+        self.rows.append(row)
         self.state.window.clear()
+
+    @property
+    def last_row(self) -> dict[str, Any] | None:
+        """None before the first row."""
+        return self.rows[-1] if self.rows else None
+
+    def results(self) -> dict[str, Any]:
+        """What a run's result says of its end: of the state as the last row has it, of training steps a mean over the last rows.
+
+        Those cover `RESULT_SHARE` of the run's tokens at least; a row counts by the tokens that it is of, so that one of a
+        single position decides nothing.
+        """
+        if not self.rows:
+            return {}
+        last = self.rows[-1]
+        sizes = [row["tokens"] - before for row, before in zip(self.rows, [0, *(row["tokens"] for row in self.rows)], strict=False)]
+        first = len(self.rows) - 1
+        while first > 0 and sum(sizes[first:]) < RESULT_SHARE * last["tokens"]:
+            first -= 1
+        recent, weights = self.rows[first:], sizes[first:]
+        found = {name: last[name] for name in last if name.startswith(("dead", "threshold", "peak", "held_out"))}
+        for name in last:
+            if name.startswith(("loss", "l0", "explained")):
+                found[name] = _mean([row[name] for row in recent], weights)
+        return found
 
     def _time_metrics(self) -> dict[str, Any]:
         now = time.monotonic()
@@ -120,7 +153,16 @@ def _wait_for_a_later_name(directory: Path) -> None:
         time.sleep(ahead)
 
 
-def _last_row(run: Run) -> dict[str, Any] | None:
+def _rows(run: Run) -> list[dict[str, Any]]:
     path = run.directory / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return dict(json.loads(lines[-1])) if lines else None
+    return [dict(json.loads(line)) for line in lines]
+
+
+def _mean(values: list[Any], weights: list[int]) -> Any:
+    """Of numbers, or of lists of numbers entry by entry; None where one is missing."""
+    if isinstance(values[0], list):
+        return [_mean(list(entries), weights) for entries in zip(*values, strict=True)]
+    if any(value is None for value in values):
+        return None
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)

@@ -57,36 +57,43 @@ class TrainingState:
         self.dead_J: Tensor | None = None
         """Features that were dead when last looked up; None while there are none."""
         self.window = Window(list(config.loss.terms()), len(self.layers), device)
+        self.best_step: int | None = None
+        """The step whose checkpoint explained most of the held-out positions' variance; None while none was measured."""
+        self.best_explained: float | None = None
 
     def _first_crosscoder(self, source: ActivationSource) -> Crosscoder:
         """As training begins, with weights drawn from the seed and, where the initialization asks for it, from the first batch."""
-        settings, shape = self.config.crosscoder, {"layers": self.layers, "d_model": source.d_model}
+        settings = self.config.crosscoder
         data_NLD = None
         if needs_data(settings.initialization):
             batch = next(iter(source.batches(batch_positions=self.plan.batch_positions, epoch=0, cursor=0)))
             data_NLD = self.normalizer.normalize(batch.acts_BLD.to(self.device))
-        crosscoder = Crosscoder(settings, **shape, seed=self.config.seed, data_NLD=data_NLD).to(self.device)
+        crosscoder = Crosscoder(settings, layers=self.layers, d_model=source.d_model, seed=self.config.seed, data_NLD=data_NLD)
         if settings.initialization.decoder_bias == "mean":
             with torch.no_grad():
                 crosscoder.b_dec_LD.copy_(self.normalizer.normalized_mean())
-        return crosscoder
+        return crosscoder.to(self.device)
 
     @property
     def tokens(self) -> int:
         """Positions trained on so far."""
         return self.plan.tokens_after(self.step)
 
+    def crosscoder_part(self, **further: Tensor) -> Part:
+        """The shard of a checkpoint that a crosscoder is loaded from, with `further` tensors beside the weights."""
+        facts = {"layers": self.layers, "step": self.step, "tokens": self.tokens, **self._facts}
+        part = crosscoder_part(self.crosscoder, self.normalizer, self.tokens_since_fired_F, self.config.crosscoder, facts)
+        return part._replace(tensors={**part.tensors, **further})
+
     def parts(self) -> dict[str, Part]:
         """The state as the shards of a checkpoint."""
         place = self.plan.place_after(self.step)
-        crosscoder_facts = {"layers": self.layers, "step": self.step, "tokens": self.tokens, **self._facts}
         facts: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "epoch": place.epoch, "cursor": place.cursor}
         facts |= {"activations_id": self.activations_id, "settings": self.config.identity()}
+        facts |= {"best_step": self.best_step, "best_explained": self.best_explained}
         facts |= {"window_steps": self.window.num_steps, "window_tokens": self.window.num_tokens}
         return {
-            "crosscoder": crosscoder_part(
-                self.crosscoder, self.normalizer, self.tokens_since_fired_F, self.config.crosscoder, crosscoder_facts
-            ),
+            "crosscoder": self.crosscoder_part(),
             "training": Part({**self._optimizer_tensors(), **self._counters(), **self._random_states()}, facts),
         }
 
@@ -125,6 +132,7 @@ class TrainingState:
         torch.set_rng_state(training.tensors["random.cpu"])
         if self.device.type == "cuda" and "random.cuda" in training.tensors:
             torch.cuda.set_rng_state(training.tensors["random.cuda"], self.device)
+        self.best_step, self.best_explained = training.facts["best_step"], training.facts["best_explained"]
         self.step = training.facts["step"]
 
     def _restore_optimizer(self, tensors: dict[str, Tensor]) -> None:

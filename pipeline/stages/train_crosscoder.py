@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from pipeline.activations.held_out_rows import held_out_rows
 from pipeline.activations.opening import open_source
 from pipeline.config.activation_source import StreamedActivations
 from pipeline.config.errors import UserError
@@ -17,8 +18,11 @@ def run(config: TrainConfig, run: Run) -> dict[str, Any]:
     """Trains to the end, from the newest checkpoint in the run directory where there is one."""
     device = chosen_device(config.device)
     source = open_source(config.activations, run, device)
+    held_out_NLD = None
+    if config.held_out is not None:
+        held_out_NLD = held_out_rows(config.held_out, source, run, device, seed=config.seed).acts_BLD
     allowed = config.activations.max_tokens if isinstance(config.activations, StreamedActivations) else None
-    return Trainer(config, source, run, device).train() | short_of(allowed, source.num_positions)
+    return Trainer(config, source, run, device, held_out_NLD).train() | short_of(allowed, source.num_positions)
 
 
 def chosen_device(setting: str) -> torch.device:

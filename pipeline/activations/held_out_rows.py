@@ -1,0 +1,56 @@
+"""Activations of text that training doesn't see, for measuring a crosscoder as it is trained."""
+
+import torch
+
+from pipeline.activations.source import ActivationBatch, ActivationSource
+from pipeline.activations.stream import ActivationStream
+from pipeline.config.activation_source import StreamedActivations
+from pipeline.config.errors import UserError
+from pipeline.config.train_crosscoder import HeldOut
+from pipeline.language_model import LanguageModel
+from pipeline.run import Run
+from pipeline.tokens import TokenSet
+
+MODEL_BATCH_CONTEXTS = 8
+
+
+def held_out_rows(settings: HeldOut, source: ActivationSource, run: Run, device: torch.device, *, seed: int) -> ActivationBatch:
+    """The rows of `settings.positions` positions, harvested as the source's are, on `device`; fewer where the text has fewer.
+
+    Raises `UserError` if the model is not the one that the source's activations are of, or the token set is the source's own.
+    """
+    tokens = TokenSet.open(settings.tokens)
+    run.bind_input("held_out", tokens.data_id)
+    if tokens.data_id == source.tokens_id:
+        raise UserError(f"held_out.tokens is {settings.tokens}, the token set that is trained on; name one that training does not see")
+    model = _model(settings, source, device)
+    if model.hash != source.language_model_hash:
+        raise UserError(
+            f"held_out.language_model is {model.name} of hash {model.hash[:12]}, but the activations are of a model of hash "
+            f"{source.language_model_hash[:12]}; name the model that they were computed with"
+        )
+    harvest = StreamedActivations(
+        tokens=settings.tokens,
+        language_model=settings.language_model or _streamed(source).settings.language_model,
+        layers=source.layers,
+        context_tokens=source.context_tokens,
+        drop_positions=source.drop_positions,
+        # One generation, so that the rows are those of contexts drawn from all of the text.
+        contexts_per_generation=-(-settings.positions // max(1, source.context_tokens - len(source.drop_positions))) + 1,
+        model_batch_contexts=MODEL_BATCH_CONTEXTS,
+        max_tokens=settings.positions,
+        seed=seed,
+    )
+    stream = ActivationStream(tokens, model, harvest, run)
+    return next(stream.batches(batch_positions=stream.num_positions, epoch=0, cursor=0))
+
+
+def _model(settings: HeldOut, source: ActivationSource, device: torch.device) -> LanguageModel:
+    if settings.language_model is None:
+        return _streamed(source).language_model
+    return LanguageModel.load(settings.language_model.model_copy(update={"device": device.type}))
+
+
+def _streamed(source: ActivationSource) -> ActivationStream:
+    assert isinstance(source, ActivationStream), "the configuration asks for a model wherever activations are not streamed"
+    return source
