@@ -119,7 +119,8 @@ def orthogonality(settings: Orthogonality, p: Pass) -> Tensor:
     units_JC = rows_JC / torch.linalg.vector_norm(rows_JC, dim=1, keepdim=True).clamp(min=TINY**0.5)
     gram_JJ = (units_JC @ units_JC.T).float()
     num_pairs = max(1, gram_JJ.shape[0] * (gram_JJ.shape[0] - 1))
-    return p.share * (gram_JJ.square().sum() - gram_JJ.diagonal().square().sum()) / num_pairs
+    of_others: Tensor = gram_JJ.square().sum() - gram_JJ.diagonal().square().sum()
+    return of_others * (p.share / num_pairs)
 
 
 def auxk(settings: Auxk, p: Pass) -> Tensor:
