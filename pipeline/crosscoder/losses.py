@@ -120,7 +120,8 @@ def orthogonality(settings: Orthogonality, p: Pass) -> Tensor:
     gram_JJ = (units_JC @ units_JC.T).float()
     num_pairs = max(1, gram_JJ.shape[0] * (gram_JJ.shape[0] - 1))
     of_others: Tensor = gram_JJ.square().sum() - gram_JJ.diagonal().square().sum()
-    return of_others * (p.share / num_pairs)
+    mean_of_pairs: Tensor = of_others * (p.share / num_pairs)
+    return mean_of_pairs
 
 
 def auxk(settings: Auxk, p: Pass) -> Tensor:
