@@ -19,24 +19,25 @@ def held_out_rows(settings: HeldOut, source: ActivationSource, run: Run, device:
 
     Raises `UserError` if the model is not the one that the source's activations are of, or the token set is the source's own.
     """
-    tokens = TokenSet.open(settings.tokens)
+    made_from, tokens = source.provenance, TokenSet.open(settings.tokens)
     run.bind_input("held_out", tokens.data_id)
-    if tokens.data_id == source.tokens_id:
+    if tokens.data_id == made_from.tokens_id:
         raise UserError(f"held_out.tokens is {settings.tokens}, the token set that is trained on; name one that training does not see")
     model = _model(settings, source, device)
-    if model.hash != source.language_model_hash:
+    if model.hash != made_from.language_model_hash:
         raise UserError(
             f"held_out.language_model is {model.name} of hash {model.hash[:12]}, but the activations are of a model of hash "
-            f"{source.language_model_hash[:12]}; name the model that they were computed with"
+            f"{made_from.language_model_hash[:12]}; name the model that they were computed with"
         )
     harvest = StreamedActivations(
         tokens=settings.tokens,
         language_model=settings.language_model or _streamed(source).settings.language_model,
         layers=source.layers,
-        context_tokens=source.context_tokens,
-        drop_positions=source.drop_positions,
+        context_tokens=made_from.context_tokens,
+        drop_positions=made_from.drop_positions,
+        beginning_of_text=made_from.beginning_of_text_id is not None,
         # One generation, so that the rows are those of contexts drawn from all of the text.
-        contexts_per_generation=-(-settings.positions // max(1, source.context_tokens - len(source.drop_positions))) + 1,
+        contexts_per_generation=-(-settings.positions // max(1, made_from.context_tokens - len(made_from.drop_positions))) + 1,
         model_batch_contexts=MODEL_BATCH_CONTEXTS,
         max_tokens=settings.positions,
         seed=seed,
