@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from shipped_configs import shipped_configs
+from shipped import files
 from torch import Tensor
 from toy_activations import MemorySource, random_activations
 
@@ -19,7 +19,7 @@ from pipeline.crosscoder.trainer import Trainer
 from pipeline.run import Run, Stopped
 
 CPU = torch.device("cpu")
-VARIANTS = shipped_configs("variants")
+VARIANTS = files("configs/variants/*.yaml")
 REVIVING = {"auxk", "pre_activation"}
 
 
