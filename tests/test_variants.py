@@ -46,6 +46,12 @@ def final_checkpoint(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in max((directory / "checkpoints").iterdir()).iterdir()}
 
 
+@pytest.fixture(autouse=True)
+def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order in which TensorBoard reads two starts within a second is another test's."""
+    monkeypatch.setattr("pipeline.crosscoder.training_log._wait_for_a_later_name", lambda directory: None)
+
+
 @pytest.mark.parametrize("path", VARIANTS, ids=lambda path: path.stem)
 def test_a_variant_that_is_stopped_and_started_again_ends_with_the_bytes_of_one_that_was_not(path: Path, tmp_path: Path) -> None:
     config = variant(path)
