@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from toy_activations import MemorySource, random_activations, train_config
+from tiny_models import tiny_gpt2
+from toy_activations import BATCH_TOPK, MemorySource, random_activations, train_config
 
+from pipeline.config.cache_activations import CacheConfig
 from pipeline.config.errors import UserError
+from pipeline.config.schema import build
 from pipeline.config.train_crosscoder import LogSpacedHistory, NoHistory, TokensHistory
 from pipeline.crosscoder import checkpoint_files
 from pipeline.crosscoder.checkpoint import load_crosscoder
@@ -17,6 +21,8 @@ from pipeline.crosscoder.history import snapshot_steps
 from pipeline.crosscoder.plan import Plan
 from pipeline.crosscoder.trainer import Trainer
 from pipeline.run import Run
+from pipeline.stages import cache_activations, train_crosscoder
+from pipeline.tokens import TokenSet, write_token_set
 
 CPU = torch.device("cpu")
 HELD_OUT = random_activations(90, seed=9)
@@ -110,3 +116,35 @@ def test_snapshots_are_loadable_crosscoders_with_what_each_feature_did_on_held_o
 def test_held_out_positions_on_disk_activations_need_a_named_model() -> None:
     with pytest.raises(UserError, match=r"held_out\.language_model is missing: activations on disk"):
         train_config(held_out={"tokens": Path("nowhere")})
+
+
+def test_the_stage_measures_a_token_set_with_the_model_that_its_activations_are_of(tmp_path: Path) -> None:
+    tokens = {name: made(tmp_path / name, seed) for name, seed in (("train", 1), ("validation", 2))}
+    model = {"model": str(tiny_gpt2(tmp_path / "model", vocab_size=tokens["train"].vocab_size)), "device": "cpu"}
+    harvest = {"tokens": tmp_path / "train", "language_model": model, "layers": ["transformer.h.0"], "context_tokens": 16}
+    cache = build(CacheConfig, {"stage": "cache", "name": "x", "output": tmp_path / "set", **harvest}, "test")
+    cache_activations.run(cache, Run(tmp_path / "cache"))
+    small = {"epochs": 1, "num_tokens": None, "batch_positions": 64, "crosscoder": {"num_features": 48, "activation_function": BATCH_TOPK}}
+    small |= {"loss": {}, "name": "x"}
+    found = {}
+    for kind, activations in (("disk", {"path": tmp_path / "set"}), ("stream", harvest)):
+        held_out = {"tokens": tmp_path / "validation", "positions": 100} | ({"language_model": model} if kind == "disk" else {})
+        config = train_config("batch_topk", **small, activations={"kind": kind, **activations}, held_out=held_out)
+        found[kind] = train_crosscoder.run(config, Run(tmp_path / kind))
+    measured = [{name: value for name, value in result.items() if name.startswith("held_out")} for result in found.values()]
+    assert measured[0]["held_out_explained_variance"] == pytest.approx(measured[1]["held_out_explained_variance"], rel=0.05)
+    assert 0 < measured[0]["held_out_l0"] < 48
+    own = train_config(**small, activations={"kind": "stream", **harvest}, held_out={"tokens": tmp_path / "train"})
+    with pytest.raises(UserError, match="the token set that is trained on; name one that training does not see"):
+        train_crosscoder.run(own, Run(tmp_path / "own"))
+    other = {**model, "model": str(tiny_gpt2(tmp_path / "other", vocab_size=tokens["train"].vocab_size, seed=5))}
+    held_out = {"tokens": tmp_path / "validation", "language_model": other}
+    wrong = train_config(**small, activations={"kind": "disk", "path": tmp_path / "set"}, held_out=held_out)
+    with pytest.raises(UserError, match="name the model that they were computed with"):
+        train_crosscoder.run(wrong, Run(tmp_path / "wrong"))
+
+
+def made(directory: Path, seed: int) -> TokenSet:
+    generator = np.random.default_rng(seed)
+    documents = [generator.integers(1, 50, length).tolist() for length in generator.integers(5, 40, 30)]
+    return write_token_set(directory, {"a-000": documents}, vocab_size=300, end_of_text_id=0, tokenizer_hash="")

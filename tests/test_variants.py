@@ -27,7 +27,7 @@ def variant(path: Path, **changes: Any) -> TrainConfig:
     """The shipped configuration, made to train 9 steps on toy activations of width 6."""
     config = load.load(path, site=Site())
     assert isinstance(config, TrainConfig)
-    small = {"num_tokens": 280, "batch_positions": 32, "dead_window_tokens": 64, "log_every_steps": 3, "device": "cpu"}
+    small = {"num_tokens": 280, "held_out": None, "batch_positions": 32, "dead_window_tokens": 64, "log_every_steps": 3, "device": "cpu"}
     crosscoder = config.crosscoder
     if isinstance(crosscoder.parameterization, Factorized):
         crosscoder = crosscoder.model_copy(update={"parameterization": Factorized(rank=8)})

@@ -23,7 +23,7 @@ def held_out_rows(settings: HeldOut, source: ActivationSource, run: Run, device:
     run.bind_input("held_out", tokens.data_id)
     if tokens.data_id == made_from.tokens_id:
         raise UserError(f"held_out.tokens is {settings.tokens}, the token set that is trained on; name one that training does not see")
-    model = _model(settings, source, device)
+    model = _model(settings, source, run, device)
     if model.hash != made_from.language_model_hash:
         raise UserError(
             f"held_out.language_model is {model.name} of hash {model.hash[:12]}, but the activations are of a model of hash "
@@ -46,10 +46,12 @@ def held_out_rows(settings: HeldOut, source: ActivationSource, run: Run, device:
     return next(stream.batches(batch_positions=stream.num_positions, epoch=0, cursor=0))
 
 
-def _model(settings: HeldOut, source: ActivationSource, device: torch.device) -> LanguageModel:
+def _model(settings: HeldOut, source: ActivationSource, run: Run, device: torch.device) -> LanguageModel:
     if settings.language_model is None:
         return _streamed(source).language_model
-    return LanguageModel.load(settings.language_model.model_copy(update={"device": device.type}))
+    model = LanguageModel.load(settings.language_model.model_copy(update={"device": device.type}))
+    run.bind_input("language_model", model.hash, model.files)
+    return model
 
 
 def _streamed(source: ActivationSource) -> ActivationStream:

@@ -91,7 +91,7 @@ class HeldOut(Config):
     tokens: Annotated[DataPath, Field(json_schema_extra=OPERATIONAL)]
     """Token set that training does not see: the `validation` folder that `tokenize` wrote."""
     language_model: LanguageModelConfig | None = None
-    """The model that the activations are of; null takes the one that a stream computes them with. It is needed once, at the start."""
+    """The model that activations on disk are of, needed once, at the start; a stream has its own."""
     positions: PositiveCount = 8192
     """Positions measured; their activations stay in memory: 25 MB at two layers of width 768 in bfloat16."""
 
@@ -177,6 +177,10 @@ class TrainConfig(StageConfig):
     def _held_out_has_a_model(self) -> "TrainConfig":
         if self.held_out is not None and self.held_out.language_model is None and not isinstance(self.activations, StreamedActivations):
             raise ValueError("held_out.language_model is missing: activations on disk don't say where their model is; name it there")
+        if self.held_out is not None and self.held_out.language_model is not None and isinstance(self.activations, StreamedActivations):
+            raise ValueError(
+                "held_out.language_model is given, but a stream has its own, which is taken; leave it out"
+            )
         return self
 
     @model_validator(mode="after")
