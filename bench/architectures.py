@@ -66,7 +66,7 @@ def configurations(name: str, directory: Path) -> dict[str, dict[str, object]]:
         "train": {
             "activations": {"kind": "disk", "path": activations},
             "crosscoder": crosscoder,
-            "loss": {"sparsity": {"kind": "none"}, "auxiliary": {"kind": "auxk"}},
+            "loss": {"auxk": {}},
             "optimizer": {"learning_rate": 1e-3},
             "dead_window_tokens": 1000,
             "batch_positions": 64,

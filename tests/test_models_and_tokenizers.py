@@ -131,7 +131,7 @@ def test_a_model_with_its_own_tokenizer_goes_from_text_to_a_metrics_table(made: 
     directory, kind = made[name], KINDS[name]
     values = {"stage": "train", "name": "x", "activations": {"kind": "disk", "path": tmp_path / "acts"}, "device": "cpu"}
     values |= {"crosscoder": {"num_features": 32, "activation_function": {"kind": "relu"}}, "num_tokens": 256, "batch_positions": 64}
-    values |= {"loss": {"sparsity": {"kind": "none"}, "auxiliary": {"kind": "none"}}, "dead_window_tokens": 100}
+    values |= {"loss": {}, "dead_window_tokens": 100}
     cache_activations.run(CacheConfig(name="x", output=tmp_path / "acts", **harvest(directory, max_tokens=300)), Run(tmp_path / "cache"))
     train_crosscoder.run(build(TrainConfig, values, "train"), Run(tmp_path / "train", stage="train"))
     settings = harvest(directory)

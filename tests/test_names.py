@@ -30,7 +30,7 @@ def values(name: str, stage: str = "cache") -> dict[str, Any]:
             "name": "x",
             "activations": {"kind": "stream", **harvest},
             "crosscoder": {"num_features": 8, "activation_function": {"kind": "relu"}},
-            "loss": {"sparsity": {"kind": "none"}, "auxiliary": {"kind": "none"}},
+            "loss": {},
             "epochs": 1,
         },
     }[stage]

@@ -47,6 +47,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
             "loss": {},
             "epochs": 1,
             "batch_positions": 100,
+            "held_out": {"tokens": str(root / "tokens/validation"), "language_model": model, "positions": 64},
         },
         "evaluate": {**tokens, "tokens": str(root / "tokens/validation"), "crosscoder": str(root / "train"), "max_tokens": 200},
     }

@@ -174,3 +174,13 @@ def test_every_shipped_sweep_reads() -> None:
     for path in shipped.files("configs/sweeps/*.yaml"):
         assert path.read_text().startswith(f"# crosscoder sweep configs/sweeps/{path.name}")
         assert len(sweep.read_sweep(path, [], Site()).members) > 1
+
+
+def test_the_base_itself_may_be_varied(tmp_path: Path) -> None:
+    variants = [shipped.ROOT / f"configs/variants/{name}.yaml" for name in ("v1", "ref")]
+    (tmp_path / "s.yaml").write_text(f"name: s\ngrid:\n  base: [{variants[0]}, {variants[1]}]\n  seed: [1, 2]\n")
+    read = sweep.read_sweep(tmp_path / "s.yaml", [], Site())
+    assert [(stage.name, stage.seed) for stage in read.stage_configs] == [("v1", 1), ("v1", 2), ("ref", 1), ("ref", 2)]
+    (tmp_path / "s.yaml").write_text("name: s\ngrid: {seed: [1, 2]}\n")
+    with pytest.raises(UserError, match="base is missing; name the configuration that is varied, or one a task"):
+        sweep.read_sweep(tmp_path / "s.yaml", [], Site())

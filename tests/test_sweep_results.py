@@ -167,7 +167,7 @@ def test_the_figure_has_a_title_a_legend_labels_and_log_axes(monkeypatch: pytest
     whole = first.figure
     # The running task is better so far, but only a finished one is called best.
     assert whole.get_suptitle() == "sweep/s/aaaa\nbest: 0.85, task 5 (ringed); 1 of 8 tasks without a result yet"
-    assert [text.get_text() for text in whole.legends[0].get_texts()] == ["sparsity.kind batch_topk", "sparsity.kind relu"]
+    assert [text.get_text() for text in whole.legends[0].get_texts()] == ["norm batch_topk", "norm relu"]
 
 
 def test_words_have_places_of_their_own_along_x_and_an_outlier_an_arrow_with_its_value(

@@ -35,7 +35,7 @@ class Place:
             "train": {
                 "activations": {"kind": "stream", **harvest},
                 "crosscoder": {"num_features": 32, "activation_function": {"kind": "batch_topk", "k": 4}},
-                "loss": {"sparsity": {"kind": "none"}, "auxiliary": {"kind": "none"}},
+                "loss": {},
                 "num_tokens": 200,
                 "batch_positions": 100,
                 "device": "cpu",

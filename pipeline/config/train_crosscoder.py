@@ -123,6 +123,9 @@ class TrainConfig(StageConfig):
         "held_out_explained_variance",
         "held_out_l0",
         "held_out_*",
+        "best_step",
+        "best_held_out_explained_variance",
+        "dead_window_tokens",
         "dead_features",
         "dead_fraction",
         "threshold",
@@ -178,9 +181,7 @@ class TrainConfig(StageConfig):
         if self.held_out is not None and self.held_out.language_model is None and not isinstance(self.activations, StreamedActivations):
             raise ValueError("held_out.language_model is missing: activations on disk don't say where their model is; name it there")
         if self.held_out is not None and self.held_out.language_model is not None and isinstance(self.activations, StreamedActivations):
-            raise ValueError(
-                "held_out.language_model is given, but a stream has its own, which is taken; leave it out"
-            )
+            raise ValueError("held_out.language_model is given, but a stream has its own, which is taken; leave it out")
         return self
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
 """A sweep: one configuration with some fields varied, one array, a directory a task.
 
     name: sparsity
-    base: ../demo/train.yaml            relative to this file
+    base: ../demo/train.yaml            relative to this file; `base` may be varied itself: `grid: {base: [v1.yaml, v1a.yaml]}`
     changes: {num_tokens: 1e6}          the same in every task
     grid:                               every combination of these
       loss.l1.coefficient: [1.0, 2.0, 4.0]
@@ -40,6 +40,9 @@ from slurm.record.run_directory import Json, RunDirectory
 from slurm.submission.freezing import Freezer, bind_runs, write_config
 from slurm.submission.run_fields import with_runs_found
 
+BASE = "base"
+"""The varied field that is no setting of the stage: the file whose settings they are."""
+
 Values = dict[str, Any]
 """Dotted keys of the base configuration, and their values."""
 
@@ -48,7 +51,8 @@ class SweepConfig(Config):
     """The settings of a sweep's file."""
 
     name: Name
-    base: DataPath
+    base: DataPath | None = None
+    """None where every task names a base of its own, as a varied field."""
     changes: Values = {}
     grid: dict[str, list[Any]] = {}
     zip: dict[str, list[Any]] = {}
@@ -75,12 +79,12 @@ def read_sweep(path: Path, changes: Sequence[str], site: Site) -> Sweep:
     config = build(SweepConfig, _sweep_values(path, changes), str(path))
     changes = [change for change in changes if not change.startswith("name=")]
     members = combinations(config, str(path))
-    base = config.base if config.base.is_absolute() else path.parent / config.base
     stage_configs = []
     for number, member in enumerate(members):
-        values = yaml_file.read(base)
+        values = yaml_file.read(_base_of(member, config, path))
         for key, value in (config.changes | member).items():
-            put(values, key, value, f"{path}: task {number}")
+            if key != BASE:
+                put(values, key, value, f"{path}: task {number}")
         for change in changes:
             load.set_value(values, change, where=str(path))
         where = f"{path}: task {number} ({describe(member)})"
@@ -88,6 +92,14 @@ def read_sweep(path: Path, changes: Sequence[str], site: Site) -> Sweep:
     _check_alike(stage_configs, str(path))
     _check_results(config, members, type(stage_configs[0]), str(path))
     return Sweep(config, members, stage_configs)
+
+
+def _base_of(member: Values, config: SweepConfig, path: Path) -> Path:
+    """The file that a task's changes are laid over: its own, else the sweep's; relative to the sweep's file."""
+    base = member.get(BASE, config.base)
+    if base is None:
+        raise UserError(f"{path}: base is missing; name the configuration that is varied, or one a task under grid, zip or list")
+    return path.parent / Path(base).expanduser()
 
 
 def _sweep_values(path: Path, changes: Sequence[str]) -> Values:
@@ -153,16 +165,16 @@ def _check_results(config: SweepConfig, members: Sequence[Values], stage: type[S
                 raise UserError(f"{where}: {field}: {name} is not a result of {stage.model_fields['stage'].default}; {hint}")
 
 
-MAKERS = {"tokens": "tokenize", "activations": "cache", "crosscoder": "train"}
+MAKERS = {"tokens": "tokenize", "held_out": "tokenize", "activations": "cache", "crosscoder": "train"}
 """The stage that makes what a field names."""
 
 
 def check_inputs_are_there(sweep: Sweep, path: Path, runs: Path) -> None:
     """Raises `UserError` for the first input that no task could read: a sweep waits for no stage that makes it."""
-    for config in sweep.stage_configs:
+    for config, member in zip(sweep.stage_configs, sweep.members, strict=True):
         for field, place in config.inputs().items():
             if fault := _missing(place, runs):
-                first = _submission_of(MAKERS[field], sweep.config, path) if field in MAKERS else "what makes it"
+                first = _submission_of(MAKERS[field], _base_of(member, sweep.config, path)) if field in MAKERS else "what makes it"
                 raise UserError(f"{path}: {field} is {place}, {fault}; run {first} first: a sweep can't be part of a chain")
 
 
@@ -174,9 +186,8 @@ def _missing(place: Path, runs: Path) -> str | None:
     return None if place.exists() or is_pattern else "which does not exist"
 
 
-def _submission_of(stage: str, config: SweepConfig, path: Path) -> str:
+def _submission_of(stage: str, base: Path) -> str:
     """The command that runs the stage; with the very file where there is one beside the base configuration."""
-    base = config.base if config.base.is_absolute() else path.parent / config.base
     file = Path(os.path.relpath(base.parent / f"{stage}.yaml"))
     return f"`crosscoder submit {file if file.exists() else file.name}`"
 
