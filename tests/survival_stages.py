@@ -17,7 +17,7 @@ from pipeline.tokens import SHARD_FORMAT, Documents, TokenSet, TokenShardWriter,
 from slurm.record.run_directory import RunDirectory, read_lines
 
 TEXTS_A_FILE = 3000
-SHARD_IDS, NUM_SHARDS = 1 << 25, 120
+SHARD_IDS, NUM_SHARDS = 1 << 25, 240
 """The set to be counted: 64 MiB on disk, under many names, so that a stage which reads 2 GB/s takes seconds."""
 
 
