@@ -145,7 +145,12 @@ def test_a_local_job_trains_from_the_stream(place: Place) -> None:
     )
     config = place.directory / "train-stream.yaml"
     config.write_text(stream.replace("name: demo", "name: stream").replace("epochs: 1", "num_tokens: 20_000"))
-    changes = ["activations.contexts_per_generation=64", "crosscoder.num_features=512", "batch_positions=512"]
+    changes = [
+        "activations.contexts_per_generation=64",
+        "held_out.language_model=null",
+        "crosscoder.num_features=512",
+        "batch_positions=512",
+    ]
     place.crosscoder("submit", "--executor", "local", str(config), *changes)
     place.crosscoder("logs", "--follow", "train/stream")
     run = next((place.directory / "runs/train/stream").iterdir())

@@ -1,5 +1,6 @@
 """What follows from the step alone: positions, what schedules move; and counters of dead features."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,9 @@ from toy_activations import train_config
 
 from pipeline.config.errors import UserError
 from pipeline.config.schedule import Schedule
+from pipeline.config.schema import build
+from pipeline.config.train_crosscoder import Optimizer
+from pipeline.crosscoder.clipping import Clipping
 from pipeline.crosscoder.dead_features import count_tokens, dead_features, firings, firings_by_norm
 from pipeline.crosscoder.plan import Place, Plan
 from pipeline.crosscoder.schedules import factor, scheduled_numbers
@@ -134,3 +138,29 @@ def test_both_ways_of_counting_firings_agree() -> None:
     features_BF = torch.relu(torch.randn(40, 9, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(firings(features_BF), firings_by_norm(features_BF))
     assert torch.equal(firings(features_BF), (features_BF > 0).sum(0).float())
+
+
+def clipped(kind: dict[str, object], norms: list[float]) -> list[float]:
+    """The norms of a sequence of gradients after clipping."""
+    clipping = Clipping(build(Optimizer, {"clipping": kind}, "test").clipping)
+    found = []
+    for norm in norms:
+        parameters = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))]
+        for parameter, gradient in zip(parameters, ([0.6 * norm, 0.0], [0.8 * norm]), strict=True):
+            parameter.grad = torch.tensor(gradient)
+        clipping.clip(parameters)
+        found.append(math.sqrt(sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None)))
+    return found
+
+
+def test_what_each_kind_of_clipping_leaves_of_a_gradients_norm_by_hand() -> None:
+    norms = [8.0, 2.0, 40.0, 0.5]
+    assert clipped({"kind": "none"}, norms) == pytest.approx(norms)
+    assert clipped({"kind": "normalized"}, norms) == pytest.approx([1.0] * 4)
+    assert clipped({"kind": "absolute", "norm": 3.0}, norms) == pytest.approx([3.0, 2.0, 3.0, 0.5])
+    # The mean of 8 and 2 is 5: twice that is the limit of the third.
+    assert clipped({"kind": "relative", "factor": 2.0}, norms) == pytest.approx([8.0, 2.0, 10.0, 0.5])
+
+
+def test_a_normalized_gradient_of_zero_stays_zero() -> None:
+    assert clipped({"kind": "normalized"}, [0.0]) == [0.0]

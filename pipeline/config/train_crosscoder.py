@@ -20,6 +20,12 @@ class NoClipping(Config):
     kind: Literal["none"] = "none"
 
 
+class NormalizedGradient(Config):
+    """Every step's gradient is scaled to norm 1, so that steps count alike whatever the loss's unit and however far it has fallen."""
+
+    kind: Literal["normalized"] = "normalized"
+
+
 class AbsoluteClipping(Config):
     """A fixed largest norm of all gradients together. What it does depends on the loss's unit: on layers, width and scale."""
 
@@ -36,6 +42,9 @@ class RelativeClipping(Config):
     """Times the running mean of the norms, each counted after clipping."""
     momentum: Momentum = 0.99
     """Of that running mean; the first 1 / (1 - momentum) steps are averaged evenly."""
+
+
+Clipping = Annotated[NoClipping | NormalizedGradient | AbsoluteClipping | RelativeClipping, Field(discriminator="kind")]
 
 
 class LearningRateSchedule(Schedule):
@@ -59,8 +68,8 @@ class Optimizer(Config):
     """Adam's running average of squared gradients."""
     epsilon: Positive = 1e-8
     """Adam's addend in the denominator."""
-    clipping: Annotated[NoClipping | AbsoluteClipping | RelativeClipping, Field(discriminator="kind")] = RelativeClipping()
-    """What is done about a gradient that is far larger than the others."""
+    clipping: Clipping = NormalizedGradient()
+    """What is done about the size of the gradient of all weights together."""
 
 
 class NoHistory(Config):

@@ -1,19 +1,19 @@
-"""Gradients that are far larger than the others are scaled down, without the device being waited for."""
+"""What is done about the size of gradients, without the device being waited for."""
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.train_crosscoder import AbsoluteClipping, NoClipping, RelativeClipping
+from pipeline.config.train_crosscoder import AbsoluteClipping, NoClipping, NormalizedGradient, RelativeClipping
 from pipeline.crosscoder.running_mean import update_running_mean
 
 
 class Clipping(nn.Module):
-    """Scales gradients to a largest norm. Buffers: the running mean of norms that the relative kind is measured by."""
+    """Scales gradients to norm 1, or to a largest norm. Buffers: the running mean of norms that the relative kind is measured by."""
 
     mean_norm: Tensor
     num_updates: Tensor
 
-    def __init__(self, settings: NoClipping | AbsoluteClipping | RelativeClipping) -> None:
+    def __init__(self, settings: NoClipping | NormalizedGradient | AbsoluteClipping | RelativeClipping) -> None:
         super().__init__()
         self.settings = settings
         self.register_buffer("mean_norm", torch.zeros(()))
@@ -24,6 +24,9 @@ class Clipping(nn.Module):
         """The norm of all gradients together before clipping, and whether it was over the limit; float32 scalars."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(self.settings, NormalizedGradient):
+            torch._foreach_mul_(gradients, 1.0 / norm.clamp(min=torch.finfo(torch.float32).tiny))
+            return norm, torch.zeros_like(norm)
         limit = self._limit(norm)
         if limit is None:
             return norm, torch.zeros_like(norm)
@@ -33,7 +36,7 @@ class Clipping(nn.Module):
         return norm, (norm > limit).float()
 
     def _limit(self, norm: Tensor) -> Tensor | None:
-        if isinstance(self.settings, NoClipping):
+        if isinstance(self.settings, NoClipping | NormalizedGradient):
             return None
         if isinstance(self.settings, AbsoluteClipping):
             return torch.full_like(norm, self.settings.norm)
