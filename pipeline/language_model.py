@@ -7,6 +7,7 @@ Shapes: B contexts in a batch, S positions in a context, L layers read, D model 
 """
 
 import difflib
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,18 @@ from typing import Any
 import torch
 import transformers
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import blocks, model_files, model_loading, model_trial
 from pipeline.config.errors import UserError
 from pipeline.config.language_model import LanguageModelConfig
+from pipeline.prediction_head import PredictionHead
 from pipeline.text.tokenizer import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Replacements = Mapping[str, Callable[[Tensor], Tensor]]
+"""By layer, acts_BSD to what the next block gets in their place."""
 
 
 class LanguageModel:
@@ -125,12 +130,38 @@ class LanguageModel:
         return acts_BSLD
 
     @torch.inference_mode()
-    def logits(self, tokens_BS: Tensor, replace: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> Tensor:
+    def logits(self, tokens_BS: Tensor, replace: Replacements | None = None) -> Tensor:
         """logits_BSV, with the output of each layer in `replace` put through its callable (acts_BSD to acts_BSD).
 
         A later callable sees what the earlier ones changed. The replacement is cast to the model's dtype and device.
         """
-        replace = replace or {}
+        logits_BSV: Tensor = blocks.run(self.model, tokens_BS.to(self.device), self._replacing(replace or {})).logits
+        return logits_BSV
+
+    @functools.cached_property
+    def head(self) -> PredictionHead:
+        """Turns what `before_head` gives into float32 logits, a row a position."""
+        return PredictionHead.of(self.model)
+
+    @torch.inference_mode()
+    def before_head(self, tokens_BS: Tensor, replace: Replacements | None = None) -> Tensor:
+        """hidden_BSD that the model's head is given, of the same run as `logits`; of a head that can't be taken apart, the logits."""
+        if self.head.linear is None:
+            return self.logits(tokens_BS, replace)
+        read: list[Tensor] = []
+
+        def read_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            read.append(inputs[0])
+            raise blocks.EnoughRead
+
+        hook = self.head.linear.register_forward_pre_hook(read_input)
+        try:
+            blocks.run(self.model, tokens_BS.to(self.device), self._replacing(replace or {}))
+        finally:
+            hook.remove()
+        return read[0]
+
+    def _replacing(self, replace: Replacements) -> dict[str, blocks.Action]:
         self.check_layers(list(replace))
 
         def replaced(name: str, output: Any) -> Any:
@@ -140,8 +171,7 @@ class LanguageModel:
                 raise ValueError(f"the replacement of {name} has shape {tuple(new_BSD.shape)}, expected {tuple(acts_BSD.shape)}")
             return blocks.with_hidden(output, new_BSD.to(acts_BSD))
 
-        logits_BSV: Tensor = blocks.run(self.model, tokens_BS.to(self.device), dict.fromkeys(replace, replaced)).logits
-        return logits_BSV
+        return dict.fromkeys(replace, replaced)
 
 
 def _device(name: str) -> torch.device:
