@@ -7,7 +7,7 @@ Where every position from 1 on of a layer's residual stream is replaced, no repl
 So replacing several layers together gives the cross-entropy of replacing the last of them alone, as long as replacements come
 from one clean run.
 
-B contexts in a batch, S positions in a context, N chosen positions, L layers, D model width, V vocabulary.
+B contexts in a batch, S positions in a context, N chosen positions, L layers, D model width.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,12 +25,13 @@ Intervention = Callable[[Tensor], Tensor]
 class CleanRun(NamedTuple):
     """What the unchanged model gives for some contexts."""
 
-    logits_BSV: Tensor
+    hidden_BSD: Tensor
+    """What its head is given; `LanguageModel.head` makes logits of chosen positions."""
     acts_BSLD: Tensor
 
 
 def clean_run(language_model: LanguageModel, tokens_BS: Tensor, layers: Sequence[str]) -> CleanRun:
-    """Logits and the activations of `layers`, from one forward pass."""
+    """The last hidden states and the activations of `layers`, from one forward pass."""
     read: dict[str, Tensor] = {}
 
     def reader(layer: str) -> Intervention:
@@ -41,9 +42,9 @@ def clean_run(language_model: LanguageModel, tokens_BS: Tensor, layers: Sequence
 
         return read_acts
 
-    logits_BSV = language_model.logits(tokens_BS, {layer: reader(layer) for layer in layers})
+    hidden_BSD = language_model.before_head(tokens_BS, {layer: reader(layer) for layer in layers})
     # In the dtype in which they are trained on: Mamba's blocks give float32 whatever the model's dtype is.
-    return CleanRun(logits_BSV, torch.stack([read[layer] for layer in layers], dim=2).to(language_model.dtype))
+    return CleanRun(hidden_BSD, torch.stack([read[layer] for layer in layers], dim=2).to(language_model.dtype))
 
 
 def replaceable(lengths_B: Tensor, context_tokens: int) -> Tensor:

@@ -31,9 +31,9 @@ CONTEXT_TOKENS = 12
 D_MODEL = 16
 
 
-def held_out_tokens(directory: Path, *, num_documents: int = 14, tokenizer_hash: str = "tokenizer") -> TokenSet:
+def held_out_tokens(directory: Path, *, num_documents: int = 14, tokenizer_hash: str = "tokenizer", seed: int = 0) -> TokenSet:
     """Two shards of documents of 1 to 20 ids of a vocabulary of 300, end-of-text being id 0."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     documents = [generator.integers(1, 300, length).tolist() for length in generator.integers(1, 21, num_documents)]
     half = num_documents // 2
     shards = {"a-000": documents[:half], "b-000": documents[half:]}
@@ -72,6 +72,7 @@ class Pieces:
         self.model_directory = tiny_gpt2(directory / "model")
         self.language_model = LanguageModel.load(self.language_model_config())
         self.tokens = held_out_tokens(directory / "tokens")
+        self.training_tokens = held_out_tokens(directory / "training-tokens", num_documents=60, seed=1)
 
     def language_model_config(self) -> LanguageModelConfig:
         return LanguageModelConfig(model=str(self.model_directory), device="cpu")
@@ -84,7 +85,7 @@ class Pieces:
         since_F = torch.zeros(config.num_features, dtype=torch.int64)
         since_F[:2] = 500
         known: dict[str, Any] = {"layers": LAYERS, "step": 7, "tokens": 7000, "dead_window_tokens": 100, "activations_id": "a" * 64}
-        known |= {"language_model_hash": self.language_model.hash, "tokenizer_hash": "tokenizer", "tokens_id": "t" * 64}
+        known |= {"language_model_hash": self.language_model.hash, "tokenizer_hash": "tokenizer", "tokens_id": self.training_tokens.data_id}
         known |= {"batch_positions": 16, "context_tokens": CONTEXT_TOKENS, "drop_positions": [0]}
         part = crosscoder_part(crosscoder, normalizer, since_F, config, known | facts)
         training = Part({"counter": torch.zeros(1)}, {})
@@ -92,7 +93,8 @@ class Pieces:
 
     def config(self, crosscoder: Path, **changes: Any) -> EvaluateConfig:
         settings: dict[str, Any] = {"name": "test", "crosscoder": crosscoder, "tokens": self.tokens.directory}
-        settings |= {"language_model": self.language_model_config(), "context_tokens": CONTEXT_TOKENS, "batch_contexts": 4}
+        settings |= {"training_tokens": self.training_tokens.directory, "language_model": self.language_model_config()}
+        settings |= {"context_tokens": CONTEXT_TOKENS, "batch_contexts": 4, "spliced_baselines": 9}
         return EvaluateConfig(**(settings | changes))
 
 

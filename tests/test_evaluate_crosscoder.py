@@ -28,10 +28,11 @@ from pipeline import records
 from pipeline.config.crosscoder import CrosscoderConfig, Relu
 from pipeline.config.errors import UserError
 from pipeline.crosscoder.checkpoint import load_crosscoder
-from pipeline.crosscoder.metrics import DEFINITIONS
-from pipeline.evaluation import tables
+from pipeline.evaluation.definitions import DEFINITIONS
+from pipeline.prediction_head import PredictionHead
 from pipeline.run import Run, Stopped
 from pipeline.stages import evaluate_crosscoder
+from pipeline.tokens import write_token_set
 
 pieces, trained_run, metrics = evaluation_pieces.pieces, evaluation_pieces.trained_run, evaluation_pieces.metrics
 
@@ -39,13 +40,24 @@ pieces, trained_run, metrics = evaluation_pieces.pieces, evaluation_pieces.train
 # -- what it writes and says ------------------------------------------------------------------------------------------------------
 
 
-def test_every_number_is_defined_in_words(metrics: Json) -> None:
-    numbers = {key for part in (metrics, metrics["held_out"], metrics["sparsity"], *metrics["reconstruction"], *metrics["replaced"])
-               for key, value in part.items() if isinstance(value, (int, float))}  # fmt: skip
-    kinds = {row["by"] for row in [*metrics["reconstruction"], *metrics["replaced"]]} | {"joint", "mean_over_layers"}
-    assert metrics["definitions"] == DEFINITIONS
-    for name in numbers | kinds:
-        assert name.removesuffix("_fraction") in DEFINITIONS or name in DEFINITIONS, name
+def numbers_in(value: Any, names: tuple[str, ...] = ()) -> set[tuple[str, ...]]:
+    """The names on the way to every number."""
+    if isinstance(value, dict):
+        return {path for key, inner in value.items() for path in numbers_in(inner, (*names, key))}
+    if isinstance(value, list):
+        return {path for inner in value for path in numbers_in(inner, names)}
+    return {names} if isinstance(value, int | float) else set()
+
+
+def test_every_number_is_defined_in_words(pieces: Pieces, metrics: Json, trained_run: Path, tmp_path: Path) -> None:
+    compared = evaluated(pieces, trained_run, tmp_path, compare_with=[trained_run])
+    for document in (metrics, compared):
+        kinds = {row["by"] for row in [*document["reconstruction"], *document["replaced"]]} | {"joint", "mean_over_layers", "split"}
+        assert document["definitions"] == DEFINITIONS
+        assert kinds <= set(DEFINITIONS)
+        for path in numbers_in(document):
+            # A number is named by its own name, or by that of the group that says what it is of (a layer, a quantile).
+            assert any(name.removesuffix("_fraction") in DEFINITIONS or name in DEFINITIONS for name in path[-2:]), path
 
 
 def test_result_names_the_headline_numbers_and_the_files(pieces: Pieces, trained_run: Path, metrics: Json, tmp_path: Path) -> None:
@@ -53,7 +65,12 @@ def test_result_names_the_headline_numbers_and_the_files(pieces: Pieces, trained
     assert json.loads(json.dumps(result)) == result
     assert result["l0"] == metrics["sparsity"]["l0"]
     assert result["explained_variance"] == reconstruction_row(metrics, "joint", "crosscoder")["explained_variance"]
-    assert result["recovered_against_zero"] == loss_row(metrics, "all", "crosscoder")["recovered_against_zero"]
+    mean = loss_row(metrics, "mean_over_layers", "crosscoder")
+    assert (result["cross_entropy_difference"], result["recovered_against_zero"]) == (mean["difference"], mean["recovered_against_zero"])
+    assert result["cross_entropy_difference_split"] == loss_row(metrics, "split", "crosscoder")["difference"]
+    fitted = ("affine", "other_layer", "other_layer_matched", "pca", "pca_joint", "random_dictionary")
+    best = [min(row["difference"] for row in metrics["replaced"] if row["layer"] == layer and row["by"] in fitted) for layer in LAYERS]
+    assert result["cross_entropy_difference_of_baseline"] == pytest.approx(sum(best) / 2)
     assert Path(result["files"][0]).name == "metrics.json"
     assert all(Path(file).stat().st_size > 0 for file in result["files"])
 
@@ -65,6 +82,7 @@ def test_inputs_are_recorded_by_content(pieces: Pieces, trained_run: Path, tmp_p
         "crosscoder": load_crosscoder(trained_run).identity,
         "language_model": pieces.language_model.hash,
         "tokens": pieces.tokens.data_id,
+        "training_tokens": pieces.training_tokens.data_id,
     }
 
 
@@ -75,39 +93,87 @@ def test_the_terminal_shows_every_table_within_100_columns(pieces: Pieces, train
     of_paths = (str(tmp_path), str(pieces.tokens.directory))  # a path is as long as it is
     assert max(len(line) for line in lines if not any(path in line for path in of_paths)) <= 100
     text = output.getvalue()
-    for phrase in ("L0 ", "dense: ", "Reconstruction", "Cross-entropy", "all layers, from one encode", "than switching layers"):
+    for phrase in (
+        "L0 ",
+        "dense: ",
+        "Outliers",
+        "Reconstruction",
+        "Cross-entropy",
+        "each position at one layer",
+        "What drives the features",
+    ):
         assert phrase in text
     assert "…" not in text
     assert not any(line != line.rstrip() for line in lines)
 
 
-def test_a_crosscoder_worse_than_another_layer_is_called_so(pieces: Pieces, tmp_path: Path) -> None:
-    said = {}
+def said_by(pieces: Pieces, crosscoder: Path, directory: Path, **changes: Any) -> str:
+    """What the terminal shows, each sentence on a line of its own."""
+    output = io.StringIO()
+    evaluate_crosscoder.run(pieces.config(crosscoder, **changes), Run(directory, output=output))
+    return output.getvalue()
+
+
+def test_numbers_and_the_verdict_come_before_the_tables(pieces: Pieces, trained_run: Path, tmp_path: Path) -> None:
+    text = said_by(pieces, trained_run, tmp_path)
+    places = [
+        text.index(phrase) for phrase in ("forward passes", "explained variance ", "L0 ", f"{LAYERS[0]}: ", f"{LAYERS[1]}: ", "Outliers:")
+    ]
+    assert places == sorted(places)
+    document = records.read_json(tmp_path / "metrics.json")
+    assert "\n".join(document["verdict"]) in text
+
+
+def test_a_crosscoder_worse_than_the_strongest_baseline_is_called_so(pieces: Pieces, tmp_path: Path) -> None:
     config = CrosscoderConfig(num_features=4, activation_function=Relu())
     poor = pieces.write_crosscoder(config, random_crosscoder(config), run="poor")
-    for name, run in {"poor": poor, "exact": pieces.write_crosscoder(*exact_crosscoder(), run="exact")}.items():
-        output = io.StringIO()
-        evaluate_crosscoder.run(pieces.config(run), Run(tmp_path / name, output=output))
-        (said[name],) = [line for line in output.getvalue().splitlines() if line.startswith(f"{LAYERS[0]}: ")]
-    assert "WORSE than switching layers" in said["poor"]
-    assert "BETTER than switching layers (costs 0.0000 nats; " in said["exact"]
-
-
-def test_numbers_are_short_and_never_minus_zero() -> None:
-    assert tables.number(None) == "-"
-    assert tables.number(-1e-9) == "0.0000"
-    assert tables.number(-12345.678) == "-1.23e+04"
+    exact = pieces.write_crosscoder(*exact_crosscoder(), run="exact")
+    said = {name: " ".join(said_by(pieces, run, tmp_path / name).split()) for name, run in {"poor": poor, "exact": exact}.items()}
+    assert f"{LAYERS[0]}: WORSE than the strongest baseline by nats: the crosscoder costs" in said["poor"]
+    assert "WORSE by explained variance" in said["poor"]
+    assert "the crosscoder costs 0.0000, " in said["exact"]
 
 
 def test_an_evaluation_on_its_own_training_text_says_so(pieces: Pieces, tmp_path: Path) -> None:
     config = batch_topk_config()
     run = pieces.write_crosscoder(config, random_crosscoder(config), run="own-text", tokens_id=pieces.tokens.data_id)
-    output = io.StringIO()
-    evaluate_crosscoder.run(pieces.config(run), Run(tmp_path, output=output))
-    assert "is the token set that the crosscoder was trained on" in output.getvalue()
+    assert "is the token set that the crosscoder was trained on" in said_by(pieces, run, tmp_path)
 
 
-@pytest.mark.parametrize("stopped_in", ["means", "evaluate"])
+def test_where_the_baselines_are_fitted_is_said(pieces: Pieces, trained_run: Path, tmp_path: Path) -> None:
+    on_training = said_by(pieces, trained_run, tmp_path / "training")
+    assert "a part of" not in on_training
+    assert "training_tokens" not in on_training
+    assert "that is not measured; training_tokens names another set" in said_by(
+        pieces, trained_run, tmp_path / "part", training_tokens=None
+    )
+    document = records.read_json(tmp_path / "part" / "metrics.json")
+    assert document["baselines"]["fitted_on"] == "tokens"
+    assert document["held_out"]["positions"] < records.read_json(tmp_path / "training" / "metrics.json")["held_out"]["positions"]
+    itself = said_by(pieces, trained_run, tmp_path / "itself", training_tokens=pieces.tokens.directory)
+    assert "the baselines are fitted on what they are measured on" in itself
+    other = held_out_tokens(tmp_path / "tokens", seed=5)
+    assert "is not the token set that the crosscoder was trained on" in said_by(
+        pieces, trained_run, tmp_path / "other", training_tokens=other.directory
+    )
+
+
+def test_logits_in_the_models_own_precision_are_warned_of(
+    pieces: Pieces, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warning = "cross-entropy and KL come from logits in its own precision"
+    assert warning not in " ".join(said_by(pieces, trained_run, tmp_path / "exact").split())
+    monkeypatch.setattr(PredictionHead, "of", classmethod(lambda cls, _model: cls(None, lambda logits: logits)))
+    assert warning in " ".join(said_by(pieces, trained_run, tmp_path / "own").split())
+
+
+def test_few_rows_to_fit_on_are_warned_of(pieces: Pieces, trained_run: Path, tmp_path: Path) -> None:
+    few = " ".join(said_by(pieces, trained_run, tmp_path / "few", fit_tokens=60).split())
+    assert "beware, the baselines were fitted on 51 positions, little for a width of 16" in few
+    assert "the baselines were fitted on" not in said_by(pieces, trained_run, tmp_path / "enough")
+
+
+@pytest.mark.parametrize("stopped_in", ["norms", "means", "fit baselines", "evaluate"])
 def test_an_evaluation_that_is_stopped_leaves_no_metrics(pieces: Pieces, trained_run: Path, tmp_path: Path, stopped_in: str) -> None:
     class StoppingRun(Run):
         last: tuple[str, float] = ("", 0)
@@ -149,6 +215,53 @@ def test_a_layer_or_width_that_the_model_does_not_have_is_refused(pieces: Pieces
     assert "has transformer.h.0 to transformer.h.2" in refused(pieces, run, tmp_path)
     run = pieces.write_crosscoder(config, random_crosscoder(config, d_model=8), run="narrow")
     assert "reads activations of width 8, but" in refused(pieces, run, tmp_path)
+
+
+def test_a_compared_crosscoder_of_another_language_model_is_refused(pieces: Pieces, trained_run: Path, tmp_path: Path) -> None:
+    config = batch_topk_config()
+    other = pieces.write_crosscoder(config, random_crosscoder(config), run="other-model", language_model_hash="b" * 64)
+    message = refused(pieces, trained_run, tmp_path, compare_with=[other])
+    assert message.startswith(f"compare_with {other} was trained on a language model of hash bbbbbbbbbbbb, but ")
+
+
+def test_a_compared_crosscoder_of_other_layers_is_refused(pieces: Pieces, trained_run: Path, tmp_path: Path) -> None:
+    config = batch_topk_config()
+    other = pieces.write_crosscoder(config, random_crosscoder(config, 1), run="elsewhere/id", layers=["transformer.h.1"])
+    message = refused(pieces, trained_run, tmp_path, compare_with=[other])
+    assert f"compare_with {other} reconstructs transformer.h.1, the crosscoder in {trained_run} {', '.join(LAYERS)}; name runs" in message
+
+
+def test_a_run_to_compare_with_that_is_named_twice_is_refused(pieces: Pieces, trained_run: Path, tmp_path: Path) -> None:
+    message = refused(pieces, trained_run, tmp_path, compare_with=[trained_run, trained_run])
+    assert message == f"compare_with[1] is {trained_run}, which is named already; name each run once"
+
+
+def test_a_compared_crosscoder_of_contexts_that_begin_otherwise_is_said(pieces: Pieces, trained_run: Path, tmp_path: Path) -> None:
+    config = batch_topk_config()
+    other = pieces.write_crosscoder(config, random_crosscoder(config), run="begins/id", beginning_of_text_id=5)
+    said = said_by(pieces, trained_run, tmp_path, compare_with=[other])
+    assert "begins was trained on contexts that begin otherwise (beginning-of-text id 5, here none)" in said
+
+
+def test_compared_runs_of_one_name_are_told_apart(pieces: Pieces, trained_run: Path) -> None:
+    config = batch_topk_config()
+    runs = [pieces.write_crosscoder(config, random_crosscoder(config), run=f"same/{number}") for number in (1, 2)]
+    checkpoint = runs[1] / "checkpoints" / "00000007"
+    settings = pieces.config(trained_run, compare_with=[*runs, checkpoint])
+    trained = load_crosscoder(trained_run)
+    labels = [run.label for run in evaluate_crosscoder.compared_runs(settings, trained, pieces.language_model)]
+    assert labels == ["same/1", "same/2", "same/2 at 00000007"]
+    task = pieces.write_crosscoder(config, random_crosscoder(config), run="sweep/id/tasks/3")
+    of_task = pieces.config(trained_run, compare_with=[task, runs[0]])
+    labels = [run.label for run in evaluate_crosscoder.compared_runs(of_task, trained, pieces.language_model)]
+    assert labels == ["sweep/tasks/3", "same"]
+    (alone,) = evaluate_crosscoder.compared_runs(pieces.config(trained_run, compare_with=runs[:1]), trained, pieces.language_model)
+    assert alone.label == "same"
+
+
+def test_training_tokens_that_the_model_can_not_read_are_refused(pieces: Pieces, trained_run: Path, tmp_path: Path) -> None:
+    large = write_token_set(tmp_path / "tokens", {"a-000": [[5, 400, 7]]}, vocab_size=500, end_of_text_id=0, tokenizer_hash="tokenizer")
+    assert "holds id 400, but" in refused(pieces, trained_run, tmp_path / "run", training_tokens=large.directory)
 
 
 def test_tokens_of_another_tokenizer_are_refused(pieces: Pieces, trained_run: Path, tmp_path: Path) -> None:

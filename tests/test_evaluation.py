@@ -1,9 +1,6 @@
 """What an evaluation measures: agreement with a slow one, context by context, and what must always hold."""
 
-import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import evaluation_pieces
 import numpy as np
@@ -11,8 +8,6 @@ import pytest
 import safetensors.torch
 import torch
 from evaluation_pieces import (
-    CONTEXT_TOKENS,
-    D_MODEL,
     LAYERS,
     Json,
     Pieces,
@@ -23,123 +18,58 @@ from evaluation_pieces import (
     random_crosscoder,
     reconstruction_row,
 )
-from rounding import forward_pass
-from torch import Tensor
+from slow_evaluation import NATS, ROUNDING, all_acts, explained, nearly, slow_affine, slow_contexts, slow_loss, slow_replacement
 
-from pipeline.config.crosscoder import CrosscoderConfig, Relu
-from pipeline.crosscoder.checkpoint import TrainedCrosscoder, load_crosscoder
+from pipeline.crosscoder.checkpoint import load_crosscoder
+from pipeline.evaluation import predictions
+from pipeline.prediction_head import PredictionHead
 
 pieces, trained_run, metrics = evaluation_pieces.pieces, evaluation_pieces.trained_run, evaluation_pieces.metrics
 
-# The language model's float32 rounds differently in batches of other shapes, and on other processors; all that is summed afterwards is
-# float64. Losses are of logits and their log-sum-exp, log(300) in size; squares change twice as much as what is squared, and both a
-# share's numerator and its denominator change.
-ROUNDING = forward_pass(context_tokens=CONTEXT_TOKENS)
-NATS = ROUNDING * math.log(300)
-SHARE = 4 * ROUNDING
-
-
-# -- a slow evaluation: one context after the other, straight from the documents, with hooks of its own --------------------------
-
-
-def slow_contexts(pieces: Pieces) -> list[tuple[list[int], list[int]]]:
-    """(ids, document of each id) of every context, from the documents; a separator belongs to the document that it ends."""
-    contexts, document = [], 0
-    for shard in pieces.tokens.shards:
-        ids, documents = [], []
-        for _ in range(shard.num_documents):
-            here = [*pieces.tokens.document(document).tolist(), 0]
-            ids, documents, document = ids + here, documents + [document] * len(here), document + 1
-        contexts += [(ids[s : s + CONTEXT_TOKENS], documents[s : s + CONTEXT_TOKENS]) for s in range(0, len(ids), CONTEXT_TOKENS)]
-    return contexts
-
-
-def slow_logits(pieces: Pieces, ids: list[int], replacements: dict[str, Tensor]) -> Tensor:
-    """logits_SV of one context; each replacement [S-1, D] goes to positions 1 on of its layer."""
-
-    def hook_for(values: Tensor) -> Callable[..., Any]:
-        def hook(_module: Any, _inputs: Any, output: Any) -> Any:
-            acts = (output[0] if isinstance(output, tuple) else output).clone()
-            acts[0, 1:] = values
-            return (acts, *output[1:]) if isinstance(output, tuple) else acts
-
-        return hook
-
-    model = pieces.language_model.model
-    hooks = [model.get_submodule(layer).register_forward_hook(hook_for(values)) for layer, values in replacements.items()]
-    with torch.inference_mode():
-        logits: Tensor = model(input_ids=torch.tensor([ids])).logits[0]
-    for hook in hooks:
-        hook.remove()
-    return logits
-
-
-def slow_loss(
-    pieces: Pieces, replace: Callable[[Tensor], dict[str, Tensor]], contexts: list[tuple[list[int], list[int]]]
-) -> tuple[float, float, int]:
-    """Cross-entropy and divergence in nats and the number of predictions, from acts_NLD of positions 1 on to replacements."""
-    losses, divergences = [], []
-    for ids, documents in contexts:
-        acts_NLD = pieces.language_model.activations(torch.tensor([ids]), LAYERS)[0, 1:]
-        clean, changed = (slow_logits(pieces, ids, chosen).double().log_softmax(-1).numpy() for chosen in ({}, replace(acts_NLD)))
-        for position in range(1, len(ids) - 1):
-            if documents[position] == documents[position + 1]:
-                losses.append(-changed[position, ids[position + 1]])
-                divergences.append(np.sum(np.exp(clean[position]) * (clean[position] - changed[position])))
-    return float(np.mean(losses)), float(np.mean(divergences)), len(losses)
-
-
-def all_acts(pieces: Pieces) -> np.ndarray:
-    """Every position that counts, [N, L, D] float64, in order."""
-    rows = [pieces.language_model.activations(torch.tensor([ids]), LAYERS)[0, 1:] for ids, _ in slow_contexts(pieces)]
-    return torch.cat(rows).double().numpy()
-
-
-def slow_replacement(name: str, trained: TrainedCrosscoder, acts: np.ndarray) -> Callable[[Tensor], dict[str, Tensor]]:
-    mean_LD, spread_L = acts.mean(0), np.sqrt(((acts - acts.mean(0)) ** 2).sum((0, 2)))
-
-    def replace(acts_NLD: Tensor) -> dict[str, Tensor]:
-        decoded = trained.decode(trained.encode(acts_NLD))
-        matched = torch.tensor(mean_LD[1] + (acts_NLD[:, 0].double().numpy() - mean_LD[0]) * spread_L[1] / spread_L[0]).float()
-        return {
-            "clean": {},
-            "first spliced": {LAYERS[0]: decoded[:, 0]},
-            "all spliced": {layer: decoded[:, index] for index, layer in enumerate(LAYERS)},
-            "last zero": {LAYERS[1]: torch.zeros(D_MODEL)},
-            "first mean": {LAYERS[0]: torch.tensor(mean_LD[0]).float()},
-            "last mean": {LAYERS[1]: torch.tensor(mean_LD[1]).float()},
-            "first from last": {LAYERS[0]: acts_NLD[:, 1]},
-            "last from first, matched": {LAYERS[1]: matched},
-        }[name]
-
-    return replace
-
 
 def test_cross_entropy_and_divergence_agree_with_one_context_at_a_time(pieces: Pieces, trained_run: Path, metrics: Json) -> None:
-    contexts, trained, acts = slow_contexts(pieces), load_crosscoder(trained_run), all_acts(pieces)
-    loss, _, number = slow_loss(pieces, slow_replacement("clean", trained, acts), contexts)
+    contexts, trained = slow_contexts(pieces.tokens), load_crosscoder(trained_run)
+    acts, fitted = all_acts(pieces, pieces.tokens), all_acts(pieces, pieces.training_tokens)
+    loss, _, number = slow_loss(pieces, slow_replacement("clean", trained, acts, fitted), contexts)
     assert metrics["clean_cross_entropy"] == pytest.approx(loss, abs=NATS)
     assert metrics["held_out"]["predictions"] == number
     rows = {
         "first spliced": loss_row(metrics, LAYERS[0], "crosscoder"),
-        "all spliced": loss_row(metrics, "all", "crosscoder"),
         "last zero": loss_row(metrics, LAYERS[1], "zero"),
         "first mean": loss_row(metrics, LAYERS[0], "mean"),
         "last mean": loss_row(metrics, LAYERS[1], "mean"),
         "first from last": loss_row(metrics, LAYERS[0], "other_layer", LAYERS[1]),
         "last from first, matched": loss_row(metrics, LAYERS[1], "other_layer_matched", LAYERS[0]),
+        "first from last, affine": loss_row(metrics, LAYERS[0], "affine", LAYERS[1]),
+        "split": loss_row(metrics, "split", "crosscoder"),
+        "zeros split": loss_row(metrics, "split", "zero"),
     }
     for name, found in rows.items():
-        changed, divergence, _ = slow_loss(pieces, slow_replacement(name, trained, acts), contexts)
+        changed, divergence, _ = slow_loss(pieces, slow_replacement(name, trained, acts, fitted), contexts)
         assert found["cross_entropy"] == pytest.approx(changed, abs=NATS), name
         assert found["difference"] == pytest.approx(changed - loss, abs=2 * NATS), name
         assert found["kl"] == pytest.approx(divergence, abs=2 * NATS), name
         assert abs(changed - loss) > 5 * 2 * NATS, "a replacement that changes nothing would prove nothing"
 
 
+def test_the_mean_over_layers_is_of_each_layer_replaced_alone(metrics: Json) -> None:
+    for by in ("crosscoder", "mean", "zero", "affine"):
+        rows = [row for row in metrics["replaced"] if row["by"] == by and row["layer"] in LAYERS]
+        found = loss_row(metrics, "mean_over_layers", by)
+        for number in ("difference", "kl", "cross_entropy", "recovered_against_zero"):
+            assert found[number] == pytest.approx(sum(row[number] for row in rows) / 2, rel=1e-12)
+
+
+def test_where_positions_are_split_every_layers_replacement_counts(pieces: Pieces, trained_run: Path, metrics: Json) -> None:
+    for by in ("crosscoder", "mean", "zero"):
+        found, last = loss_row(metrics, "split", by), loss_row(metrics, LAYERS[-1], by)
+        assert abs(found["cross_entropy"] - last["cross_entropy"]) > 1e-3
+    assert loss_row(metrics, "split", "strongest_baseline")["difference"] < loss_row(metrics, "split", "mean")["difference"]
+
+
 def test_recovered_is_the_share_of_the_ablation_that_the_splice_avoids(metrics: Json) -> None:
     clean = metrics["clean_cross_entropy"]
-    for layer in [*LAYERS, "all"]:
+    for layer in [*LAYERS, "split"]:
         for ablation in ("zero", "mean"):
             ablated = loss_row(metrics, layer, ablation)["cross_entropy"]
             spliced = loss_row(metrics, layer, "crosscoder")
@@ -148,37 +78,51 @@ def test_recovered_is_the_share_of_the_ablation_that_the_splice_avoids(metrics: 
             assert loss_row(metrics, layer, ablation)[f"recovered_against_{ablation}"] == 0
 
 
-def explained(error: float, spread: float) -> Any:
-    """The share of `spread` that leaves `error`, as near as float32 activations let it be known."""
-    return pytest.approx(1 - error / spread, abs=SHARE * max(1.0, error / spread))
-
-
 def test_reconstruction_agrees_with_a_loop_over_all_positions(pieces: Pieces, trained_run: Path, metrics: Json) -> None:
-    acts, trained = all_acts(pieces), load_crosscoder(trained_run)
+    acts, trained = all_acts(pieces, pieces.tokens), load_crosscoder(trained_run)
     features_NF = trained.encode(torch.from_numpy(acts).float())
     decoded = trained.decode(features_NF).double().numpy()
-    mean, scale = acts.mean(0), trained.normalizer.scale_L.double().numpy()
     errors = ((acts - decoded) ** 2).sum((0, 2))
-    spreads = ((acts - mean) ** 2).sum((0, 2))
+    spreads = ((acts - acts.mean(0)) ** 2).sum((0, 2))
     assert metrics["held_out"]["positions"] == len(acts)
+    assert metrics["held_out"]["outliers"] == 0
     for index, layer in enumerate(LAYERS):
         found = reconstruction_row(metrics, layer, "crosscoder")
         assert found["explained_variance"] == explained(errors[index], spreads[index])
+        assert found["explained_variance_with_outliers"] == pytest.approx(found["explained_variance"], rel=1e-9)
         assert reconstruction_row(metrics, layer, "mean")["explained_variance"] == pytest.approx(0, abs=1e-12)
-    joint = explained(scale**2 @ errors, scale**2 @ spreads)
+        zeros = explained((acts[:, index] ** 2).sum(), spreads[index])
+        assert reconstruction_row(metrics, layer, "zero")["explained_variance"] == zeros
+    joint = explained((errors / spreads).sum(), 2)
     assert reconstruction_row(metrics, "joint", "crosscoder")["explained_variance"] == joint
-    taken = ((acts[:, 0] - acts[:, 1]) ** 2).sum()
-    found = reconstruction_row(metrics, LAYERS[0], "other_layer", LAYERS[1])
-    assert found["explained_variance"] == explained(taken, spreads[0])
-    matched = mean[1] + (acts[:, 0] - mean[0]) * math.sqrt(spreads[1] / spreads[0])
-    found = reconstruction_row(metrics, LAYERS[1], "other_layer_matched", LAYERS[0])
-    assert found["explained_variance"] == explained(((acts[:, 1] - matched) ** 2).sum(), spreads[1])
+
+
+def test_baselines_are_fitted_on_the_training_text_and_measured_on_the_held_out_one(pieces: Pieces, metrics: Json) -> None:
+    acts, fitted = all_acts(pieces, pieces.tokens), all_acts(pieces, pieces.training_tokens)
+    spreads, mean_LD = ((acts - acts.mean(0)) ** 2).sum((0, 2)), fitted.mean(0)
+    gain = np.sqrt(((fitted[:, 1] - mean_LD[1]) ** 2).sum() / ((fitted[:, 0] - mean_LD[0]) ** 2).sum())
+    _, _, directions = np.linalg.svd(fitted[:, 0] - mean_LD[0], full_matrices=False)
+    onto = directions[: metrics["baselines"]["pca_rank"]["pca"]]
+    expected = {
+        (LAYERS[0], "other_layer", LAYERS[1]): acts[:, 1],
+        (LAYERS[1], "other_layer_matched", LAYERS[0]): mean_LD[1] + (acts[:, 0] - mean_LD[0]) * gain,
+        (LAYERS[1], "affine", LAYERS[0]): slow_affine(fitted[:, 1], fitted[:, 0])(acts[:, 0]),
+        (LAYERS[0], "pca", None): mean_LD[0] + (acts[:, 0] - mean_LD[0]) @ onto.T @ onto,
+    }
+    assert metrics["baselines"]["fit_positions"] == len(fitted)
+    assert metrics["baselines"]["fitted_on"] == "training_tokens"
+    for (layer, by, source), approximation in expected.items():
+        index = LAYERS.index(layer)
+        found = reconstruction_row(metrics, layer, by, source)["explained_variance"]
+        # The affine map amplifies rounding as far as its ridge, 1e-6 of the mean variance, lets it.
+        near = explained(((acts[:, index] - approximation) ** 2).sum(), spreads[index])
+        assert found == (pytest.approx(near.expected, abs=1e-3) if by == "affine" else near)
 
 
 def test_sparsity_agrees_with_a_loop_over_positions_and_groups(pieces: Pieces, tmp_path: Path) -> None:
     config = batch_topk_config(k=12)  # of 24 features: in some groups fewer than 12 a position are positive
     run = pieces.write_crosscoder(config, random_crosscoder(config), run="sparsity")
-    trained, acts_NLD = load_crosscoder(run), torch.from_numpy(all_acts(pieces)).float()
+    trained, acts_NLD = load_crosscoder(run), torch.from_numpy(all_acts(pieces, pieces.tokens)).float()
     fired_NF = trained.encode(acts_NLD) > 0
     crosscoder, threshold = trained.crosscoder, trained.crosscoder.state_dict()["activation_function.threshold"]
     pre_NF = crosscoder.pre_activations(trained.normalizer.normalize(acts_NLD), crosscoder.W_enc_LDF) * crosscoder.decoder_norms()
@@ -208,29 +152,12 @@ def test_a_crosscoder_that_gives_back_its_input_loses_nothing(pieces: Pieces, tm
         reconstruction = reconstruction_row(found, layer, "crosscoder")
         assert reconstruction["explained_variance"] == pytest.approx(1, abs=1e-9)
         assert reconstruction["best_scalar"] == pytest.approx(1, abs=ROUNDING)
-    for layer in [*LAYERS, "all"]:
+    for layer in [*LAYERS, "split", "mean_over_layers"]:
         loss = loss_row(found, layer, "crosscoder")
         assert loss["kl"] == pytest.approx(0, abs=2 * NATS)
         assert loss["difference"] == pytest.approx(0, abs=2 * NATS)
         assert loss["recovered_against_zero"] == pytest.approx(1, abs=2 * NATS / abs(loss_row(found, layer, "zero")["difference"]))
     assert found["sparsity"]["l0_as_trained"] is None
-
-
-def nearly(row: Json, document: Json) -> Json:
-    """The row with every number replaced by what is equal to it but for the rounding of float32."""
-    near = dict(row)
-    for key, value in row.items():
-        if key.startswith("recovered_against_") and value is not None:
-            damage = abs(loss_row(document, row["layer"], key.removeprefix("recovered_against_"))["difference"])
-            near[key] = pytest.approx(value, abs=4 * NATS * (1 + abs(value)) / damage)
-        elif key in ("cross_entropy", "difference", "kl"):
-            near[key] = pytest.approx(value, abs=2 * NATS)
-        elif isinstance(value, float):
-            # A median is the middle of a bin a two-thousandth wide: rounding may move it into the next.
-            near[key] = pytest.approx(
-                value, rel=1e-3 if key == "median_error" else SHARE, abs=SHARE * max(1.0, row["fraction_unexplained"])
-            )
-    return near
 
 
 def test_batches_do_not_change_the_metrics(pieces: Pieces, trained_run: Path, metrics: Json, tmp_path: Path) -> None:
@@ -240,7 +167,8 @@ def test_batches_do_not_change_the_metrics(pieces: Pieces, trained_run: Path, me
             for ours, theirs in zip(found[table], metrics[table], strict=True):
                 assert ours == nearly(theirs, metrics)
         assert found["sparsity"] == metrics["sparsity"]
-        assert found["held_out"] == metrics["held_out"]
+        for key in ("contexts", "tokens", "positions", "predictions", "outliers"):
+            assert found["held_out"][key] == metrics["held_out"][key]
 
 
 def test_the_same_evaluation_gives_the_same_bytes(pieces: Pieces, trained_run: Path, tmp_path: Path) -> None:
@@ -248,12 +176,6 @@ def test_the_same_evaluation_gives_the_same_bytes(pieces: Pieces, trained_run: P
         evaluated(pieces, trained_run, tmp_path / run)
     for name in ("metrics.json", "features.safetensors", "feature_density.png", "explained_variance.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-
-
-def test_all_layers_together_lose_what_the_last_one_loses(metrics: Json) -> None:
-    for by in ("crosscoder", "mean", "zero"):
-        together, last = loss_row(metrics, "all", by), loss_row(metrics, LAYERS[-1], by)
-        assert together["cross_entropy"] == pytest.approx(last["cross_entropy"], abs=NATS)
 
 
 def test_a_bfloat16_model_gives_nearly_the_same(pieces: Pieces, trained_run: Path, metrics: Json, tmp_path: Path) -> None:
@@ -264,23 +186,20 @@ def test_a_bfloat16_model_gives_nearly_the_same(pieces: Pieces, trained_run: Pat
     assert ours["explained_variance"] == pytest.approx(theirs["explained_variance"], abs=0.05)
 
 
-# -- more and fewer layers --------------------------------------------------------------------------------------------------------
+def test_hidden_states_that_would_not_fit_are_taken_in_a_few_at_a_time(
+    pieces: Pieces, trained_run: Path, metrics: Json, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictions, "HIDDEN_NUMBERS", 1)
+    found = evaluated(pieces, trained_run, tmp_path)
+    assert found["replaced"] == metrics["replaced"]
+    assert found["clean_cross_entropy"] == metrics["clean_cross_entropy"]
 
 
-def test_other_layers_are_spliced_as_far_as_the_settings_say_and_reconstructed_in_all_pairs(pieces: Pieces, tmp_path: Path) -> None:
-    layers = [f"transformer.h.{index}" for index in range(3)]
-    config = CrosscoderConfig(num_features=24, activation_function=Relu())
-    run = pieces.write_crosscoder(config, random_crosscoder(config, num_layers=3), run="three-layers", layers=layers)
-    for distance, expected in ((1, 4), (2, 6)):
-        found = evaluated(pieces, run, tmp_path / str(distance), other_layer_distance=distance)
-        assert len([row for row in found["reconstruction"] if row["by"] == "other_layer"]) == 6
-        spliced = [row for row in found["replaced"] if row["by"] == "other_layer_matched"]
-        assert len(spliced) == expected
-        assert all(abs(layers.index(row["layer"]) - layers.index(row["source"])) <= distance for row in spliced)
-
-
-def test_a_crosscoder_of_one_layer_has_no_other_layer_to_beat(pieces: Pieces, tmp_path: Path) -> None:
-    config = CrosscoderConfig(num_features=24, activation_function=Relu())
-    run = pieces.write_crosscoder(config, random_crosscoder(config, num_layers=1), run="one-layer", layers=LAYERS[:1])
-    found = evaluated(pieces, run, tmp_path)
-    assert {row["by"] for row in found["replaced"]} == {"crosscoder", "mean", "zero"}
+def test_a_head_that_can_not_be_taken_apart_gives_the_same_in_float32_and_is_said(
+    pieces: Pieces, trained_run: Path, metrics: Json, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PredictionHead, "of", classmethod(lambda cls, _model: cls(None, lambda logits: logits)))
+    found = evaluated(pieces, trained_run, tmp_path)
+    assert (found["float32_head"], metrics["float32_head"]) == (False, True)
+    for ours, theirs in zip(found["replaced"], metrics["replaced"], strict=True):
+        assert ours == nearly(theirs, metrics)

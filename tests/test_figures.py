@@ -73,7 +73,7 @@ def test_bars_are_the_explained_variances_and_deep_ones_are_cut_and_written_out(
     bars = [LayerBars("h.7", 0.8, 0.7, -5.0), LayerBars("h.8", 0.9, None, 0.25), LayerBars("h.9", -0.1, 0.5, 0.4)]
     figures.explained_variance(tmp_path / "explained.png", bars)
     assert bar_heights(drawn[0], "crosscoder").tolist() == [0.8, 0.9, -0.1]
-    assert bar_heights(drawn[0], "best other layer, mean and scale matched").tolist() == [0.7, 0.5]
+    assert bar_heights(drawn[0], "affine map from the best other layer").tolist() == [0.7, 0.5]
     assert bar_heights(drawn[0], "best other layer, as it is").tolist() == [figures.LOWEST_EXPLAINED_VARIANCE, 0.25, 0.4]
     axes = drawn[0].axes[0]
     assert "−5 ↓" in [text.get_text() for text in axes.texts]

@@ -38,14 +38,14 @@ def test_position_0_and_padding_are_not_replaceable(replaced_BS: Tensor) -> None
 
 def test_reading_a_run_does_not_change_it(language_model: LanguageModel, tokens_BS: Tensor) -> None:
     clean = clean_run(language_model, tokens_BS, [LATE, EARLY])
-    assert torch.equal(clean.logits_BSV, language_model.logits(tokens_BS))
+    assert torch.equal(clean.hidden_BSD, language_model.before_head(tokens_BS))
     assert torch.equal(clean.acts_BSLD, language_model.activations(tokens_BS, [LATE, EARLY]))
 
 
 def test_a_run_can_be_read_in_a_model_whose_blocks_give_plain_tensors(tmp_path: Path, tokens_BS: Tensor) -> None:
     llama = LanguageModel.load(LanguageModelConfig(model=str(tiny_llama(tmp_path)), device="cpu"))
     clean = clean_run(llama, tokens_BS, ["model.layers.1"])
-    assert torch.equal(clean.logits_BSV, llama.logits(tokens_BS))
+    assert torch.equal(clean.hidden_BSD, llama.before_head(tokens_BS))
     assert torch.equal(clean.acts_BSLD, llama.activations(tokens_BS, ["model.layers.1"]))
 
 
@@ -61,7 +61,7 @@ def test_a_layer_replaced_by_its_own_activations_changes_no_bit(
 ) -> None:
     clean = clean_run(language_model, tokens_BS, [EARLY, LATE])
     same = {layer: put(clean.acts_BSLD[replaced_BS][:, i], replaced_BS) for i, layer in enumerate([EARLY, LATE])}
-    assert torch.equal(language_model.logits(tokens_BS, same), clean.logits_BSV)
+    assert torch.equal(language_model.before_head(tokens_BS, same), clean.hidden_BSD)
 
 
 def test_rows_a_vector_and_a_number_go_to_the_replaced_positions_only(replaced_BS: Tensor) -> None:

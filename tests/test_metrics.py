@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.crosscoder import metrics
 from pipeline.crosscoder.metrics import FiringCounts, LayerMoments, Medians, Predictions, Reconstruction, ReconstructionMetrics, recovered
+from pipeline.evaluation.definitions import DEFINITIONS
 
 CPU = torch.device("cpu")
 
@@ -72,13 +73,11 @@ def test_joint_adds_numerators_and_denominators_of_layers_in_normalized_space() 
 
 
 def test_cross_entropy_and_divergence_worked_by_hand() -> None:
-    # probabilities 1/2, 1/4, 1/4 and, clean, 1/4, 1/4, 1/2; the next token is 0; a second position isn't counted
+    # probabilities 1/2, 1/4, 1/4 and, clean, 1/4, 1/4, 1/2; the next token is 0
     changed = torch.tensor([0.5, 0.25, 0.25]).log()
     clean = torch.tensor([0.25, 0.25, 0.5]).log()
-    logits_BSV = torch.stack([changed + 7, torch.zeros(3)])[None]
-    clean_BSV = torch.stack([clean - 3, torch.zeros(3)])[None]
     sums = Predictions(CPU)
-    sums.add(logits_BSV, torch.tensor([[0, 1]]), torch.tensor([[True, False]]), clean_BSV)
+    sums.add(changed[None], torch.tensor([0]), clean[None])
     assert sums.num_predictions == 1
     assert sums.cross_entropy == pytest.approx(math.log(2), rel=1e-6)
     assert sums.kl == pytest.approx(0.25 * math.log(0.5) + 0.25 * math.log(1) + 0.5 * math.log(2), rel=1e-6)
@@ -124,6 +123,7 @@ def slow_metrics(acts_BD: np.ndarray, approximations_BD: np.ndarray) -> Reconstr
     medians = [statistics.median_low(math.sqrt(v @ v) for v in rows) for rows in (acts - approximations, acts)]
     return ReconstructionMetrics(
         explained_variance=1 - error / centered,
+        explained_variance_with_outliers=1 - error / centered,
         fraction_unexplained=error / centered,
         explained_variance_legacy=ratios / len(acts),
         explained_variance_of_residual=1 - residual / centered,
@@ -162,19 +162,17 @@ def test_best_scalar_is_where_the_squared_error_is_least() -> None:
 
 def test_predictions_agree_with_a_loop_over_positions() -> None:
     generator = torch.Generator().manual_seed(1)
-    logits_BSV, clean_BSV = (torch.randn(3, 4, 6, generator=generator) * 2 for _ in range(2))
-    targets_BS = torch.randint(6, (3, 4), generator=generator)
-    counted_BS = torch.rand(3, 4, generator=generator) < 0.6
+    log_p_NV, clean_NV = ((torch.randn(7, 6, generator=generator) * 2).log_softmax(-1) for _ in range(2))
+    targets_N = torch.randint(6, (7,), generator=generator)
     sums = Predictions(CPU)
-    sums.add(logits_BSV[:2], targets_BS[:2], counted_BS[:2], clean_BSV[:2])
-    sums.add(logits_BSV[2:], targets_BS[2:], counted_BS[2:], clean_BSV[2:])
+    sums.add(log_p_NV[:5], targets_N[:5], clean_NV[:5])
+    sums.add(log_p_NV[5:], targets_N[5:], clean_NV[5:])
     losses, divergences = [], []
-    for b, s in np.argwhere(counted_BS.numpy()):
-        p, q = (np.exp(rows[b, s].double().numpy()) for rows in (clean_BSV, logits_BSV))
-        p, q = p / p.sum(), q / q.sum()
-        losses.append(-math.log(q[targets_BS[b, s]]))
+    for row in range(7):
+        p, q = (np.exp(rows[row].double().numpy()) for rows in (clean_NV, log_p_NV))
+        losses.append(-math.log(q[targets_N[row]]))
         divergences.append(sum(p_v * math.log(p_v / q_v) for p_v, q_v in zip(p, q, strict=True)))
-    assert sums.num_predictions == len(losses) > 3
+    assert sums.num_predictions == 7
     assert sums.cross_entropy == pytest.approx(statistics.fmean(losses), rel=1e-6)
     assert sums.kl == pytest.approx(statistics.fmean(divergences), rel=1e-5)
 
@@ -206,7 +204,21 @@ def test_moments_agree_with_numpy() -> None:
         moments.add(part)
     acts = acts_BLD.double().numpy()
     np.testing.assert_allclose(moments.mean_LD, acts.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(moments.mean_squared_centered_norm_L, ((acts - acts.mean(0)) ** 2).sum(-1).mean(0), rtol=1e-12)
+    np.testing.assert_allclose(moments.spread_L, ((acts - acts.mean(0)) ** 2).sum((0, 2)), rtol=1e-12)
+    point_LD = torch.arange(10.0, dtype=torch.float64).view(2, 5)
+    np.testing.assert_allclose(moments.squared_distance_to(point_LD), ((acts - point_LD.numpy()) ** 2).sum((0, 2)), rtol=1e-12)
+
+
+def test_moments_of_two_parts_are_those_of_the_whole() -> None:
+    acts_BLD, _, _ = activations()
+    whole, first, second = (LayerMoments(2, 5, CPU) for _ in range(3))
+    whole.add(acts_BLD)
+    first.add(acts_BLD[:20])
+    second.add(acts_BLD[20:])
+    together = first.with_those_of(second)
+    assert together.num_positions == whole.num_positions
+    torch.testing.assert_close(together.mean_LD, whole.mean_LD, rtol=1e-13, atol=0)
+    torch.testing.assert_close(together.spread_L, whole.spread_L, rtol=1e-12, atol=0)
 
 
 # -- what always holds ----------------------------------------------------------------------------------------------------------
@@ -216,7 +228,7 @@ def test_a_perfect_reconstruction_explains_everything() -> None:
     acts_BLD, _, scale_L = activations()
     sums = measured(acts_BLD, acts_BLD, scale_L)
     for found in [*sums.layers(), sums.joint()]:
-        assert found == ReconstructionMetrics(1, 0, 1, 1, 1, found.best_scalar, found.norm_ratio, 0, 0)
+        assert found == ReconstructionMetrics(1, 1, 0, 1, 1, 1, found.best_scalar, found.norm_ratio, 0, 0)
         assert found.best_scalar == pytest.approx(1, rel=1e-14)
         assert found.norm_ratio == pytest.approx(1, rel=1e-14)
 
@@ -253,13 +265,6 @@ def test_chunks_inside_a_batch_do_not_change_the_metrics(monkeypatch: pytest.Mon
     monkeypatch.setitem(metrics.CHUNK_NUMBERS, "cpu", 35)
     parts = measured(acts_BLD, noisy_BLD, scale_L)
     assert parts.joint()._asdict() == pytest.approx(whole.joint()._asdict(), rel=1e-12)
-    logits_BSV = torch.randn(2, 9, 11, generator=torch.Generator().manual_seed(2))
-    targets_BS, counted_BS = torch.zeros(2, 9, dtype=torch.int64), torch.ones(2, 9, dtype=torch.bool)
-    sums = Predictions(CPU)
-    sums.add(logits_BSV, targets_BS, counted_BS, logits_BSV)
-    assert sums.num_predictions == 18
-    assert sums.cross_entropy == pytest.approx(-float(logits_BSV.log_softmax(-1)[..., 0].mean()), rel=1e-6)
-    assert sums.kl == 0
 
 
 def test_activations_that_never_vary_have_no_explained_variance() -> None:
@@ -272,5 +277,59 @@ def test_activations_that_never_vary_have_no_explained_variance() -> None:
     assert found.explained_norm == 0
 
 
+def test_outliers_count_in_one_number_alone() -> None:
+    # x: 4, 0 of mean 2, and an outlier 20: mean of all 8. x_hat: 3, 0 and 10; e: 1, 0 and 10.
+    acts_BLD, approximations_BLD = torch.tensor([4.0, 0.0]).view(2, 1, 1), torch.tensor([3.0, 0.0]).view(2, 1, 1)
+    outlier_BLD = torch.tensor([20.0]).view(1, 1, 1)
+    everything = LayerMoments(1, 1, CPU)
+    everything.add(torch.cat([acts_BLD, outlier_BLD]))
+    sums = Reconstruction(acts_BLD.double().mean(0), torch.ones(1), everything.spread_L)
+    sums.add(acts_BLD, approximations_BLD)
+    sums.add_outliers(outlier_BLD, outlier_BLD / 2)
+    (found,) = sums.layers()
+    assert found.explained_variance == 1 - 1 / 8
+    assert found.explained_variance_with_outliers == pytest.approx(1 - 101 / (16 + 64 + 144))
+    assert found == measured(acts_BLD, approximations_BLD).layers()[0]._replace(
+        explained_variance_with_outliers=found.explained_variance_with_outliers
+    )
+    assert sums.joint().explained_variance_with_outliers == found.explained_variance_with_outliers
+
+
+def test_norms_that_the_caller_has_change_nothing() -> None:
+    acts_BLD, noisy_BLD, scale_L = activations()
+    sums = Reconstruction(acts_BLD.double().mean(0), scale_L)
+    sums.add(acts_BLD, noisy_BLD, metrics.squared_norms(acts_BLD, acts_BLD.double().mean(0)))
+    assert sums.joint() == measured(acts_BLD, noisy_BLD, scale_L).joint()
+
+
+def test_joint_explained_variance_is_the_mean_of_layers_where_each_is_divided_by_its_spread() -> None:
+    acts_BLD, noisy_BLD, _ = activations()
+    moments = LayerMoments(2, 5, CPU)
+    moments.add(acts_BLD)
+    sums = measured(acts_BLD, noisy_BLD, moments.spread_L.rsqrt())
+    found, of_layers = sums.joint(), sums.mean_over_layers()
+    assert found.explained_variance == pytest.approx(of_layers.explained_variance, rel=1e-12)
+    assert found.explained_variance_legacy != pytest.approx(of_layers.explained_variance_legacy, rel=1e-3)
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.01, 0.1, 1.0])
+def test_the_share_of_the_greatest_agrees_with_sorted_values(fraction: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values_BC = torch.randn(3000, 2, generator=generator).abs() * torch.tensor([1.0, 100.0])
+    values_BC[:2, 1] = 5000.0
+    medians = Medians(2, CPU)
+    for part_BC in values_BC.split(700):
+        medians.add(part_BC)
+    squares_BC = values_BC.double().square().sort(0, descending=True).values
+    expected_C = squares_BC[: round(fraction * 3000)].sum(0) / squares_BC.sum(0)
+    assert medians.share_of_greatest(fraction) == pytest.approx(expected_C.tolist(), rel=2e-3)
+
+
+def test_the_share_of_the_greatest_is_of_one_value_at_least_and_zero_of_zeros() -> None:
+    medians = Medians(2, CPU)
+    medians.add(torch.tensor([[3.0, 0.0], [4.0, 0.0]]))
+    assert medians.share_of_greatest(0.001) == pytest.approx([16 / 25, 0], rel=2e-3)
+
+
 def test_every_reconstruction_metric_is_defined_in_words() -> None:
-    assert set(ReconstructionMetrics._fields) <= set(metrics.DEFINITIONS)
+    assert set(ReconstructionMetrics._fields) <= set(DEFINITIONS)

@@ -54,6 +54,16 @@ def test_every_form_of_a_runs_name_is_its_directory_but_stage_and_name(site: Sit
     assert crosscoder(site, "train/x") == run.path.parent  # what a chain makes later
 
 
+def test_runs_in_a_list_are_found_too(site: Site) -> None:
+    run, sweep = make(site, "train", "1041", 1), make(site, "sweep", "1042", 4)
+    given = ["1041", "1042_2", "train/x"]
+    ((_, config),) = parse_configs([EVALUATE, f"compare_with={given}".replace("'", '"')], site)
+    found = [config.inputs()[f"compare_with[{number}]"] for number in range(3)]
+    assert found == [run.path, sweep.path / "tasks/2", run.path.parent]
+    with pytest.raises(UserError, match=rf"^{EVALUATE}: compare_with\[1\]: no run under .* was submitted as job 1043"):
+        parse_configs([EVALUATE, 'compare_with=["1041", "1043_2"]'], site)
+
+
 def test_what_names_no_run_or_several_tasks_is_refused_in_one_sentence(site: Site) -> None:
     run = make(site, "sweep", "1042", 4)
     refused = {

@@ -108,11 +108,11 @@ def _absolute_paths(config: Any, site: Site) -> dict[str, Any]:
     update: dict[str, Any] = {}
     for key, field in type(config).model_fields.items():
         value = getattr(config, key)
+        of_a_run = field.json_schema_extra == RUN
         if isinstance(value, Path):
-            root = site.runs if field.json_schema_extra == RUN and _names_a_run(value) else Path()
-            update[key] = (root / value).expanduser().absolute()
+            update[key] = _absolute(value, site, of_a_run)
         elif isinstance(value, list) and all(isinstance(v, Path) for v in value):
-            update[key] = [v.expanduser().absolute() for v in value]
+            update[key] = [_absolute(v, site, of_a_run) for v in value]
         elif hasattr(type(value), "model_fields"):
             update[key] = value.model_copy(update=_absolute_paths(value, site))
     return update
@@ -140,6 +140,11 @@ def _found_name(name: str, field: str) -> str:
     if name.startswith((".", "/", "~")):
         raise UserError(f"{field} is {name}, but there is nothing at {path.absolute()}; give a path that is there, or a name on the hub")
     return name
+
+
+def _absolute(path: Path, site: Site, of_a_run: bool) -> Path:
+    root = site.runs if of_a_run and _names_a_run(path) else Path()
+    return (root / path).expanduser().absolute()
 
 
 def _names_a_run(path: Path) -> bool:

@@ -1,13 +1,15 @@
 """What a crosscoder loses, measured over a whole held-out set from sums that are added up a batch at a time.
 
 x is the raw activation of a position, x_hat its reconstruction, e = x - x_hat. Every sum is float64 and runs over all
-positions that are added, so no result depends on how they are divided into batches. `DEFINITIONS` says what each number is.
+positions that are added, so no result depends on how they are divided into batches. `pipeline.evaluation.definitions` says
+what each number is.
 
-B positions, S positions in a context, L layers, D model width, F features, V vocabulary; C = L + 1 columns: the layers, and
-the *joint* one, which is all layers' activations side by side, each layer multiplied by its normalization scale; T terms.
+B positions, L layers, D model width, F features, V vocabulary; C = L + 1 columns: the layers, and the *joint* one, which is
+all layers' activations side by side, each layer multiplied by a factor of its own; T terms.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,52 +20,14 @@ CHUNK_NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 27}
 """At most so many numbers of a batch are turned to float64, or into log-probabilities, at a time: 32 MiB stay near a core's
 cache; a GPU takes 1 GiB at once, since with a vocabulary of 50,257 the smaller chunks are 83 positions, too few to fill it."""
 
-DEFINITIONS = {
-    "explained_variance": "1 - sum |e|^2 / sum |x - mean|^2, both sums and the mean over all held-out positions",
-    "fraction_unexplained": "1 - explained_variance",
-    "explained_variance_legacy": "mean over positions of 1 - |e|^2 / |x - mean|^2; a position with x = mean is left out",
-    "explained_variance_of_residual": "1 - sum |e - mean e|^2 / sum |x - mean|^2: a constant error costs nothing",
-    "explained_norm": "1 - sum |e|^2 / sum |x|^2: against predicting zero instead of the mean",
-    "best_scalar": "the a for which sum |x - a x_hat|^2 is least: above 1, the reconstruction is shrunk",
-    "norm_ratio": "sqrt(sum |x_hat|^2 / sum |x|^2)",
-    "median_error": "median |e| / median |x|, each median over positions and good to 0.05 %",
-    "mean_squared_error": "mean over positions of |e|^2",
-    "joint": "all layers side by side, each multiplied by its normalization scale: numerators and denominators are summed over layers",
-    "mean_over_layers": "mean of the layers' own values",
-    "l0": "mean number of features with f > 0 at a position, with the inference activation function (BatchTopK: its threshold)",
-    "l0_as_trained": "the same with BatchTopK taken over groups of as many held-out positions as a training batch has; null for others",
-    "num_features": "size of the dictionary; `dead_fraction` and the like are shares of it",
-    "step": "training steps behind the checkpoint",
-    "tokens_trained": "training positions behind the checkpoint",
-    "dead_window_tokens": "training positions without firing after which a feature is dead",
-    "dead": "features that did not fire in the last `dead_window_tokens` training tokens",
-    "dead_eval": "features that fire on no held-out position",
-    "dense": "features that fire on over 10 % of the held-out positions",
-    "clean_cross_entropy": "cross_entropy of the unchanged model",
-    "cross_entropy": "mean of -log p(next token) in nats over the counted predictions",
-    "difference": "cross_entropy minus the clean model's, in nats",
-    "kl": "mean over the counted predictions of KL(clean model || changed model), in nats",
-    "recovered_against_zero": "(cross-entropy with zeros - cross_entropy) / (cross-entropy with zeros - clean), same layers replaced",
-    "recovered_against_mean": "the same against mean ablation: the held-out mean in place of zeros",
-    "crosscoder": "a layer's activations replaced by their reconstructions; `all`: every layer at once, from one encode of the clean run",
-    "mean": "the layer's mean over the held-out positions in place of its activations",
-    "zero": "zeros in place of a layer's activations",
-    "other_layer": "another layer's activation of the clean run taken as it is",
-    "other_layer_matched": "mean_l + (x_m - mean_m) * sqrt(sum |x_l - mean_l|^2 / sum |x_m - mean_m|^2) for layer m in place of layer l",
-    "contexts": "held-out contexts that the language model reads",
-    "tokens": "ids in them, separators counted",
-    "positions": "held-out positions that are encoded and replaced: all but position 0 of each context and padding; separators count",
-    "predictions": "next-token predictions made at replaced positions; the first token of a document is not predicted from the one before",
-}
-"""Every name in `metrics.json`."""
-
 
 def ratio(numerator: float, denominator: float) -> float | None:
     """Their quotient, or None where it is not defined."""
     return numerator / denominator if denominator != 0 else None
 
 
-def _chunks(num_rows: int, numbers_per_row: int, device: torch.device) -> list[slice]:
+def chunks(num_rows: int, numbers_per_row: int, device: torch.device) -> list[slice]:
+    """Parts of `num_rows` rows, each of at most `CHUNK_NUMBERS` numbers."""
     rows = max(1, CHUNK_NUMBERS[device.type] // numbers_per_row)
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
 
@@ -73,23 +37,37 @@ class LayerMoments:
 
     def __init__(self, num_layers: int, d_model: int, device: torch.device) -> None:
         self.num_positions = 0
-        self._sum_LD = torch.zeros(num_layers, d_model, dtype=torch.float64, device=device)
-        self._squares_L = torch.zeros(num_layers, dtype=torch.float64, device=device)
+        self.sum_LD = torch.zeros(num_layers, d_model, dtype=torch.float64, device=device)
+        self.squares_L = torch.zeros(num_layers, dtype=torch.float64, device=device)
+        """Sum of |x|^2."""
 
     def add(self, acts_BLD: Tensor) -> None:
-        for part in _chunks(len(acts_BLD), self._sum_LD.numel(), acts_BLD.device):
+        for part in chunks(len(acts_BLD), self.sum_LD.numel(), acts_BLD.device):
             acts = acts_BLD[part].double()
-            self._sum_LD += acts.sum(0)
-            self._squares_L += acts.square().sum((0, 2))
+            self.sum_LD += acts.sum(0)
+            self.squares_L += acts.square().sum((0, 2))
         self.num_positions += len(acts_BLD)
+
+    def with_those_of(self, other: "LayerMoments") -> "LayerMoments":
+        """The moments of what was added to both."""
+        together = LayerMoments(self.sum_LD.shape[0], self.sum_LD.shape[1], self.sum_LD.device)
+        together.num_positions = self.num_positions + other.num_positions
+        together.sum_LD, together.squares_L = self.sum_LD + other.sum_LD, self.squares_L + other.squares_L
+        return together
+
+    def squared_distance_to(self, point_LD: Tensor) -> Tensor:
+        """[L]: sum of |x - point|^2."""
+        products_L = (2 * self.sum_LD - self.num_positions * point_LD).mul(point_LD).sum(-1)
+        return (self.squares_L - products_L).clamp(min=0)
 
     @property
     def mean_LD(self) -> Tensor:
-        return self._sum_LD / self.num_positions
+        return self.sum_LD / max(1, self.num_positions)
 
     @property
-    def mean_squared_centered_norm_L(self) -> Tensor:
-        return (self._squares_L / self.num_positions - self.mean_LD.square().sum(-1)).clamp(min=0)
+    def spread_L(self) -> Tensor:
+        """[L]: sum of |x - mean|^2."""
+        return self.squared_distance_to(self.mean_LD)
 
 
 class Medians:
@@ -114,6 +92,17 @@ class Medians:
         counts = torch.bincount((bucket_BC + offset_C).flatten(), minlength=num_columns * self.BUCKETS)
         self._counts_CK += counts.view(num_columns, self.BUCKETS)
 
+    def share_of_greatest(self, fraction: float) -> list[float]:
+        """Of each stream, the share of the sum of squares that its greatest values hold, `fraction` of all (one at least)."""
+        middles_K = torch.tensor([self._middle(bucket) for bucket in range(self.BUCKETS)], dtype=torch.float64).flip(0)
+        shares = []
+        for counts_K in self._counts_CK.cpu().flip(1):
+            taken = max(1, round(fraction * int(counts_K.sum())))
+            greatest_K = torch.minimum(counts_K, (taken - counts_K.cumsum(0) + counts_K).clamp(min=0))
+            squares, of_all = ((counts * middles_K.square()).sum().item() for counts in (greatest_K, counts_K))
+            shares.append(squares / of_all if of_all > 0 else 0.0)
+        return shares
+
     def values(self) -> list[float]:
         """The medians; 0 where nothing was added."""
         running_CK = self._counts_CK.cumsum(1)
@@ -127,9 +116,10 @@ class Medians:
 
 
 class ReconstructionMetrics(NamedTuple):
-    """Of one layer, or of all jointly; see `DEFINITIONS`. None where a denominator is zero."""
+    """Of one layer, or of all jointly. None where a denominator is zero."""
 
     explained_variance: float | None
+    explained_variance_with_outliers: float | None
     fraction_unexplained: float | None
     explained_variance_legacy: float | None
     explained_variance_of_residual: float | None
@@ -140,6 +130,26 @@ class ReconstructionMetrics(NamedTuple):
     mean_squared_error: float | None
 
 
+class SquaredNorms(NamedTuple):
+    """Of each position and layer, float64: what every approximation of the same activations is held against."""
+
+    centered_BL: Tensor
+    """|x - mean|^2"""
+    raw_BL: Tensor
+    """|x|^2"""
+
+
+def squared_norms(acts_BLD: Tensor, mean_LD: Tensor) -> SquaredNorms:
+    """Those of B positions."""
+    raw_BL = acts_BLD.new_empty(acts_BLD.shape[:2], dtype=torch.float64)
+    centered_BL = torch.empty_like(raw_BL)
+    for part in chunks(len(acts_BLD), mean_LD.numel(), acts_BLD.device):
+        acts = acts_BLD[part].double()
+        raw_BL[part] = acts.square().sum(-1)
+        centered_BL[part] = (acts - mean_LD).square_().sum(-1)
+    return SquaredNorms(centered_BL, raw_BL)
+
+
 class Reconstruction:
     """How well an approximation of the activations of some layers does, from what is added batch by batch.
 
@@ -147,41 +157,49 @@ class Reconstruction:
     ----------
     mean_LD : the layers' means over the very positions that will be added.
     scale_L : the factors by which the layers are multiplied to be put side by side in the joint column.
+    spread_with_outliers_L : sum of |x - mean|^2 with the outliers, mean and sum over all positions; None where there are none.
     """
 
-    def __init__(self, mean_LD: Tensor, scale_L: Tensor) -> None:
+    def __init__(self, mean_LD: Tensor, scale_L: Tensor, spread_with_outliers_L: Tensor | None = None) -> None:
         columns, device = len(mean_LD) + 1, mean_LD.device
         self.num_positions = 0
         self._mean_LD = mean_LD.double()
         self._weight_L = scale_L.to(device).double().square()
+        self._spread_with_outliers_L = spread_with_outliers_L
         self._error_sum_LD = torch.zeros_like(self._mean_LD)
         self._sums_TC = torch.zeros(len(_Sums._fields), columns, dtype=torch.float64, device=device)
+        self._outlier_error_L = torch.zeros(len(mean_LD), dtype=torch.float64, device=device)
         self._error_median = Medians(columns, device)
         self._norm_median = Medians(columns, device)
 
-    def add(self, acts_BLD: Tensor, approximations_BLD: Tensor) -> None:
-        for part in _chunks(len(acts_BLD), self._mean_LD.numel(), acts_BLD.device):
-            self._add_chunk(acts_BLD[part].double(), approximations_BLD[part].double())
+    def add(self, acts_BLD: Tensor, approximations_BLD: Tensor, norms: SquaredNorms | None = None) -> None:
+        """Adds positions that count; `norms` where the caller has them already."""
+        norms = norms or squared_norms(acts_BLD, self._mean_LD)
+        for part in chunks(len(acts_BLD), self._mean_LD.numel(), acts_BLD.device):
+            self._add_chunk(acts_BLD[part].double(), approximations_BLD[part].double(), norms.centered_BL[part], norms.raw_BL[part])
         self.num_positions += len(acts_BLD)
 
-    def _add_chunk(self, acts_BLD: Tensor, approximations_BLD: Tensor) -> None:
+    def add_outliers(self, acts_BLD: Tensor, approximations_BLD: Tensor) -> None:
+        """Adds positions that count in `explained_variance_with_outliers` alone."""
+        for part in chunks(len(acts_BLD), self._mean_LD.numel(), acts_BLD.device):
+            self._outlier_error_L += (acts_BLD[part].double() - approximations_BLD[part].double()).square().sum((0, 2))
+
+    def _add_chunk(self, acts_BLD: Tensor, approximations_BLD: Tensor, centered_BL: Tensor, norm_BL: Tensor) -> None:
         error_BLD = acts_BLD - approximations_BLD
         self._error_sum_LD += error_BLD.sum(0)
-        error_BC = self._columns(error_BLD.square())
-        centered_BC = self._columns((acts_BLD - self._mean_LD).square())
-        norm_BC = self._columns(acts_BLD.square())
-        approximation_BC = self._columns(approximations_BLD.square())
-        product_BC = self._columns(acts_BLD * approximations_BLD)
+        error_BL, approximation_BL = error_BLD.square_().sum(-1), approximations_BLD.square().sum(-1)
+        # |x - x_hat|^2 is |x|^2 + |x_hat|^2 - 2 x . x_hat: one pass over the activations less.
+        product_BL = (norm_BL + approximation_BL - error_BL) / 2
+        columns = [self._columns(sums_BL) for sums_BL in (error_BL, centered_BL, norm_BL, approximation_BL, product_BL)]
+        error_BC, centered_BC, norm_BC, _, _ = columns
         varies_BC = centered_BC > 0
         ratio_BC = torch.where(varies_BC, error_BC / centered_BC.where(varies_BC, 1.0), 0.0)
-        terms = (error_BC, centered_BC, norm_BC, approximation_BC, product_BC, ratio_BC, varies_BC.double())
-        self._sums_TC += torch.stack([term_BC.sum(0) for term_BC in terms])
+        self._sums_TC += torch.stack([term_BC.sum(0) for term_BC in (*columns, ratio_BC, varies_BC.double())])
         self._error_median.add(error_BC.sqrt())
         self._norm_median.add(norm_BC.sqrt())
 
-    def _columns(self, products_BLD: Tensor) -> Tensor:
-        """Summed over the width, with the joint column (layers weighted by their squared scale) added at the end."""
-        sums_BL = products_BLD.sum(-1)
+    def _columns(self, sums_BL: Tensor) -> Tensor:
+        """With the joint column (layers weighted by their squared scale) added at the end."""
         return torch.cat([sums_BL, (sums_BL * self._weight_L).sum(-1, keepdim=True)], dim=-1)
 
     def layers(self) -> list[ReconstructionMetrics]:
@@ -192,20 +210,28 @@ class Reconstruction:
 
     def mean_over_layers(self) -> ReconstructionMetrics:
         """Of each number the mean of the layers' values, None if a layer has none."""
-        return ReconstructionMetrics(*[_mean(values) for values in zip(*self.layers(), strict=True)])
+        return ReconstructionMetrics(*[mean(values) for values in zip(*self.layers(), strict=True)])
 
     def _all(self) -> list[ReconstructionMetrics]:
         mean_error_LD = self._error_sum_LD / max(1, self.num_positions)
-        constant_C = self._columns(mean_error_LD.square()[None])[0] * self.num_positions
+        constant_C = self._columns(mean_error_LD.square().sum(-1)[None])[0] * self.num_positions
+        spread_C = self._sums_TC[_Sums._fields.index("centered")]
+        if self._spread_with_outliers_L is not None:
+            spread_C = self._columns(self._spread_with_outliers_L[None])[0]
+        outlier_error_C = self._columns(self._outlier_error_L[None])[0]
         medians = zip(self._error_median.values(), self._norm_median.values(), strict=True)
-        columns = zip(self._sums_TC.T.tolist(), constant_C.tolist(), medians, strict=True)
-        return [self._metrics(_Sums(*terms), constant, *pair) for terms, constant, pair in columns]
+        others = zip(constant_C.tolist(), outlier_error_C.tolist(), spread_C.tolist(), strict=True)
+        columns = zip(self._sums_TC.T.tolist(), others, medians, strict=True)
+        return [self._metrics(_Sums(*terms), *other, *pair) for terms, other, pair in columns]
 
-    def _metrics(self, sums: "_Sums", constant_error: float, error_median: float, norm_median: float) -> ReconstructionMetrics:
+    def _metrics(
+        self, sums: "_Sums", constant_error: float, outlier_error: float, spread: float, error_median: float, norm_median: float
+    ) -> ReconstructionMetrics:
         unexplained = ratio(sums.error, sums.centered)
         squared_norm_ratio = ratio(sums.approximation, sums.norm)
         return ReconstructionMetrics(
             explained_variance=_one_minus(unexplained),
+            explained_variance_with_outliers=_one_minus(ratio(sums.error + outlier_error, spread)),
             fraction_unexplained=unexplained,
             explained_variance_legacy=_one_minus(ratio(sums.ratios, sums.num_ratios)),
             explained_variance_of_residual=_one_minus(ratio(sums.error - constant_error, sums.centered)),
@@ -233,7 +259,8 @@ def _one_minus(value: float | None) -> float | None:
     return None if value is None else 1.0 - value
 
 
-def _mean(values: tuple[float | None, ...]) -> float | None:
+def mean(values: Sequence[float | None]) -> float | None:
+    """None if there is none, or one of them is None."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
@@ -269,18 +296,12 @@ class Predictions:
         self.num_predictions = 0
         self._sums_2 = torch.zeros(2, dtype=torch.float64, device=device)
 
-    def add(self, logits_BSV: Tensor, targets_BS: Tensor, counted_BS: Tensor, clean_logits_BSV: Tensor) -> None:
-        """Adds the positions where `counted_BS` is true; `targets_BS` holds the token that follows each position."""
-        rows = counted_BS.flatten().nonzero().squeeze(1)
-        logits_NV, clean_NV, targets_N = logits_BSV.flatten(0, 1), clean_logits_BSV.flatten(0, 1), targets_BS.flatten()
-        for part in _chunks(len(rows), logits_NV.shape[-1], logits_NV.device):
-            chosen = rows[part]
-            log_p = logits_NV[chosen].float().log_softmax(-1)
-            clean_log_p = clean_NV[chosen].float().log_softmax(-1)
-            loss_N = -log_p.gather(1, targets_N[chosen, None]).squeeze(1)
-            divergence_N = (clean_log_p.exp() * (clean_log_p - log_p)).sum(-1)
-            self._sums_2 += torch.stack([loss_N.double().sum(), divergence_N.double().sum()])
-        self.num_predictions += len(rows)
+    def add(self, log_p_NV: Tensor, targets_N: Tensor, clean_log_p_NV: Tensor) -> None:
+        """Adds predictions: the log-probabilities of the changed and the clean model, and the token that came."""
+        loss_N = -log_p_NV.gather(1, targets_N[:, None]).squeeze(1)
+        divergence_N = (clean_log_p_NV.exp() * (clean_log_p_NV - log_p_NV)).sum(-1)
+        self._sums_2 += torch.stack([loss_N.double().sum(), divergence_N.double().sum()])
+        self.num_predictions += len(targets_N)
 
     @property
     def cross_entropy(self) -> float:

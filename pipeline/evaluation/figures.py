@@ -20,7 +20,7 @@ class LayerBars(NamedTuple):
 
     layer: str
     crosscoder: float | None
-    other_layer_matched: float | None
+    affine: float | None
     """Of the best other layer; None where there is no other."""
     other_layer: float | None
 
@@ -65,7 +65,7 @@ def explained_variance(path: Path, bars: Sequence[LayerBars]) -> None:
     figure, axes = _new_figure(max(6.5, 1.5 + 1.2 * len(bars)), 4.0)
     kinds = {
         "crosscoder": (ALIVE, "crosscoder"),
-        "other_layer_matched": (BASELINE, "best other layer, mean and scale matched"),
+        "affine": (BASELINE, "affine map from the best other layer"),
         "other_layer": (FAINT_BASELINE, "best other layer, as it is"),
     }
     shown = [field for field in kinds if any(getattr(bar, field) is not None for bar in bars)]

@@ -1,7 +1,7 @@
-"""The part of a held-out token set that is measured, and which of its positions and predictions count.
+"""The parts of a token set that an evaluation reads, and which of their positions and predictions count.
 
 - A position is encoded, compared and replaced if it is not position 0 of its context and not padding: as in training, where
-  the end-of-text id that stands for a separator is a position like any other.
+  the end-of-text id that stands for a separator is a position like any other. Outliers are taken away from these later.
 - A prediction counts if it is made at such a position and the token that follows is of the same document. So the end of a
   document is to be predicted from its last token, and the first token of the next document is not: nothing before it tells.
 
@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,6 +29,12 @@ from pipeline.config.errors import UserError
 from pipeline.contexts import Contexts
 from pipeline.interventions import replaceable
 from pipeline.permutation import Permutation
+
+LEADING_TOKENS = 65_536
+"""A layer's median norm is taken over so many held-out tokens; it then differs from another sample's by far less than a norm over
+ten medians does from the rest."""
+
+Indices = npt.NDArray[np.int64]
 
 
 class HeldOutBatch(NamedTuple):
@@ -38,40 +45,107 @@ class HeldOutBatch(NamedTuple):
     """The token after each position."""
     counted_BS: Tensor
     """The predictions that count."""
+    indices_B: Indices
+    """Numbers of the contexts in the token set, on the CPU."""
 
 
 class HeldOut:
-    """The contexts that are measured: all of a token set, or whole contexts drawn by a seed up to `max_tokens`."""
+    """Some contexts of a token set, in the order of `indices`, whatever the batches are."""
 
-    def __init__(self, contexts: Contexts, *, max_tokens: int | None, seed: int, batch_contexts: int, device: torch.device) -> None:
+    def __init__(self, contexts: Contexts, indices: Indices, *, batch_contexts: int, device: torch.device) -> None:
         self._contexts = contexts
         self._batch_contexts = batch_contexts
         self._device = device
-        self.indices = np.arange(len(contexts))
-        self.num_there = int(contexts.lengths.sum())
-        """Tokens of the whole set, separators and beginnings of text counted."""
-        if max_tokens is not None and self.num_there > max_tokens:
-            drawn = Permutation(len(contexts), seed=seed).all().numpy()
-            num_fitting = int(np.searchsorted(np.cumsum(contexts.lengths[drawn]), max_tokens, side="right"))
-            self.indices = np.sort(drawn[:num_fitting])
-        self.num_tokens = int(contexts.lengths[self.indices].sum())
-        if not len(self.indices) or int(contexts.lengths[self.indices].max()) < 3:
-            raise UserError(
-                f"{contexts.tokens.directory} gives {len(self.indices):,} contexts of at most {contexts.context_tokens:,} tokens for "
-                f"max_tokens {max_tokens}, none of 3 tokens or more: nothing could be measured; allow more tokens or take another set"
-            )
+        self.indices = indices
+        self.num_tokens = int(contexts.lengths[indices].sum())
 
     def batches(self) -> Iterator[HeldOutBatch]:
         for start in range(0, len(self.indices), self._batch_contexts):
             yield self._batch(self.indices[start : start + self._batch_contexts])
 
-    def _batch(self, indices: np.ndarray[tuple[int], np.dtype[np.int64]]) -> HeldOutBatch:
-        read = self._contexts.read(indices)
+    def _batch(self, indices_B: Indices) -> HeldOutBatch:
+        read = self._contexts.read(indices_B)
         longest = int(read.lengths_B.max())
         tokens_BS = torch.from_numpy(read.tokens_BS[:, :longest])
         documents_BS = torch.from_numpy(read.documents_BS[:, :longest].astype(np.int64))
         replaced_BS = replaceable(torch.from_numpy(read.lengths_B), longest)
         counted_BS = torch.zeros_like(replaced_BS)
         counted_BS[:, :-1] = replaced_BS[:, :-1] & replaced_BS[:, 1:] & (documents_BS[:, :-1] == documents_BS[:, 1:])
-        batch = HeldOutBatch(tokens_BS, replaced_BS, tokens_BS.roll(-1, dims=1), counted_BS)
-        return HeldOutBatch(*[tensor.to(self._device) for tensor in batch])
+        tensors = (tokens_BS, replaced_BS, tokens_BS.roll(-1, dims=1), counted_BS)
+        tokens_BS, replaced_BS, targets_BS, counted_BS = (tensor.to(self._device) for tensor in tensors)
+        return HeldOutBatch(tokens_BS, replaced_BS, targets_BS, counted_BS, indices_B)
+
+
+class Parts(NamedTuple):
+    """What is read of a held-out set, in whole contexts."""
+
+    measured: HeldOut
+    leading: HeldOut
+    """Some of the measured ones, for medians."""
+    fitted: HeldOut
+    """What baselines are fitted on."""
+    num_there: int
+    """Tokens of the held-out set that could have been measured, separators and beginnings of text counted."""
+
+
+def divide(
+    contexts: Contexts,
+    training: Contexts | None,
+    *,
+    max_tokens: int | None,
+    fit_tokens: int,
+    seed: int,
+    batch_contexts: int,
+    device: torch.device,
+) -> Parts:
+    """Draws the contexts that are measured, and those that baselines are fitted on: of the training text, else of the same set.
+
+    In the second case they are taken away from the measured ones, where the set doesn't hold enough for both; a quarter at most.
+    Raises `UserError` where too little is left to measure.
+    """
+    total = int(contexts.lengths.sum())
+    kept_back = min(fit_tokens, max(total // 4, int(contexts.lengths.max(initial=0)))) if training is None else 0
+    limit = total - kept_back if max_tokens is None else min(max_tokens, total - kept_back)
+    measured, following = draw(contexts.lengths, [limit, kept_back], seed)
+    fitted = following if training is None else draw(training.lengths, [fit_tokens], seed)[0]
+    directory, length = contexts.tokens.directory, contexts.context_tokens
+    if not len(measured) or int(contexts.lengths[measured].max()) < 3:
+        beside = f" and {len(following):,} to fit baselines on" if training is None else ""
+        raise UserError(
+            f"{directory} gives {len(measured):,} contexts of at most {length:,} tokens to measure{beside} for max_tokens {max_tokens}, "
+            "none of 3 tokens or more: nothing could be measured; allow more tokens or take another set"
+        )
+    if not len(fitted):
+        raise UserError(
+            f"{(training or contexts).tokens.directory} gives no context of at most {length:,} tokens for fit_tokens {fit_tokens:,}: "
+            "baselines could not be fitted; allow more tokens, or name training_tokens"
+        )
+    settings = {"batch_contexts": batch_contexts, "device": device}
+    num_leading = max(1, int(np.searchsorted(np.cumsum(contexts.lengths[measured]), LEADING_TOKENS, side="right")))
+    return Parts(
+        HeldOut(contexts, np.sort(measured), **settings),  # type: ignore[arg-type]
+        HeldOut(contexts, measured[:num_leading], **settings),  # type: ignore[arg-type]
+        HeldOut(training or contexts, fitted, **settings),  # type: ignore[arg-type]
+        total - kept_back,
+    )
+
+
+def draw(lengths: Indices, budgets: list[int], seed: int) -> list[Indices]:
+    """Contexts in an order drawn by `seed`: as many as the first budget of tokens lets through, of the following the second, and so on.
+
+    Only as much of the order is computed as is needed: a training set can have 300 million contexts.
+    """
+    permutation = Permutation(len(lengths), seed=seed)
+    count = min(len(lengths), 2 * sum(budgets) // int(lengths.max(initial=1)) + len(budgets) + 1)
+    while True:
+        order = permutation(torch.arange(count)).numpy()
+        ends = np.cumsum(lengths[order])
+        if count == len(lengths) or ends[-1] > sum(budgets):
+            break
+        count = min(len(lengths), 2 * count)
+    chosen, first, used = list[Indices](), 0, 0
+    for budget in budgets:
+        last = int(np.searchsorted(ends, used + budget, side="right"))
+        chosen.append(order[first:last])
+        first, used = last, int(ends[last - 1]) if last else 0
+    return chosen

@@ -1,42 +1,48 @@
 """How well a crosscoder stands in for the activations of a held-out set: the measurements, batch by batch.
 
-Two passes over the same contexts. The first gives each layer's mean; the second compares every position's activations with
-their reconstructions and with the baselines, and runs the language model with each of them in place of the activations.
-`pipeline.evaluation.held_out` says which positions and predictions count.
+Before this pass others have found which positions are outliers, each layer's mean, and the baselines. It compares every
+position's activations with their reconstructions and with the baselines, and runs the language model with each of them in
+place of the activations. `pipeline.evaluation.held_out` says which positions and predictions count.
 
-B contexts in a batch, S positions in a context, N positions that count in a batch, L layers, D model width, F features.
+B contexts in a batch, S positions in a context, N positions that count in a batch, without outliers, M outliers, X layers read,
+the first L of them the crosscoder's, K layers covered, D model width.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder
-from pipeline.crosscoder.metrics import FiringCounts, LayerMoments, Predictions, Reconstruction, ReconstructionMetrics, recovered
-from pipeline.evaluation.held_out import HeldOut, HeldOutBatch
-from pipeline.interventions import Intervention, clean_run, put, zero
+from pipeline.crosscoder.metrics import (
+    FiringCounts,
+    Medians,
+    Reconstruction,
+    ReconstructionMetrics,
+    SquaredNorms,
+    mean,
+    recovered,
+    squared_norms,
+)
+from pipeline.evaluation import approximations
+from pipeline.evaluation.approximations import Approximation
+from pipeline.evaluation.as_trained import EncodingAsTrained
+from pipeline.evaluation.driving import Driving
+from pipeline.evaluation.held_out import HeldOutBatch
+from pipeline.evaluation.outliers import FEW, HeldOutMoments, LayerOutliers, OutlierLimits
+from pipeline.evaluation.predictions import ReplacedPredictions, Stand
+from pipeline.interventions import clean_run, put
 from pipeline.language_model import LanguageModel
 from pipeline.run import Run
 
-FEATURES_AT_A_TIME = 1 << 26
-"""At most so many numbers of features_BF exist at once: 256 MiB."""
-
-
-class Stand(NamedTuple):
-    """What stands in for the activations of a layer; the rows of every table are named by it."""
-
-    layer: str
-    """A layer; in reconstruction also `joint` and `mean_over_layers`, in cross-entropy also `all`."""
-    by: str
-    """crosscoder, mean, zero, other_layer or other_layer_matched."""
-    source: str | None = None
-    """The other layer, where one is taken."""
+JOINT, MEAN_OVER_LAYERS, SPLIT = "joint", "mean_over_layers", "split"
+STRONGEST = "strongest_baseline"
+ABLATIONS = ("mean", "zero")
 
 
 class Loss(NamedTuple):
-    """What a replacement does to the model's predictions; see `metrics.DEFINITIONS`."""
+    """What a replacement does to the model's predictions; see `pipeline.evaluation.definitions`."""
 
     cross_entropy: float
     difference: float
@@ -45,180 +51,237 @@ class Loss(NamedTuple):
     recovered_against_mean: float | None
 
 
+class Compared(NamedTuple):
+    """Another trained crosscoder, whose reconstructions are rows beside this one's."""
+
+    label: str
+    trained: TrainedCrosscoder
+
+
 class Measurements(NamedTuple):
-    num_contexts: int
-    num_tokens: int
+    layers: list[str]
+    """Those that the crosscoder reconstructs: all, unless no group of features writes some."""
     num_positions: int
+    """Outliers not counted."""
+    num_outliers: int
     num_predictions: int
     firing: FiringCounts
     l0_as_trained: float | None
+    compared_firing: dict[str, FiringCounts]
+    outliers: list[LayerOutliers]
     reconstruction: dict[Stand, ReconstructionMetrics]
     clean_cross_entropy: float
     losses: dict[Stand, Loss]
-
-
-def layer_moments(language_model: LanguageModel, layers: list[str], held_out: HeldOut, run: Run) -> LayerMoments:
-    """The first pass: mean and spread of each layer's activations over the positions that count."""
-    moments = LayerMoments(len(layers), language_model.d_model, language_model.device)
-    done = 0
-    for batch in held_out.batches():
-        run.check_stop()
-        moments.add(language_model.activations(batch.tokens_BS, layers)[batch.replaced_BS])
-        done += len(batch.tokens_BS)
-        run.report("means", done, len(held_out.indices), unit="contexts")
-    return moments
+    driving: Driving
 
 
 class Measurement:
-    """The second pass: adds up batches, and gives the results at the end.
+    """The last pass: adds up batches, and gives the results at the end.
 
     Parameters
     ----------
-    moments : from the first pass over the same contexts.
-    other_layer_distance : another layer's activation is spliced in for layers at most so many places apart.
-    training_batch_positions : over groups of so many positions a BatchTopK crosscoder is also encoded as in training.
+    moments : from a pass over the same contexts.
+    baselines : fitted on other contexts.
+    compared : other crosscoders of the same model; what they read beyond this one's layers is read too.
+    spliced_baselines : so many of the baselines are spliced in at each layer.
+    seed : of the division of positions among layers.
     """
 
     def __init__(
         self,
         trained: TrainedCrosscoder,
         language_model: LanguageModel,
-        moments: LayerMoments,
+        limits: OutlierLimits,
+        moments: HeldOutMoments,
+        baselines: list[Approximation],
+        compared: list[Compared],
         *,
-        other_layer_distance: int,
-        training_batch_positions: int,
+        spliced_baselines: int,
+        seed: int,
     ) -> None:
-        self._trained, self._language_model = trained, language_model
-        self._layers = trained.layers
-        self._mean_LD = moments.mean_LD
-        self._spread_L = moments.mean_squared_centered_norm_L.sqrt()
-        device, scale_L = language_model.device, trained.normalizer.scale_L
+        self._language_model, self._limits, self._moments = language_model, limits, moments
+        self._layers, self._targets, self._seed = trained.layers, approximations.written_layers(trained), seed
+        self._layers_read = list(dict.fromkeys([*trained.layers, *(layer for run in compared for layer in run.trained.layers)]))
+        device = language_model.device
         self._firing = FiringCounts(trained.num_features, device)
-        self._as_trained = EncodingAsTrained(trained, training_batch_positions, device)
-        self._whole = {by: Reconstruction(self._mean_LD, scale_L) for by in ("crosscoder", "mean")}
-        self._pairs = {pair: Reconstruction(self._mean_LD[[to]], scale_L[[to]]) for pair, to, _ in self._other_layers()}
-        self._spliced_pairs = [pair for pair, to, source in self._other_layers() if abs(to - source) <= other_layer_distance]
-        self._clean = Predictions(device)
-        self._predictions: dict[Stand, Predictions] = {}
+        self._compared_firing = {run.label: FiringCounts(run.trained.num_features, device) for run in compared}
+        self._as_trained = EncodingAsTrained(trained, trained.batch_positions, device)
+        self._driving = Driving(trained, moments.inliers.mean_LD)
+        self._distances = Medians(len(self._layers), device)
+        self._predictions = ReplacedPredictions(language_model)
+        self._num_outliers = 0
+        others = [*self._of_runs(trained, compared), *approximations.ablations(moments.inliers.mean_LD)]
+        baselines = [approximations.only_at(baseline, self._targets) for baseline in baselines]
+        self._approximations = [*(approximations.only_at(other, self._targets) for other in others), *baselines]
+        self._sums = [self._sums_of(approximation) for approximation in self._approximations]
+        self._strongest = strongest_baselines(baselines)
+        self._spliced = spliced_at(self._approximations, baselines, spliced_baselines)
 
-    def _other_layers(self) -> list[tuple[Stand, int, int]]:
-        """Each ordered pair of layers, raw and matched, with the indices of the layer replaced and the layer taken."""
-        pairs = [(to, source) for to in range(len(self._layers)) for source in range(len(self._layers)) if to != source]
-        kinds = ("other_layer", "other_layer_matched")
-        return [(Stand(self._layers[to], by, self._layers[source]), to, source) for to, source in pairs for by in kinds]
+    def _of_runs(self, trained: TrainedCrosscoder, compared: list[Compared]) -> list[Approximation]:
+        def seen(acts_NLD: Tensor, features_NF: Tensor) -> None:
+            self._firing.add(features_NF)
+            self._driving.add(acts_NLD, features_NF)
+
+        layers, read = self._layers, self._layers_read
+        found = [approximations.of_run("crosscoder", None, trained, layers, read, seen)]
+        if trained.crosscoder.dense is not None:
+            found.append(approximations.dense_path(trained))
+        for label, other in compared:
+            firing = self._compared_firing[label]
+            found.append(approximations.of_run("compared", label, other, layers, read, lambda _, features_NF, f=firing: f.add(features_NF)))  # type: ignore[misc]
+        return found
+
+    def _sums_of(self, approximation: Approximation) -> Reconstruction:
+        inliers, covered = self._moments.inliers, approximation.covered
+        # A layer that never varies has weight 0.
+        scale_L = torch.where(inliers.spread_L > 0, inliers.spread_L.clamp(min=torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
+        return Reconstruction(inliers.mean_LD[covered], scale_L[covered], self._moments.everything.spread_L[covered])
+
+    @property
+    def num_forward_passes(self) -> int:
+        """Of the language model, a batch: the clean one, each layer alone, and the positions split among layers."""
+        num_split = 0 if len(self._targets) == 1 else 1 + len(ABLATIONS) + (1 if self._strongest else 0)
+        return 1 + sum(len(layers) for layers in self._spliced) + num_split
 
     @torch.inference_mode()
     def add(self, batch: HeldOutBatch, run: Run) -> None:
         """Adds a batch; raises `Stopped` before the next forward pass when the run was asked to stop."""
-        clean = clean_run(self._language_model, batch.tokens_BS, self._layers)
-        acts_NLD = clean.acts_BSLD[batch.replaced_BS].float()
-        reconstructions_NLD = self._reconstruct(acts_NLD)
-        self._as_trained.add(acts_NLD)
-        self._whole["crosscoder"].add(acts_NLD, reconstructions_NLD)
-        self._whole["mean"].add(acts_NLD, self._mean_LD.expand_as(acts_NLD))
-        self._clean.add(clean.logits_BSV, batch.targets_BS, batch.counted_BS, clean.logits_BSV)
-        for stand, replace in self._replacements(acts_NLD, reconstructions_NLD, batch.replaced_BS):
-            run.check_stop()
-            logits_BSV = self._language_model.logits(batch.tokens_BS, replace)
-            sums = self._predictions.setdefault(stand, Predictions(self._language_model.device))
-            sums.add(logits_BSV, batch.targets_BS, batch.counted_BS, clean.logits_BSV)
+        clean = clean_run(self._language_model, batch.tokens_BS, self._layers_read)
+        read_NXD = clean.acts_BSLD[batch.replaced_BS].float()
+        outlier_N = self._limits.are_outliers(read_NXD[:, : len(self._layers)])
+        acts_NXD, outliers_MXD = read_NXD[~outlier_N], read_NXD[outlier_N]
+        replaced_BS = batch.replaced_BS.masked_scatter(batch.replaced_BS, ~outlier_N)
+        splicing = Splicing(self._language_model, self._predictions, batch, replaced_BS, run)
+        splicing.begin(clean.hidden_BSD)
+        self._num_outliers += len(outliers_MXD)
+        self._as_trained.add(acts_NXD[:, : len(self._layers)])
+        norms = squared_norms(acts_NXD[:, : len(self._layers)], self._moments.inliers.mean_LD)
+        self._distances.add(norms.centered_BL.sqrt())
+        parts_BS = self._parts(batch)
+        strongest: dict[str, Tensor] = {}
+        for index, (approximation, sums) in enumerate(zip(self._approximations, self._sums, strict=True)):
+            covered = approximation.covered
+            values_NKD = (approximation.give_and_count or approximation.give)(acts_NXD)
+            sums.add(acts_NXD[:, covered], values_NKD, SquaredNorms(*[norms_BL[:, covered] for norms_BL in norms]))
+            if len(outliers_MXD):
+                sums.add_outliers(outliers_MXD[:, covered], approximation.give(outliers_MXD))
+            values = {self._layers[layer]: values_NKD[:, place] for place, layer in enumerate(covered)}
+            for source, layer in zip(approximation.sources, covered, strict=True):
+                name = self._layers[layer]
+                if layer in self._spliced[index]:
+                    splicing.alone(Stand(name, approximation.by, source), values[name])
+                if self._strongest.get(layer) is approximation:
+                    strongest[name] = values[name]
+            if approximation.by in ("crosscoder", *ABLATIONS) and len(self._targets) > 1:
+                splicing.split(Stand(SPLIT, approximation.by), values, parts_BS)
+        if strongest and len(self._targets) > 1:
+            splicing.split(
+                Stand(SPLIT, STRONGEST), {self._layers[layer]: strongest[self._layers[layer]] for layer in self._targets}, parts_BS
+            )
+        self._predictions.end()
 
-    def _reconstruct(self, acts_NLD: Tensor) -> Tensor:
-        """One encode of all layers by the inference form, and its decoding; counts what fires."""
-        reconstructions = [torch.empty_like(acts_NLD[:0])]
-        for part_NLD in torch.split(acts_NLD, max(1, FEATURES_AT_A_TIME // self._trained.num_features)):
-            features_NF = self._trained.encode(part_NLD)
-            self._firing.add(features_NF)
-            reconstructions.append(self._trained.decode(features_NF, part_NLD))
-        return torch.cat(reconstructions)
+    def _parts(self, batch: HeldOutBatch) -> Tensor:
+        """Which layer each position is replaced at where positions are split: drawn for a context by its number, whatever its batch."""
+        width = batch.tokens_BS.shape[1]
+        drawn = [np.random.default_rng([self._seed, int(index)]).integers(len(self._targets), size=width) for index in batch.indices_B]
+        return torch.from_numpy(np.stack(drawn)).to(batch.tokens_BS.device)
 
-    def _replacements(
-        self, acts_NLD: Tensor, reconstructions_NLD: Tensor, replaced_BS: Tensor
-    ) -> Iterator[tuple[Stand, dict[str, Intervention]]]:
-        """Every changed run of a batch: each layer alone, by each stand-in, and all layers together."""
-        together: dict[str, dict[str, Intervention]] = {"crosscoder": {}, "mean": {}, "zero": {}}
-        for index, layer in enumerate(self._layers):
-            together["crosscoder"][layer] = put(reconstructions_NLD[:, index], replaced_BS)
-            together["mean"][layer] = put(self._mean_LD[index], replaced_BS)
-            together["zero"][layer] = zero(replaced_BS)
-            for by, replace in together.items():
-                yield Stand(layer, by), {layer: replace[layer]}
-        for by, replace in together.items():
-            yield Stand("all", by), replace
-        for stand, to, source in self._other_layers():
-            values_ND = self._other_layer(acts_NLD, to, source, matched=stand.by == "other_layer_matched")
-            self._pairs[stand].add(acts_NLD[:, [to]], values_ND[:, None])
-            if stand in self._spliced_pairs:
-                yield stand, {stand.layer: put(values_ND, replaced_BS)}
+    # -- results --------------------------------------------------------------------------------------------------------------
 
-    def _other_layer(self, acts_NLD: Tensor, to: int, source: int, *, matched: bool) -> Tensor:
-        """Layer `source` in place of layer `to`, as it is or moved and scaled to that layer's mean and spread; float64."""
-        values_ND = acts_NLD[:, source].double()
-        if not matched:
-            return values_ND
-        spread = self._spread_L[source]
-        gain = torch.where(spread > 0, self._spread_L[to] / spread, 0.0)
-        return self._mean_LD[to] + (values_ND - self._mean_LD[source]) * gain
-
-    def results(self, held_out: HeldOut) -> Measurements:
+    def results(self) -> Measurements:
         reconstruction: dict[Stand, ReconstructionMetrics] = {}
-        for by, sums in self._whole.items():
-            reconstruction |= {Stand(layer, by): found for layer, found in zip(self._layers, sums.layers(), strict=True)}
-            reconstruction |= {Stand("joint", by): sums.joint(), Stand("mean_over_layers", by): sums.mean_over_layers()}
-        reconstruction |= {pair: sums.layers()[0] for pair, sums in self._pairs.items()}
+        for approximation, sums in zip(self._approximations, self._sums, strict=True):
+            by, of_layers = approximation.by, sums.layers()
+            for source, layer, found in zip(approximation.sources, approximation.covered, of_layers, strict=True):
+                reconstruction[Stand(self._layers[layer], by, source)] = found
+            if len(approximation.covered) == len(self._targets):
+                run = approximation.sources[0] if by == "compared" else None
+                reconstruction[Stand(JOINT, by, run)] = sums.joint()
+                reconstruction[Stand(MEAN_OVER_LAYERS, by, run)] = sums.mean_over_layers()
         return Measurements(
-            num_contexts=len(held_out.indices),
-            num_tokens=held_out.num_tokens,
+            layers=[self._layers[layer] for layer in self._targets],
             num_positions=self._firing.num_positions,
-            num_predictions=self._clean.num_predictions,
+            num_outliers=self._num_outliers,
+            num_predictions=self._predictions.clean.num_predictions,
             firing=self._firing,
             l0_as_trained=self._as_trained.l0(),
+            compared_firing=self._compared_firing,
+            outliers=self._moments.by_layer(self._layers, self._limits, self._distances.share_of_greatest(FEW)),
             reconstruction=reconstruction,
-            clean_cross_entropy=self._clean.cross_entropy,
-            losses={stand: self._loss(stand) for stand in self._predictions},
+            clean_cross_entropy=self._predictions.clean.cross_entropy,
+            losses=self._losses(),
+            driving=self._driving,
         )
 
+    def _losses(self) -> dict[Stand, Loss]:
+        losses = {stand: self._loss(stand) for stand in self._predictions.changed}
+        alone: dict[Stand, list[Loss]] = {}
+        for stand, loss in losses.items():
+            if stand.layer != SPLIT:
+                run = stand.source if stand.by == "compared" else None
+                alone.setdefault(Stand(MEAN_OVER_LAYERS, stand.by, run), []).append(loss)
+        for stand, of_layers in alone.items():
+            if len(of_layers) == len(self._targets):
+                losses[stand] = Loss(*[mean(values) for values in zip(*of_layers, strict=True)])  # type: ignore[arg-type]
+        return losses
+
     def _loss(self, stand: Stand) -> Loss:
-        found, clean = self._predictions[stand], self._clean.cross_entropy
-        against = {by: self._predictions[Stand(stand.layer, by)].cross_entropy for by in ("zero", "mean")}
+        found, clean = self._predictions.changed[stand], self._predictions.clean.cross_entropy
+        against = {by: self._predictions.changed[Stand(stand.layer, by)].cross_entropy for by in ABLATIONS}
         shares = {by: recovered(ablated=ablated, spliced=found.cross_entropy, clean=clean) for by, ablated in against.items()}
         return Loss(found.cross_entropy, found.cross_entropy - clean, found.kl, shares["zero"], shares["mean"])
 
 
-class EncodingAsTrained:
-    """What a BatchTopK crosscoder fires when the features compete within groups of positions, as they did in training.
+class Splicing:
+    """Runs of the language model on one batch with activations replaced."""
 
-    The groups are of consecutive held-out positions whatever the batches are; the last one is smaller.
+    def __init__(
+        self, language_model: LanguageModel, predictions: ReplacedPredictions, batch: HeldOutBatch, replaced_BS: Tensor, run: Run
+    ) -> None:
+        self._language_model, self._predictions, self._batch, self._run = language_model, predictions, batch, run
+        self._replaced_BS = replaced_BS
+        self._counted_BS = batch.counted_BS & replaced_BS
+
+    def begin(self, clean_BSD: Tensor) -> None:
+        """Takes the clean run's last hidden states."""
+        self._predictions.begin(clean_BSD[self._counted_BS], self._batch.targets_BS[self._counted_BS])
+
+    def alone(self, stand: Stand, values_ND: Tensor) -> None:
+        """Replaces one layer at every position that counts."""
+        self._add(stand, {stand.layer: (values_ND, self._replaced_BS)})
+
+    def split(self, stand: Stand, values: dict[str, Tensor], parts_BS: Tensor) -> None:
+        """Replaces each layer at its own part of the positions."""
+        parts_N = parts_BS[self._replaced_BS]
+        at = {layer: self._replaced_BS & (parts_BS == part) for part, layer in enumerate(values)}
+        self._add(stand, {layer: (values[layer][parts_N == part], at[layer]) for part, layer in enumerate(values)})
+
+    def _add(self, stand: Stand, values: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self._run.check_stop()
+        replace = {layer: put(values_ND, where_BS) for layer, (values_ND, where_BS) in values.items()}
+        hidden_BSD = self._language_model.before_head(self._batch.tokens_BS, replace)
+        self._predictions.add(stand, hidden_BSD[self._counted_BS])
+
+
+def strongest_baselines(baselines: list[Approximation]) -> dict[int, Approximation]:
+    """By layer, what explains most on the rows that baselines were fitted on; empty where there are no baselines."""
+    layers = baselines[0].covered if baselines else []
+    return {layer: max(baselines, key=lambda a, place=place: a.fitted[place]) for place, layer in enumerate(layers)}  # type: ignore[misc]
+
+
+def spliced_at(everything: list[Approximation], baselines: list[Approximation], most: int) -> list[set[int]]:
+    """By approximation, the layers at which the language model is run with it.
+
+    Everywhere the crosscoders and the ablations; of the baselines, which all cover the same layers, `most` at each: an affine map
+    from another layer, that layer itself as it is or matched, whichever explains more, then what explains most on the rows that
+    they were fitted on.
     """
-
-    def __init__(self, trained: TrainedCrosscoder, group_positions: int, device: torch.device) -> None:
-        self._trained = trained
-        self._group_positions = group_positions
-        self._firing = FiringCounts(trained.num_features, device)
-        self._applies = trained.config.activation_function.kind in ("topk", "batch_topk")
-        self._waiting: list[Tensor] = []
-
-    def add(self, acts_NLD: Tensor) -> None:
-        if not self._applies:
-            return
-        self._waiting.append(acts_NLD)
-        if sum(map(len, self._waiting)) >= self._group_positions:
-            *groups, rest_NLD = torch.cat(self._waiting).tensor_split(self._cuts())
-            self._waiting = [rest_NLD.clone()]
-            for group_NLD in groups:
-                self._encode(group_NLD)
-
-    def _cuts(self) -> list[int]:
-        total = sum(map(len, self._waiting))
-        return list(range(self._group_positions, total + 1, self._group_positions))
-
-    def _encode(self, group_NLD: Tensor) -> None:
-        if len(group_NLD):
-            self._firing.add(self._trained.encode(group_NLD, as_trained=True))
-
-    def l0(self) -> float | None:
-        """Of everything added, the last group included; None for other activation functions. To be called once, at the end."""
-        if self._waiting:
-            self._encode(torch.cat(self._waiting))
-            self._waiting = []
-        return self._firing.l0 if self._applies else None
+    spliced = [set(a.covered) if a.by in ("crosscoder", "compared", *ABLATIONS) else set[int]() for a in everything]
+    for place, layer in enumerate(baselines[0].covered if baselines else []):
+        ranked = sorted(baselines, key=lambda a, place=place: -a.fitted[place])  # type: ignore[misc]
+        switching = [a for a in ranked if a.by in ("other_layer", "other_layer_matched")][:1]
+        first = [a for a in ranked if a.by == "affine"] + switching
+        rest = [a for a in ranked if all(a is not other for other in first)]
+        for chosen in [*first, *rest][:most]:
+            spliced[next(index for index, a in enumerate(everything) if a is chosen)].add(layer)
+    return spliced

@@ -1,4 +1,4 @@
-"""The tables that an evaluation ends with, as text for a terminal of 100 columns or a log file."""
+"""The wide tables of an evaluation, as text for a terminal of 100 columns or a log file."""
 
 import io
 import re
@@ -8,13 +8,17 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.crosscoder.metrics import ReconstructionMetrics
-from pipeline.evaluation.measurements import Loss, Measurements, Stand
+from pipeline.evaluation.driving import DrivingLayers
+from pipeline.evaluation.measurements import JOINT, MEAN_OVER_LAYERS, SPLIT, Loss, Measurements
+from pipeline.evaluation.outliers import FEW, LayerOutliers
+from pipeline.evaluation.predictions import Stand
+from pipeline.evaluation.verdict import ORDER, number
 
 WIDTH = 100
 
 _RECONSTRUCTION_COLUMNS = {
     "explained_variance": "expl.\nvariance",
-    "fraction_unexplained": "unex-\nplained",
+    "explained_variance_with_outliers": "with\noutliers",
     "explained_variance_legacy": "legacy\nratios",
     "explained_variance_of_residual": "of the\nresidual",
     "explained_norm": "1-|e|²\n/|x|²",
@@ -24,7 +28,7 @@ _RECONSTRUCTION_COLUMNS = {
 }
 _NOTES = """\
 matched: another layer's activation, moved and scaled to this layer's mean and spread
-legacy ratios: mean over positions of 1 - |e|²/|x - mean|²; jointly: in normalized space
+legacy ratios: mean over positions of 1 - |e|²/|x - mean|²; jointly: layers over their spread
 """
 _LOSS_COLUMNS = {
     "cross_entropy": "cross-entropy,\nnats",
@@ -33,70 +37,81 @@ _LOSS_COLUMNS = {
     "recovered_against_zero": "recovered\nagainst zero",
     "recovered_against_mean": "recovered\nagainst mean",
 }
+_OUTLIER_COLUMNS = {
+    "norm_limit": "outliers are\nover norm",
+    "share_of_squared_norm": "they hold\nof |x|²",
+    "share_of_variance": "they hold of\nthe variance",
+    "share_of_few": f"{100 * FEW:g} % of the\nrest hold of it",
+}
 
 
 def tables(found: Measurements, layers: list[str]) -> str:
-    """Reconstruction, cross-entropy, and for each layer a sentence that sets the crosscoder beside taking another layer."""
-    text = "\n".join([_reconstruction(found, layers), _cross_entropy(found, layers), *verdicts(found, layers)])
-    return re.sub(r"\s*\n{2,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines()))
+    """Outliers, reconstruction, cross-entropy, and what drives the features, for all layers that the crosscoder reads."""
+    parts = [_outliers(found.outliers), _reconstruction(found, found.layers), _cross_entropy(found, found.layers)]
+    if len(layers) > 1:
+        parts.append(_driving(found.driving.results(), layers))
+    return re.sub(r"\s*\n{2,}", "\n\n", "\n".join(line.rstrip() for line in "\n".join(parts).splitlines()))
 
 
-def verdicts(found: Measurements, layers: list[str]) -> list[str]:
-    """One sentence a layer: whether splicing in the reconstruction costs less than the best of the other layers."""
-    sentences = []
-    for layer in layers:
-        others = {stand: loss for stand, loss in found.losses.items() if stand.layer == layer and stand.source}
-        if not others:
-            continue
-        best = min(others, key=lambda stand: others[stand].cross_entropy)
-        own, other = found.losses[Stand(layer, "crosscoder")].difference, others[best].difference
-        outcome = "BETTER" if own < other else "WORSE"
-        sentences.append(f"{layer}: {outcome} than switching layers (costs {number(own)} nats; {_label(best)}: {number(other)})")
-    return sentences
+def _outliers(rows: list[LayerOutliers]) -> str:
+    table = _table("Outliers: positions left out", list(_OUTLIER_COLUMNS.values()))
+    for row in rows:
+        table.add_row(row.layer, *[number(getattr(row, name)) for name in _OUTLIER_COLUMNS])
+    return _text(table)
 
 
 def _reconstruction(found: Measurements, layers: list[str]) -> str:
     table = _table("Reconstruction: what may stand in for a layer's activations", list(_RECONSTRUCTION_COLUMNS.values()))
     for layer in layers:
         _section(table, layer, {stand: row for stand, row in found.reconstruction.items() if stand.layer == layer}, _RECONSTRUCTION_COLUMNS)
-    together = {Stand(layer, "crosscoder"): found.reconstruction[Stand(layer, "crosscoder")] for layer in _TOGETHER}
-    _section(table, "all layers", together, _RECONSTRUCTION_COLUMNS)
+    for name, heading in {JOINT: "all layers jointly", MEAN_OVER_LAYERS: "mean over layers"}.items():
+        rows = {stand: row for stand, row in found.reconstruction.items() if stand.layer == name and stand.by in _IN_ALL_LAYERS}
+        _section(table, heading, rows, _RECONSTRUCTION_COLUMNS)
     return _text(table) + _NOTES
 
 
 def _cross_entropy(found: Measurements, layers: list[str]) -> str:
     title = f"Cross-entropy of the language model: {found.clean_cross_entropy:.4f} nats clean; with activations replaced:"
     table = _table(title, list(_LOSS_COLUMNS.values()))
-    for layer in [*layers, "all"]:
-        heading = "all layers, from one encode" if layer == "all" else layer
-        _section(table, heading, {stand: row for stand, row in found.losses.items() if stand.layer == layer}, _LOSS_COLUMNS)
+    headings = {MEAN_OVER_LAYERS: "mean over layers, each alone", SPLIT: "each position at one layer"}
+    for layer in [*layers, *([MEAN_OVER_LAYERS, SPLIT] if len(layers) > 1 else [])]:
+        rows = {stand: row for stand, row in found.losses.items() if stand.layer == layer}
+        _section(table, headings.get(layer, layer), rows, _LOSS_COLUMNS)
     return _text(table)
 
 
-_TOGETHER = {"joint": "jointly", "mean_over_layers": "mean of layers"}
-_ORDER = ("crosscoder", "other_layer_matched", "other_layer", "mean", "zero")
+def _driving(found: DrivingLayers, layers: list[str]) -> str:
+    table = _table("What drives the features, mean over those that fire", ["activation lost\nwithout it", "firings left\nwith it alone"])
+    for layer, drop, alone in zip(layers, found.drop_L, found.survives_alone_L, strict=True):
+        table.add_row(layer, number(drop), number(alone))
+    return _text(table)
+
+
+_IN_ALL_LAYERS = ("crosscoder", "compared", "affine", "affine_all")
 
 
 def _section(table: Table, heading: str, rows: dict[Stand, ReconstructionMetrics] | dict[Stand, Loss], columns: dict[str, str]) -> None:
     """A heading and under it the layer's rows: the crosscoder, what it must beat, and the ablations."""
     table.add_row(heading)
-    for stand, row in sorted(rows.items(), key=lambda item: _ORDER.index(item[0].by)):
+    for stand, row in sorted(rows.items(), key=lambda item: ORDER.index(item[0].by)):
         table.add_row("  " + _label(stand), *[number(getattr(row, name)) for name in columns])
 
 
 def _label(stand: Stand) -> str:
-    if stand.layer in _TOGETHER:
-        return f"{stand.by}, {_TOGETHER[stand.layer]}"
-    names = {"other_layer": f"{stand.source}", "other_layer_matched": f"{stand.source}, matched", "mean": "mean", "zero": "zeros"}
+    names = {
+        "dense_path": "its dense path alone",
+        "compared": f"{stand.source}",
+        "affine": f"affine of {stand.source}" if stand.source else "affine",
+        "affine_all": "affine of the others",
+        "other_layer": f"{stand.source}" if stand.source else "other layer",
+        "other_layer_matched": f"{stand.source}, matched" if stand.source else "other, matched",
+        "pca": "PCA",
+        "pca_joint": "PCA over layers",
+        "random_dictionary": "random dictionary",
+        "strongest_baseline": "strongest baseline",
+        "zero": "zeros",
+    }
     return names.get(stand.by, stand.by)
-
-
-def number(value: float | None) -> str:
-    """In at most eight characters where possible; a dash where there is none."""
-    if value is None:
-        return "-"
-    # Adding 0 makes 0 of -0.
-    return f"{round(value, 4) + 0.0:.4f}" if abs(value) < 100 else f"{value:.3g}"
 
 
 def _table(title: str, columns: list[str]) -> Table:

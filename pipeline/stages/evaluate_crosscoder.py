@@ -1,18 +1,25 @@
 """Measures a trained crosscoder on held-out text: tables on the terminal, `metrics.json` and figures in the run directory.
 
     metrics.json            every number, and under `definitions` what each is; written last, so it is whole or not there
-    features.safetensors    firing_counts [F] int64 (held-out positions on which each feature fires), tokens_since_fired [F] int64
+    features.safetensors    a row a feature, over the held-out positions; 0 where a feature never fires:
+        firing_counts [F] int64         positions on which it fires
+        tokens_since_fired [F] int64    training tokens since it last fired
+        sum_activation [F] float64      of its activation over them
+        max_activation [F] float32
+        drop_by_layer [F, L] float32    share of that sum that goes when the layer is masked in the encoder
+        survives_alone [F, L] float32   share of its firings that are left when only the layer is encoded
     feature_density.png     how often features fire
     explained_variance.png  of each layer, beside the baselines
 
 Nothing is kept of an evaluation that is interrupted: started again, it begins anew.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
+from torch import Tensor
 
 from pipeline import records
 from pipeline.activations.source import Provenance
@@ -23,49 +30,51 @@ from pipeline.config.token_limit import notices, short_of
 from pipeline.contexts import Contexts
 from pipeline.crosscoder import metrics
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder, load_crosscoder
-from pipeline.evaluation import figures, tables
-from pipeline.evaluation.held_out import HeldOut
-from pipeline.evaluation.measurements import Measurement, Measurements, Stand, layer_moments
+from pipeline.evaluation import figures, report
+from pipeline.evaluation.approximations import written_layers
+from pipeline.evaluation.baselines import fitted_baselines
+from pipeline.evaluation.fitting import fit
+from pipeline.evaluation.held_out import Parts, divide
+from pipeline.evaluation.measurements import Compared, Measurement, Measurements
+from pipeline.evaluation.outliers import held_out_moments, outlier_limits
+from pipeline.evaluation.report import Evaluation
 from pipeline.language_model import LanguageModel
 from pipeline.run import Run
 from pipeline.tokens import TokenSet
-
-METRICS_FORMAT = "crosscoder-metrics/1"
 
 
 def run(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     """Runs the stage; gives the headline numbers and where the rest lies."""
     language_model = LanguageModel.load(config.language_model)
     trained = load_crosscoder(find_run(config.crosscoder), language_model.device)
+    compared = compared_runs(config, trained, language_model)
     tokens = TokenSet.open(config.tokens)
+    training = None if config.training_tokens is None else TokenSet.open(config.training_tokens)
     remarks = check_inputs(trained, language_model, tokens, config)
+    if training is not None:
+        check_readable(training, trained, language_model, config)
     if config.check_hashes:
         tokens.check_hashes(run)
-    identities = {"crosscoder": trained.identity, "language_model": language_model.hash, "tokens": tokens.data_id}
-    for field, identity in identities.items():
+    inputs = {"crosscoder": trained.identity, "language_model": language_model.hash, "tokens": tokens.data_id}
+    inputs |= {f"compare_with[{number}]": other.trained.identity for number, other in enumerate(compared)}
+    inputs |= {} if training is None else {"training_tokens": training.data_id}
+    for field, identity in inputs.items():
         run.bind_input(field, identity, language_model.files if field == "language_model" else None)
-    held_out = HeldOut(
-        Contexts(tokens, config.context_tokens, beginning_of_text_id=trained.provenance.beginning_of_text_id),
-        max_tokens=config.max_tokens,
-        seed=config.seed,
-        batch_contexts=config.batch_contexts,
-        device=language_model.device,
-    )
-    if trained.provenance.tokens_id == tokens.data_id:
-        run.say(f"{tokens.directory} is the token set that the crosscoder was trained on: these are no held-out figures")
-    limit = notices(config.max_tokens, held_out.num_there, where=tokens.directory, unit="tokens")
-    for line in [*remarks, *limit, *differences_from_training(trained.provenance, config)]:
+    parts = divided(trained, tokens, training, config, language_model.device)
+    limit = notices(config.max_tokens, parts.num_there, where=tokens.directory, unit="tokens")
+    differences = [*differences_from_training(trained.provenance, config, tokens, training), *differences_of_runs(trained, compared)]
+    for line in [*remarks, *limit, *differences]:
         run.say(line)
-    found = measure(trained, language_model, held_out, config, run)
-    document = {"format": METRICS_FORMAT, "inputs": identities, **as_json(found, trained)}
-    check_finite(document, "metrics")
-    for line in [*summary(document, trained), "", *tables.tables(found, trained.layers).splitlines()]:
+    fitted_on = "tokens" if training is None else "training_tokens"
+    found = evaluate(trained, compared, language_model, parts, config, run, fitted_on=fitted_on)
+    document = report.as_json(found, inputs)
+    for line in [*report.first_lines(found), "", *report.wide_tables(found)]:
         run.say(line)
-    paths = write_files(run.directory, document, found, trained)
+    paths = write_files(run.directory, document, found)
     for path in paths:
         run.say(str(path))
-    result = {**headline(document, trained.layers), "files": [str(path) for path in paths], **language_model.memory_used()}
-    return result | short_of(config.max_tokens, held_out.num_there)
+    result = {**report.headline(found), "files": [str(path) for path in paths], **language_model.memory_used()}
+    return result | short_of(config.max_tokens, parts.num_there)
 
 
 def find_run(path: Path) -> Path:
@@ -79,25 +88,52 @@ def find_run(path: Path) -> Path:
     return max(finished, key=lambda directory: directory.name)
 
 
+def compared_runs(config: EvaluateConfig, trained: TrainedCrosscoder, language_model: LanguageModel) -> list[Compared]:
+    """The crosscoders of `compare_with`, each with a name of its own.
+
+    Raises `UserError` for one of another language model, that reconstructs none of the layers of `trained`, or that is named twice.
+    """
+    paths = [find_run(path) for path in config.compare_with]
+    for number, path in enumerate(paths):
+        if path in paths[:number]:
+            raise UserError(f"compare_with[{number}] is {path}, which is named already; name each run once")
+    labels = _labels(paths)
+    found = []
+    for path, label in zip(paths, labels, strict=True):
+        other = load_crosscoder(path, language_model.device)
+        check_model(other, language_model, f"compare_with {path}")
+        if not _reconstructed(other) & _reconstructed(trained):
+            raise UserError(
+                f"compare_with {path} reconstructs {', '.join(sorted(_reconstructed(other)))}, the crosscoder in {config.crosscoder} "
+                f"{', '.join(sorted(_reconstructed(trained)))}; name runs that share a layer with it"
+            )
+        found.append(Compared(label, other))
+    return found
+
+
+def _reconstructed(trained: TrainedCrosscoder) -> set[str]:
+    return {trained.layers[layer] for layer in written_layers(trained)}
+
+
+def _labels(paths: list[Path]) -> list[str]:
+    """The name of each run, with what tells it from another of that name where there is one."""
+    names = [_name(path) for path in paths]
+    return [name if names.count(name) == 1 else _name(path, with_id=True) for name, path in zip(names, paths, strict=True)]
+
+
+def _name(path: Path, *, with_id: bool = False) -> str:
+    """`x` of train/x/<id>, `x/tasks/3` of sweep/x/<id>/tasks/3; with the id and the step of a checkpoint if need be."""
+    step = f" at {path.name}" if (path / "crosscoder.json").exists() else ""
+    run = path.parent.parent if step else path
+    task = f"/tasks/{run.name}" if run.parent.name == "tasks" else ""
+    run = run.parent.parent if task else run
+    return f"{run.parent.name}/{run.name}{task}{step}" if with_id else f"{run.parent.name}{task}"
+
+
 def check_inputs(trained: TrainedCrosscoder, language_model: LanguageModel, tokens: TokenSet, config: EvaluateConfig) -> list[str]:
     """Sentences for the log; raises `UserError` where crosscoder, language model and token set don't belong together."""
     provenance = trained.provenance
-    if provenance.language_model_hash != language_model.hash:
-        raise UserError(
-            f"the crosscoder in {config.crosscoder} was trained on a language model of hash {_short(provenance.language_model_hash)}, but "
-            f"language_model.model {language_model.name} has {_short(language_model.hash)}; name the model that it was trained on"
-        )
-    missing = [layer for layer in trained.layers if layer not in language_model.block_names]
-    if missing:
-        raise UserError(
-            f"the crosscoder in {config.crosscoder} reads {missing[0]}, but {language_model.name} has "
-            f"{language_model.block_names[0]} to {language_model.block_names[-1]}; name the model that it was trained on"
-        )
-    if trained.d_model != language_model.d_model:
-        raise UserError(
-            f"the crosscoder in {config.crosscoder} reads activations of width {trained.d_model:,}, but {language_model.name} has width "
-            f"{language_model.d_model:,}; name the model that it was trained on"
-        )
+    check_model(trained, language_model, f"the crosscoder in {config.crosscoder}")
     if provenance.tokenizer_hash != tokens.tokenizer_hash:
         raise UserError(
             f"{tokens.directory} was made by the tokenizer {_short(tokens.tokenizer_hash)}, the tokens that the crosscoder was trained on "
@@ -111,15 +147,49 @@ def check_inputs(trained: TrainedCrosscoder, language_model: LanguageModel, toke
             f"contexts {was}; set it to auto, which does as training did"
         )
     language_model.check_use(trained.layers, config.context_tokens, predictions=True)
-    check_tokenizer = config.language_model.check_tokenizer
-    remarks = check_tokens(tokens, language_model, check_tokenizer=check_tokenizer, beginning_of_text_id=beginning)
+    remarks = check_readable(tokens, trained, language_model, config)
     does = "without beginning-of-text" if beginning is None else f"with beginning-of-text, id {beginning:,}"
     return [*remarks, f"contexts begin {does}, as in training"]
 
 
-def differences_from_training(trained: Provenance, config: EvaluateConfig) -> list[str]:
-    """A sentence for each way in which the measured activations are others than those trained on; the figures hold all the same."""
+def check_readable(tokens: TokenSet, trained: TrainedCrosscoder, language_model: LanguageModel, config: EvaluateConfig) -> list[str]:
+    """Sentences for the log; raises `UserError` where the language model can't read the tokens as it did in training."""
+    check_tokenizer, beginning = config.language_model.check_tokenizer, trained.provenance.beginning_of_text_id
+    return check_tokens(tokens, language_model, check_tokenizer=check_tokenizer, beginning_of_text_id=beginning)
+
+
+def check_model(trained: TrainedCrosscoder, language_model: LanguageModel, what: str) -> None:
+    """Raises `UserError` where a crosscoder, `what` to the user, was trained on another language model."""
+    known = trained.provenance.language_model_hash
+    if known != language_model.hash:
+        raise UserError(
+            f"{what} was trained on a language model of hash {_short(known)}, but "
+            f"language_model.model {language_model.name} has {_short(language_model.hash)}; name the model that it was trained on"
+        )
+    missing = [layer for layer in trained.layers if layer not in language_model.block_names]
+    if missing:
+        raise UserError(
+            f"{what} reads {missing[0]}, but {language_model.name} has "
+            f"{language_model.block_names[0]} to {language_model.block_names[-1]}; name the model that it was trained on"
+        )
+    if trained.d_model != language_model.d_model:
+        raise UserError(
+            f"{what} reads activations of width {trained.d_model:,}, but {language_model.name} has width "
+            f"{language_model.d_model:,}; name the model that it was trained on"
+        )
+
+
+def differences_from_training(trained: Provenance, config: EvaluateConfig, tokens: TokenSet, training: TokenSet | None) -> list[str]:
+    """A sentence for each way in which what is measured or fitted on is other than what was trained on; the figures hold all the same."""
     lines = []
+    if trained.tokens_id == tokens.data_id:
+        lines.append(f"{tokens.directory} is the token set that the crosscoder was trained on: these are no held-out figures")
+    if training is None:
+        lines.append(f"the baselines are fitted on a part of {tokens.directory} that is not measured; training_tokens names another set")
+    elif training.data_id == tokens.data_id:
+        lines.append("training_tokens is the held-out set itself: the baselines are fitted on what they are measured on")
+    elif training.data_id != trained.tokens_id:
+        lines.append(f"training_tokens {training.directory} is not the token set that the crosscoder was trained on")
     if trained.context_tokens != config.context_tokens:
         lines.append(
             f"context_tokens is {config.context_tokens:,}, in training it was {trained.context_tokens:,}: activations far into a context "
@@ -131,137 +201,117 @@ def differences_from_training(trained: Provenance, config: EvaluateConfig) -> li
     return lines
 
 
+def differences_of_runs(trained: TrainedCrosscoder, compared: list[Compared]) -> list[str]:
+    """A sentence for each compared run that was trained on contexts which begin otherwise than these."""
+    ours = trained.provenance.beginning_of_text_id
+    return [
+        f"{run.label} was trained on contexts that begin otherwise (beginning-of-text {_id(theirs)}, here {_id(ours)}): its rows are of "
+        "activations that it does not know"
+        for run in compared
+        if (theirs := run.trained.provenance.beginning_of_text_id) != ours
+    ]
+
+
+def _id(token_id: int | None) -> str:
+    return "none" if token_id is None else f"id {token_id:,}"
+
+
 def _short(content_hash: str) -> str:
     return content_hash[:12] if content_hash else "(none)"
 
 
-def measure(trained: TrainedCrosscoder, language_model: LanguageModel, held_out: HeldOut, config: EvaluateConfig, run: Run) -> Measurements:
-    """Both passes over the held-out contexts."""
-    moments = layer_moments(language_model, trained.layers, held_out, run)
+def divided(trained: TrainedCrosscoder, tokens: TokenSet, training: TokenSet | None, config: EvaluateConfig, device: torch.device) -> Parts:
+    """The contexts that are measured and those that baselines are fitted on."""
+    beginning = trained.provenance.beginning_of_text_id
+    return divide(
+        Contexts(tokens, config.context_tokens, beginning_of_text_id=beginning),
+        None if training is None else Contexts(training, config.context_tokens, beginning_of_text_id=beginning),
+        max_tokens=config.max_tokens,
+        fit_tokens=config.fit_tokens,
+        seed=config.seed,
+        batch_contexts=config.batch_contexts,
+        device=device,
+    )
+
+
+def evaluate(
+    trained: TrainedCrosscoder,
+    compared: list[Compared],
+    language_model: LanguageModel,
+    parts: Parts,
+    config: EvaluateConfig,
+    run: Run,
+    *,
+    fitted_on: str,
+) -> Evaluation:
+    """All passes: what an outlier is, the means, the baselines, and the measurements."""
+    limits = outlier_limits(trained, language_model, parts.leading, config.outlier_norm_ratio, run)
+    moments = held_out_moments(language_model, trained.layers, parts.measured, limits, run)
+    fitted = fit(trained, language_model, parts.fitted, limits, run)
+    baselines = fitted_baselines(fitted, trained, seed=config.seed)
     measurement = Measurement(
         trained,
         language_model,
+        limits,
         moments,
-        other_layer_distance=config.other_layer_distance,
-        training_batch_positions=trained.batch_positions,
+        baselines,
+        compared,
+        spliced_baselines=config.spliced_baselines,
+        seed=config.seed,
     )
-    done, total = 0, len(held_out.indices)
-    for batch in held_out.batches():
+    passes = measurement.num_forward_passes
+    run.say(f"{passes} forward passes a batch: one as it is, {passes - 1} with activations replaced")
+    done, total = 0, len(parts.measured.indices)
+    for batch in parts.measured.batches():
         measurement.add(batch, run)
         done += len(batch.tokens_BS)
         run.report("evaluate", done, total, unit="contexts", done=done == total)
-    return measurement.results(held_out)
+    found = measurement.results()
+    return Evaluation(
+        trained, compared, parts, fitted_on, limits, fitted, baselines, found,
+        ranks_needed=report.ranks_needed(found, fitted, trained.layers),
+        num_forward_passes=passes,
+        exact_head=language_model.head.is_exact,
+    )  # fmt: skip
 
 
-def as_json(found: Measurements, trained: TrainedCrosscoder) -> dict[str, Any]:
-    """What `metrics.json` holds besides format and inputs."""
-    features, dead = trained.num_features, int(trained.dead_F.sum())
-    return {
-        "layers": trained.layers,
-        "num_features": features,
-        "step": trained.step,
-        "tokens_trained": trained.tokens_trained,
-        "held_out": {
-            "contexts": found.num_contexts,
-            "tokens": found.num_tokens,
-            "positions": found.num_positions,
-            "predictions": found.num_predictions,
-        },
-        "sparsity": {
-            "l0": found.firing.l0,
-            "l0_as_trained": found.l0_as_trained,
-            "dead": dead,
-            "dead_fraction": dead / features,
-            "dead_window_tokens": trained.dead_window_tokens,
-            "dead_eval": found.firing.num_silent,
-            "dead_eval_fraction": found.firing.num_silent / features,
-            "dense": found.firing.num_dense,
-            "dense_fraction": found.firing.num_dense / features,
-        },
-        "reconstruction": [{**stand._asdict(), **row._asdict()} for stand, row in found.reconstruction.items()],
-        "clean_cross_entropy": found.clean_cross_entropy,
-        "replaced": [{**stand._asdict(), **loss._asdict()} for stand, loss in found.losses.items()],
-        "definitions": metrics.DEFINITIONS,
-    }
-
-
-def check_finite(value: Any, where: str) -> None:
-    """Raises `UserError` naming the first number that is NaN or infinite."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            check_finite(inner, f"{where}.{key}")
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            check_finite(inner, f"{where}[{index}]")
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise UserError(
-            f"{where} is {value}: the language model or the crosscoder gives numbers that are not finite; check the checkpoint's "
-            "weights, or choose a dtype with a wider range (bfloat16 or float32)"
-        )
-
-
-def summary(document: dict[str, Any], trained: TrainedCrosscoder) -> list[str]:
-    """The lines above the tables."""
-    held_out, sparsity, features = document["held_out"], document["sparsity"], trained.num_features
-    as_trained = "" if sparsity["l0_as_trained"] is None else f" with the inference threshold, {sparsity['l0_as_trained']:.2f} as trained"
-    trained_on = f"{trained.tokens_trained:,} training tokens"
-    dead, dead_eval, dense = (_share(sparsity[key], features) for key in ("dead", "dead_eval", "dense"))
-    return [
-        f"crosscoder {trained.identity[:12]}: {len(trained.layers)} layers, {features:,} features, {trained_on}",
-        f"held-out: {held_out['contexts']:,} contexts, {held_out['positions']:,} positions, {held_out['predictions']:,} predictions",
-        f"L0 {sparsity['l0']:.2f}{as_trained}",
-        f"dead: {dead} in the last {trained.dead_window_tokens:,} training tokens, {dead_eval} on the held-out text",
-        f"dense: {dense} fire on over {100 * metrics.DENSE_FRACTION:.0f} % of the positions",
-    ]
-
-
-def _share(count: int, total: int) -> str:
-    return f"{count:,} ({100 * count / total:.1f} %)"
-
-
-def write_files(directory: Path, document: dict[str, Any], found: Measurements, trained: TrainedCrosscoder) -> list[Path]:
-    """Writes figures and counts, then `metrics.json`, each whole or not at all; gives their paths, `metrics.json` first."""
+def write_files(directory: Path, document: dict[str, Any], evaluation: Evaluation) -> list[Path]:
+    """Writes figures and features, then `metrics.json`, each whole or not at all; gives their paths, `metrics.json` first."""
     density, explained, features = (directory / name for name in ("feature_density.png", "explained_variance.png", "features.safetensors"))
-    counts_F, since_F = found.firing.counts_F.cpu(), trained.tokens_since_fired_F.cpu()
+    trained, found = evaluation.trained, evaluation.found
     figures.feature_density(
         density,
-        counts_F.numpy(),
+        found.firing.counts_F.cpu().numpy(),
         trained.dead_F.cpu().numpy(),
         num_positions=found.num_positions,
         dense_fraction=metrics.DENSE_FRACTION,
     )
-    figures.explained_variance(explained, [layer_bars(found, layer) for layer in trained.layers])
+    figures.explained_variance(explained, [layer_bars(found, layer) for layer in found.layers])
     with records.atomic_file(features) as file:
-        file.write(safetensors.torch.save({"firing_counts": counts_F, "tokens_since_fired": since_F}))
+        file.write(safetensors.torch.save(feature_columns(evaluation)))
     records.write_json(directory / "metrics.json", document)
     return [directory / "metrics.json", density, explained, features]
 
 
+def feature_columns(evaluation: Evaluation) -> dict[str, Tensor]:
+    """What `features.safetensors` holds, on the CPU."""
+    driving = evaluation.found.driving
+    columns = {
+        "firing_counts": evaluation.found.firing.counts_F,
+        "tokens_since_fired": evaluation.trained.tokens_since_fired_F,
+        "sum_activation": driving.sum_activation_F,
+        "max_activation": driving.max_activation_F,
+        "drop_by_layer": driving.drop_by_layer_FL.float(),
+        "survives_alone": driving.survives_alone_FL.float(),
+    }
+    return {name: column.cpu().contiguous() for name, column in columns.items()}
+
+
 def layer_bars(found: Measurements, layer: str) -> figures.LayerBars:
-    """Explained variance of the crosscoder and of the best other layer."""
+    """Explained variance of the crosscoder and of what another layer gives."""
 
     def best(by: str) -> float | None:
         rows = [row.explained_variance for stand, row in found.reconstruction.items() if (stand.layer, stand.by) == (layer, by)]
         return max((value for value in rows if value is not None), default=None)
 
-    return figures.LayerBars(layer, best("crosscoder"), best("other_layer_matched"), best("other_layer"))
-
-
-def headline(document: dict[str, Any], layers: list[str]) -> dict[str, Any]:
-    """The numbers by which runs are compared."""
-    rows = {Stand(row["layer"], row["by"], row["source"]): row for row in document["reconstruction"]}
-    losses = {Stand(row["layer"], row["by"], row["source"]): row for row in document["replaced"]}
-    together = losses[Stand("all", "crosscoder")]
-    return {
-        "l0": document["sparsity"]["l0"],
-        "explained_variance": rows[Stand("joint", "crosscoder")]["explained_variance"],
-        "explained_variance_by_layer": {layer: rows[Stand(layer, "crosscoder")]["explained_variance"] for layer in layers},
-        "dead_fraction": document["sparsity"]["dead_fraction"],
-        "dead_eval_fraction": document["sparsity"]["dead_eval_fraction"],
-        "dense_fraction": document["sparsity"]["dense_fraction"],
-        "clean_cross_entropy": document["clean_cross_entropy"],
-        "cross_entropy_difference": together["difference"],
-        "recovered_against_zero": together["recovered_against_zero"],
-        "recovered_by_layer": {layer: losses[Stand(layer, "crosscoder")]["recovered_against_zero"] for layer in layers},
-        "positions": document["held_out"]["positions"],
-    }
+    return figures.LayerBars(layer, best("crosscoder"), best("affine"), best("other_layer"))

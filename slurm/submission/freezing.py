@@ -243,12 +243,14 @@ def bind_runs(config: StageConfig, pending: dict[str, Path], runs: Path) -> Stag
 
 
 def replace_path(config: C, old: Path, new: Path) -> C:
-    """`config` with every field that holds the path `old` set to `new`, nested groups included."""
+    """`config` with every field that holds the path `old` set to `new`, nested groups and lists included."""
     update: dict[str, Any] = {}
     for key in type(config).model_fields:
         value = getattr(config, key)
         if isinstance(value, Path) and value == old:
             update[key] = new
+        elif isinstance(value, list) and old in value:
+            update[key] = [new if item == old else item for item in value]
         elif isinstance(value, Config):
             update[key] = replace_path(value, old, new)
     return config.model_copy(update=update)

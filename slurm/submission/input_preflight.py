@@ -93,7 +93,9 @@ def _sets_read(config: StageConfig) -> dict[str, Path]:
         return {f"activations.{field}": path for path in config.inputs().values()}
     if isinstance(config, CountConfig):
         return {f"tokens ({split})": path for split, path in config.inputs().items()}
-    return {"tokens": config.tokens} if isinstance(config, CacheConfig | EvaluateConfig) else {}
+    if isinstance(config, EvaluateConfig):
+        return {field: path for field, path in config.inputs().items() if field in ("tokens", "training_tokens")}
+    return {"tokens": config.tokens} if isinstance(config, CacheConfig) else {}
 
 
 def _stage_faults(config: StageConfig, runs: Path, pending: Sequence[Path]) -> list[str]:

@@ -16,14 +16,22 @@ def with_runs_found(config: StageConfig, runs: Path, where: str) -> StageConfig:
     """
     update: dict[str, Any] = {}
     for key, field in type(config).model_fields.items():
-        path = getattr(config, key)
-        if field.json_schema_extra != RUN or not path.is_relative_to(runs):
+        value = getattr(config, key)
+        if field.json_schema_extra != RUN:
             continue
-        is_inside_a_run = path.exists() and not (path / "job.json").exists()  # a checkpoint, or the folder of a name
-        parts = path.relative_to(runs).parts
-        if len(parts) != 2 and not is_inside_a_run:
-            update[key] = _directory("/".join(parts), runs, f"{where}: {key}")
+        if isinstance(value, list):
+            update[key] = [_found(path, runs, f"{where}: {key}[{number}]") for number, path in enumerate(value)]
+        else:
+            update[key] = _found(value, runs, f"{where}: {key}")
     return config.model_copy(update=update)
+
+
+def _found(path: Path, runs: Path, where: str) -> Path:
+    if not path.is_relative_to(runs):
+        return path
+    is_inside_a_run = path.exists() and not (path / "job.json").exists()  # a checkpoint, or the folder of a name
+    parts = path.relative_to(runs).parts
+    return path if len(parts) == 2 or is_inside_a_run else _directory("/".join(parts), runs, where)
 
 
 def _directory(reference: str, runs: Path, where: str) -> Path:

@@ -165,7 +165,7 @@ def _check_results(config: SweepConfig, members: Sequence[Values], stage: type[S
                 raise UserError(f"{where}: {field}: {name} is not a result of {stage.model_fields['stage'].default}; {hint}")
 
 
-MAKERS = {"tokens": "tokenize", "held_out": "tokenize", "activations": "cache", "crosscoder": "train"}
+MAKERS = {"tokens": "tokenize", "training_tokens": "tokenize", "held_out": "tokenize", "activations": "cache", "crosscoder": "train"}
 """The stage that makes what a field names."""
 
 

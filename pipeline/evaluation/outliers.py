@@ -1,0 +1,114 @@
+"""Positions whose activations are so large that a handful of them would decide every pooled figure.
+
+In many models the residual stream has *sinks* besides position 0: in SmolLM2-135M after block 14 one position in 20,000 has a
+norm over ten medians, and they hold about 30 % to 60 % of the sum of |x|^2.
+
+Shapes: N positions, L layers, D model width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.crosscoder.checkpoint import TrainedCrosscoder
+from pipeline.crosscoder.metrics import LayerMoments, Medians
+from pipeline.evaluation.held_out import HeldOut
+from pipeline.language_model import LanguageModel
+from pipeline.run import Run
+
+FEW = 0.001
+"""So small a share of the positions is called few."""
+MUCH = 0.2
+"""So large a share of the variance is called much. Of Gaussian activations 0.1 % of the positions hold little more than 0.1 %."""
+
+
+class OutlierLimits(NamedTuple):
+    """Above which norm a position counts as an outlier."""
+
+    norms_L: Tensor | None
+    """float64; None where no position does."""
+    source: str
+    """Where the norms come from: `training`, `held_out` or `off`."""
+
+    def are_outliers(self, acts_NLD: Tensor) -> Tensor:
+        """[N] bool: whether the norm is over the limit in any of the layers."""
+        if self.norms_L is None:
+            return torch.zeros(len(acts_NLD), dtype=torch.bool, device=acts_NLD.device)
+        norms_NL: Tensor = torch.linalg.vector_norm(acts_NLD, dim=-1, dtype=torch.float32)
+        return (norms_NL > self.norms_L).any(1)
+
+
+class LayerOutliers(NamedTuple):
+    """The outliers at one layer; see `pipeline.evaluation.definitions`."""
+
+    layer: str
+    norm_limit: float | None
+    share_of_squared_norm: float
+    share_of_variance: float
+    share_of_few: float
+    """Of the variance without outliers, what the `FEW` positions farthest from the mean hold."""
+
+
+def limits_of_training(trained: TrainedCrosscoder) -> list[float] | None:
+    """The norms, a layer each, above which positions were left out of training; None of a crosscoder that has none."""
+    found: list[float] | None = getattr(trained, "outlier_norms", None)
+    return found
+
+
+@torch.inference_mode()
+def outlier_limits(
+    trained: TrainedCrosscoder, language_model: LanguageModel, leading: HeldOut, ratio: float | None, run: Run
+) -> OutlierLimits:
+    """Those of the training, else `ratio` times each layer's median norm over the leading held-out contexts."""
+    if ratio is None:
+        return OutlierLimits(None, "off")
+    known = limits_of_training(trained)
+    if known is not None:
+        return OutlierLimits(torch.tensor(known, dtype=torch.float64, device=language_model.device), "training")
+    medians, done = Medians(len(trained.layers), language_model.device), 0
+    for batch in leading.batches():
+        run.check_stop()
+        acts_NLD = language_model.activations(batch.tokens_BS, trained.layers)[batch.replaced_BS]
+        medians.add(torch.linalg.vector_norm(acts_NLD, dim=-1, dtype=torch.float32))
+        done += len(batch.tokens_BS)
+        run.report("norms", done, len(leading.indices), unit="contexts")
+    norms_L = ratio * torch.tensor(medians.values(), dtype=torch.float64, device=language_model.device)
+    return OutlierLimits(norms_L, "held_out")
+
+
+class HeldOutMoments(NamedTuple):
+    """Of the measured positions, with and without outliers."""
+
+    inliers: LayerMoments
+    everything: LayerMoments
+    outliers: LayerMoments
+
+    def by_layer(self, layers: list[str], limits: OutlierLimits, share_of_few_L: list[float]) -> list[LayerOutliers]:
+        """What the outliers hold at each layer."""
+        everything = self.everything
+        norms_L = [None] * len(layers) if limits.norms_L is None else limits.norms_L.tolist()
+        squares_L = self.outliers.squares_L / everything.squares_L.clamp(min=torch.finfo(torch.float64).tiny)
+        distances_L = self.outliers.squared_distance_to(everything.mean_LD)
+        variance_L = distances_L / everything.spread_L.clamp(min=torch.finfo(torch.float64).tiny)
+        columns = (layers, norms_L, squares_L.tolist(), variance_L.tolist(), share_of_few_L)
+        return [LayerOutliers(*row) for row in zip(*columns, strict=True)]
+
+
+@torch.inference_mode()
+def held_out_moments(
+    language_model: LanguageModel, layers: list[str], measured: HeldOut, limits: OutlierLimits, run: Run
+) -> HeldOutMoments:
+    """Mean and spread of each layer's activations over the positions that count, the outliers' apart."""
+    moments = [LayerMoments(len(layers), language_model.d_model, language_model.device) for _ in range(2)]
+    done = 0
+    for batch in measured.batches():
+        run.check_stop()
+        acts_NLD = language_model.activations(batch.tokens_BS, layers)[batch.replaced_BS]
+        outlier_N = limits.are_outliers(acts_NLD)
+        moments[0].add(acts_NLD[~outlier_N])
+        moments[1].add(acts_NLD[outlier_N])
+        done += len(batch.tokens_BS)
+        run.report("means", done, len(measured.indices), unit="contexts")
+    inliers, outliers = moments
+    return HeldOutMoments(inliers, inliers.with_those_of(outliers), outliers)

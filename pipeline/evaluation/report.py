@@ -1,0 +1,262 @@
+"""What an evaluation gives: `metrics.json`, the lines on the terminal, the numbers by which runs are compared."""
+
+import math
+import textwrap
+from typing import Any, NamedTuple
+
+from pipeline.config.errors import UserError
+from pipeline.crosscoder.checkpoint import TrainedCrosscoder
+from pipeline.crosscoder.metrics import DENSE_FRACTION
+from pipeline.evaluation import tables, verdict
+from pipeline.evaluation.approximations import Approximation
+from pipeline.evaluation.baselines import Fit, rank_that_explains, ranks_of
+from pipeline.evaluation.definitions import DEFINITIONS
+from pipeline.evaluation.fitting import FEW_POSITIONS_A_DIMENSION
+from pipeline.evaluation.held_out import Parts
+from pipeline.evaluation.measurements import JOINT, MEAN_OVER_LAYERS, SPLIT, Compared, Measurements
+from pipeline.evaluation.outliers import FEW, MUCH, OutlierLimits
+from pipeline.evaluation.predictions import Stand
+
+METRICS_FORMAT = "crosscoder-metrics/2"
+
+Json = dict[str, Any]
+
+
+class Evaluation(NamedTuple):
+    """All that was found, and what it was found with."""
+
+    trained: TrainedCrosscoder
+    compared: list[Compared]
+    parts: Parts
+    fitted_on: str
+    """`training_tokens`, or `tokens` where a part of the held-out set was kept back."""
+    limits: OutlierLimits
+    fit: Fit
+    baselines: list[Approximation]
+    found: Measurements
+    ranks_needed: list[int | None]
+    """By layer measured, how many principal directions explain as much as the crosscoder; None where nothing varies."""
+    num_forward_passes: int
+    exact_head: bool
+
+
+def ranks_needed(found: Measurements, fit: Fit, layers: list[str]) -> list[int | None]:
+    """Of `Evaluation`; `layers` are those that the crosscoder reads."""
+    shares = {layer: found.reconstruction[Stand(layer, "crosscoder")].explained_variance for layer in found.layers}
+    known = {
+        layer: None if share is None else rank_that_explains(fit.covariances, layers.index(layer), share) for layer, share in shares.items()
+    }
+    return list(known.values())
+
+
+def as_json(evaluation: Evaluation, inputs: dict[str, str]) -> Json:
+    """What `metrics.json` holds. Raises `UserError` naming the first number that is not finite."""
+    trained, found = evaluation.trained, evaluation.found
+    document = {
+        "format": METRICS_FORMAT,
+        "inputs": inputs,
+        "layers": trained.layers,
+        "num_features": trained.num_features,
+        "step": trained.step,
+        "tokens_trained": trained.tokens_trained,
+        "held_out": {
+            "contexts": len(evaluation.parts.measured.indices),
+            "tokens": evaluation.parts.measured.num_tokens,
+            "positions": found.num_positions,
+            "predictions": found.num_predictions,
+            "outliers": found.num_outliers,
+            "limits_from": evaluation.limits.source,
+            "by_layer": [row._asdict() for row in found.outliers],
+        },
+        "sparsity": _sparsity(evaluation),
+        "reconstruction": [{**stand._asdict(), **row._asdict()} for stand, row in found.reconstruction.items()],
+        "clean_cross_entropy": found.clean_cross_entropy,
+        "float32_head": evaluation.exact_head,
+        "replaced": [{**stand._asdict(), **loss._asdict()} for stand, loss in found.losses.items()],
+        "baselines": _baselines(evaluation),
+        "driving": _driving(evaluation),
+        "compared": [
+            {"source": run.label, "identity": run.trained.identity, "layers": run.trained.layers, "num_features": run.trained.num_features,
+             "l0": found.compared_firing[run.label].l0}
+            for run in evaluation.compared
+        ],
+        "definitions": DEFINITIONS,
+    }  # fmt: skip
+    check_finite(document, "metrics")
+    return {**document, "verdict": verdict_lines(evaluation)}
+
+
+def _sparsity(evaluation: Evaluation) -> Json:
+    trained, firing, features = evaluation.trained, evaluation.found.firing, evaluation.trained.num_features
+    dead = int(trained.dead_F.sum())
+    return {
+        "l0": firing.l0,
+        "l0_as_trained": evaluation.found.l0_as_trained,
+        "dead": dead,
+        "dead_fraction": dead / features,
+        "dead_window_tokens": trained.dead_window_tokens,
+        "dead_eval": firing.num_silent,
+        "dead_eval_fraction": firing.num_silent / features,
+        "dense": firing.num_dense,
+        "dense_fraction": firing.num_dense / features,
+    }
+
+
+def _baselines(evaluation: Evaluation) -> Json:
+    fit, layers = evaluation.fit, evaluation.trained.layers
+    rows = [
+        {"layer": layers[layer], "by": a.by, "source": a.sources[layer], "fitted": a.fitted[layer]}
+        for a in evaluation.baselines
+        for layer in a.covered
+    ]
+    return {
+        "fitted_on": evaluation.fitted_on,
+        "fit_positions": fit.covariances.num_positions,
+        "fit_sample": len(fit.sample_NLD),
+        "fit_l0": fit.l0,
+        "pca_rank": ranks_of(fit),
+        "pca_rank_needed": dict(zip(evaluation.found.layers, evaluation.ranks_needed, strict=True)),
+        "forward_passes": evaluation.num_forward_passes,
+        "rows": rows,
+    }
+
+
+def _driving(evaluation: Evaluation) -> Json:
+    found = evaluation.found.driving.results()
+    by_layer = zip(evaluation.trained.layers, found.drop_L, found.survives_alone_L, strict=True)
+    return {
+        "features": found.num_features,
+        "layers_driving": found.layers_driving,
+        "layers_driving_quantiles": found.quantiles,
+        "functional_coherence": found.functional_coherence,
+        "layers_by_decoder_norm": found.layers_by_decoder_norm,
+        "by_layer": [{"layer": layer, "drop": drop, "survives_alone": alone} for layer, drop, alone in by_layer],
+    }
+
+
+def check_finite(value: Any, where: str) -> None:
+    """Raises `UserError` naming the first number that is NaN or infinite."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            check_finite(inner, f"{where}.{key}")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            check_finite(inner, f"{where}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(
+            f"{where} is {value}: the language model or the crosscoder gives numbers that are not finite; check the checkpoint's "
+            "weights, or choose a dtype with a wider range (bfloat16 or float32)"
+        )
+
+
+# -- on the terminal ------------------------------------------------------------------------------------------------------------
+
+
+def first_lines(evaluation: Evaluation) -> list[str]:
+    """The numbers that say most, what to beware of, and the verdict."""
+    return [*_summary(evaluation), *warnings(evaluation), "", *verdict_lines(evaluation)]
+
+
+def wide_tables(evaluation: Evaluation) -> list[str]:
+    """All the rest, in tables."""
+    return tables.tables(evaluation.found, evaluation.trained.layers).splitlines()
+
+
+def verdict_lines(evaluation: Evaluation) -> list[str]:
+    """The verdict, in lines of at most 100 columns."""
+    sentences = verdict.verdict(evaluation.found, ranks=ranks_of(evaluation.fit), ranks_needed=evaluation.ranks_needed)
+    return [line for sentence in sentences for line in _wrapped(sentence)]
+
+
+def _wrapped(sentence: str) -> list[str]:
+    return textwrap.wrap(sentence, tables.WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _summary(evaluation: Evaluation) -> list[str]:
+    trained, found, held_out = evaluation.trained, evaluation.found, evaluation.parts.measured
+    numbers, sparsity = headline(evaluation), _sparsity(evaluation)
+    show = verdict.number
+    as_trained = "" if found.l0_as_trained is None else f" with the inference threshold, {found.l0_as_trained:.2f} as trained"
+    dead, dead_eval, dense = (_share(sparsity[key], trained.num_features) for key in ("dead", "dead_eval", "dense"))
+    size = f"{len(trained.layers)} layers, {trained.num_features:,} features, {trained.tokens_trained:,} training tokens"
+    measured = f"{len(held_out.indices):,} contexts, {found.num_positions:,} positions, {found.num_predictions:,} predictions"
+    explained, with_outliers = (show(numbers[key]) for key in ("explained_variance", "explained_variance_with_outliers"))
+    clean, more = show(found.clean_cross_entropy), show(numbers["cross_entropy_difference"])
+    lines = [
+        f"crosscoder {trained.identity[:12]}: {size}",
+        f"held-out: {measured}, {_outliers(found)}",
+        f"explained variance {explained}, with outliers {with_outliers}",
+        f"cross-entropy {clean} nats clean, {more} more with a layer replaced (mean over layers, each alone)",
+        f"L0 {sparsity['l0']:.2f}{as_trained}",
+        f"dead: {dead} in the last {trained.dead_window_tokens:,} training tokens, {dead_eval} on the held-out text",
+        f"dense: {dense} fire on over {100 * DENSE_FRACTION:.0f} % of the positions",
+    ]
+    if numbers["functional_coherence"] is not None:
+        lines.append(f"a feature is driven by {numbers['layers_driving']:.2f} of {len(trained.layers)} layers (mean over those that fire)")
+    if found.compared_firing:
+        firing = ", ".join(f"{label} {counts.l0 or 0:.2f}" for label, counts in found.compared_firing.items())
+        lines.append(f"compared with other crosscoders, of L0 {firing}")
+    return [part for line in lines for part in _wrapped(line)]
+
+
+def _outliers(found: Measurements) -> str:
+    return f"{found.num_outliers:,} {'outlier' if found.num_outliers == 1 else 'outliers'} left out"
+
+
+def warnings(evaluation: Evaluation) -> list[str]:
+    """A sentence for each thing that makes a figure less than it seems."""
+    sentences = []
+    for row in evaluation.found.outliers:
+        if row.share_of_few > MUCH:
+            sentences.append(
+                f"{row.layer}: beware, {100 * FEW:g} % of the positions hold {100 * row.share_of_few:.0f} % of the variance, outliers left "
+                "out: a few positions decide its explained variance; see its legacy ratios and median error, or lower outlier_norm_ratio"
+            )
+    fit = evaluation.fit.covariances
+    if fit.num_positions < FEW_POSITIONS_A_DIMENSION * fit.d_model:
+        sentences.append(
+            f"beware, the baselines were fitted on {fit.num_positions:,} positions, little for a width of {fit.d_model:,}: they are "
+            "weaker than they could be; allow more fit_tokens, or name training_tokens"
+        )
+    if not evaluation.exact_head:
+        sentences.append(
+            "beware, what this language model does between its head and its logits is not known: cross-entropy and KL come from "
+            "logits in its own precision"
+        )
+    return [line for sentence in sentences for line in _wrapped(sentence)]
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count:,} ({100 * count / total:.1f} %)"
+
+
+# -- in the result --------------------------------------------------------------------------------------------------------------
+
+
+def headline(evaluation: Evaluation) -> Json:
+    """The numbers by which runs are compared."""
+    found, layers, sparsity = evaluation.found, evaluation.found.layers, _sparsity(evaluation)
+    joint = found.reconstruction[Stand(JOINT, "crosscoder")]
+    mean, split = found.losses[Stand(MEAN_OVER_LAYERS, "crosscoder")], found.losses.get(Stand(SPLIT, "crosscoder"))
+    alone = {layer: found.losses[Stand(layer, "crosscoder")] for layer in layers}
+    baseline_nats, baseline_variance = verdict.best_of_baselines(found)
+    driving = found.driving.results()
+    return {
+        "l0": sparsity["l0"],
+        "explained_variance": joint.explained_variance,
+        "explained_variance_with_outliers": joint.explained_variance_with_outliers,
+        "explained_variance_by_layer": {layer: found.reconstruction[Stand(layer, "crosscoder")].explained_variance for layer in layers},
+        "explained_variance_of_baseline": baseline_variance,
+        **{key: sparsity[key] for key in ("dead_fraction", "dead_eval_fraction", "dense_fraction")},
+        "clean_cross_entropy": found.clean_cross_entropy,
+        "cross_entropy_difference": mean.difference,
+        "cross_entropy_difference_by_layer": {layer: loss.difference for layer, loss in alone.items()},
+        "cross_entropy_difference_split": None if split is None else split.difference,
+        "cross_entropy_difference_of_baseline": baseline_nats,
+        "recovered_against_zero": mean.recovered_against_zero,
+        "recovered_by_layer": {layer: loss.recovered_against_zero for layer, loss in alone.items()},
+        "layers_driving": driving.layers_driving,
+        "functional_coherence": driving.functional_coherence,
+        "positions": found.num_positions,
+        "outliers": found.num_outliers,
+    }

@@ -1,0 +1,85 @@
+"""The verdict: which baseline is the strongest, and which the crosscoder beats, in nats and in explained variance."""
+
+from typing import Any
+
+import pytest
+
+from pipeline.crosscoder.metrics import ReconstructionMetrics
+from pipeline.evaluation.measurements import Loss, Measurements
+from pipeline.evaluation.predictions import Stand
+from pipeline.evaluation.verdict import best_of_baselines, compare, number, verdict
+
+RANKS = {"pca": 32, "pca_joint": 40}
+COSTS = {"crosscoder": 0.147, "affine": 0.044, "other_layer": 0.21, "pca": 0.5, "mean": 6.0, "zero": 7.0}
+EXPLAINED = {"crosscoder": 0.916, "affine": 0.939, "other_layer": 0.79, "pca": 0.92, "random_dictionary": 0.3, "mean": 0.0, "zero": -0.3}
+
+
+def found(costs: dict[str, float], explained: dict[str, float | None]) -> Measurements:
+    """Figures of one layer, `h.2`; what is taken from another is from `h.3`."""
+
+    def stand(by: str) -> Stand:
+        return Stand("h.2", by, "h.3" if by.startswith(("affine", "other_layer")) else None)
+
+    losses = {stand(by): Loss(1.8 + cost, cost, cost, None, None) for by, cost in costs.items()}
+    empty = ReconstructionMetrics(*[None] * len(ReconstructionMetrics._fields))
+    rows = {stand(by): empty._replace(explained_variance=value) for by, value in explained.items()}
+    others: dict[str, Any] = dict.fromkeys(Measurements._fields)
+    return Measurements(**{**others, "layers": ["h.2"], "losses": losses, "reconstruction": rows})
+
+
+def test_the_verdict_names_the_strongest_baseline_and_what_is_beaten() -> None:
+    first, second, third = verdict(found(COSTS, EXPLAINED), ranks=RANKS, ranks_needed=[105])
+    assert first == (
+        "h.2: WORSE than the strongest baseline by nats: the crosscoder costs 0.1470, an affine map from h.3 0.0440. It beats h.3 as it "
+        "is, PCA of rank 32, the mean and zeros; not an affine map from h.3."
+    )
+    assert second == (
+        "  WORSE by explained variance: the crosscoder's is 0.9160, that of an affine map from h.3 0.9390. It beats h.3 as it is, a "
+        "random dictionary, the mean and zeros; not an affine map from h.3 and PCA of rank 32."
+    )
+    assert third == "  A PCA explains as much from rank 105 on."
+
+
+def test_a_crosscoder_that_beats_all_is_called_better() -> None:
+    first, second = verdict(found(COSTS | {"crosscoder": 0.01}, EXPLAINED | {"crosscoder": 0.99}), ranks=RANKS, ranks_needed=[None])
+    assert first.startswith("h.2: BETTER than the strongest baseline by nats: the crosscoder costs 0.0100, an affine map from h.3 0.0440.")
+    assert first.endswith("It beats all: an affine map from h.3, h.3 as it is, PCA of rank 32, the mean and zeros.")
+    assert second.startswith(
+        "  BETTER by explained variance: the crosscoder's is 0.9900, that of an affine map from h.3 0.9390. It beats all: "
+    )
+
+
+def test_nats_and_explained_variance_may_name_different_baselines() -> None:
+    costs = COSTS | {"other_layer": 0.01}
+    nats, explained = compare(found(costs, EXPLAINED), "h.2", RANKS)
+    assert nats.best == ("h.3 as it is", 0.01)
+    assert explained.best == ("an affine map from h.3", 0.939)
+    assert nats.not_beaten == ["an affine map from h.3", "h.3 as it is"]
+
+
+def test_one_that_beats_nothing_says_so() -> None:
+    first, second = verdict(found(COSTS | {"crosscoder": 9.0}, EXPLAINED | {"crosscoder": -1.0}), ranks=RANKS, ranks_needed=[None])
+    assert first.endswith("It beats none.")
+    assert second.endswith("It beats none.")
+
+
+def test_equal_figures_are_not_better() -> None:
+    nats, _ = compare(found({"crosscoder": 0.5, "mean": 0.5, "zero": 0.5}, EXPLAINED), "h.2", RANKS)
+    assert not nats.is_better
+
+
+def test_activations_that_never_vary_have_no_verdict_by_variance() -> None:
+    _, second = verdict(found(COSTS, dict.fromkeys(EXPLAINED)), ranks=RANKS, ranks_needed=[None])
+    assert second == "  No explained variance: the activations never vary here."
+
+
+def test_the_best_baselines_are_of_each_layer_ablations_and_compared_runs_aside() -> None:
+    nats, explained = best_of_baselines(found(COSTS | {"compared": 0.001}, EXPLAINED | {"dense_path": 0.99}))
+    assert (nats, explained) == (pytest.approx(0.044), pytest.approx(0.939))
+    assert best_of_baselines(found({"crosscoder": 0.1, "mean": 2.0, "zero": 3.0}, {"crosscoder": 0.5, "mean": 0.0})) == (None, None)
+
+
+def test_numbers_are_short_and_never_minus_zero() -> None:
+    assert number(None) == "-"
+    assert number(-1e-9) == "0.0000"
+    assert number(-12345.678) == "-1.23e+04"
