@@ -40,7 +40,12 @@ class Place:
                 "batch_positions": 100,
                 "device": "cpu",
             },
-            "evaluate": {**self.reading, "max_tokens": max_tokens, "crosscoder": str(self.root / "train")},
+            "evaluate": {
+                **self.reading,
+                "training_tokens": self.reading["tokens"],
+                "max_tokens": max_tokens,
+                "crosscoder": str(self.root / "train"),
+            },
         }[stage]
         return load.from_values({"stage": stage, "name": "x", **values}, where=f"{stage}.yaml", site=Site())
 
@@ -66,6 +71,15 @@ def test_a_stage_that_takes_less_than_max_tokens_says_so_in_its_log_and_result(p
     unit = "tokens" if stage == "evaluate" else "positions"
     assert f"max_tokens is 1,000,000, but {place.root}/tokens has {there:,} {unit}: all of them are taken\n" in log
     assert there == place.num_ids if stage == "evaluate" else 0.9 * place.num_ids < there < place.num_ids
+
+
+def test_what_baselines_are_fitted_on_is_not_there_to_be_measured(place: Place) -> None:
+    config = place.config("evaluate", 1_000_000).model_copy(update={"training_tokens": None})
+    output = io.StringIO()
+    result = PROGRAMS["evaluate"].run(config, Run(place.root / "part", stage="evaluate", output=output))
+    there = 1_000_000 - result["short_of_max_tokens"]
+    assert there == place.num_ids - place.num_ids // 4
+    assert f"{place.root}/tokens, less what baselines are fitted on, has {there:,} tokens: all of them are taken\n" in output.getvalue()
 
 
 @pytest.mark.parametrize("stage", list(PROGRAMS))

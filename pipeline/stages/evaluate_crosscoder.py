@@ -61,7 +61,8 @@ def run(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     for field, identity in inputs.items():
         run.bind_input(field, identity, language_model.files if field == "language_model" else None)
     parts = divided(trained, tokens, training, config, language_model.device)
-    limit = notices(config.max_tokens, parts.num_there, where=tokens.directory, unit="tokens")
+    where = f"{tokens.directory}{'' if training else ', less what baselines are fitted on,'}"
+    limit = notices(config.max_tokens, parts.num_there, where=where, unit="tokens")
     differences = [*differences_from_training(trained.provenance, config, tokens, training), *differences_of_runs(trained, compared)]
     for line in [*remarks, *limit, *differences]:
         run.say(line)
