@@ -56,7 +56,8 @@ def tables(found: Measurements, layers: list[str]) -> str:
 def _outliers(rows: list[LayerOutliers]) -> str:
     table = _table("Outliers: positions left out", list(_OUTLIER_COLUMNS.values()))
     for row in rows:
-        table.add_row(row.layer, *[number(getattr(row, name)) for name in _OUTLIER_COLUMNS])
+        norm, *shares = (getattr(row, name) for name in _OUTLIER_COLUMNS)
+        table.add_row(row.layer, f"{norm:,.0f}" if norm is not None and norm >= 100 else number(norm), *map(number, shares))
     return _text(table)
 
 
