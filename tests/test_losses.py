@@ -15,7 +15,7 @@ from pipeline.crosscoder.losses import TERMS, squared_norms_L
 from pipeline.crosscoder.losses import l1 as l1_term
 from pipeline.crosscoder.model import Crosscoder
 from pipeline.crosscoder.objective import Objective, Outcome
-from pipeline.crosscoder.schedules import StepValues, step_values
+from pipeline.crosscoder.schedules import StepValues, scheduled_numbers, step_values
 from pipeline.crosscoder.training_pass import Pass
 from pipeline.crosscoder.weights import Weights, decoder_norms
 
@@ -50,7 +50,7 @@ class Toy:
         self.mean_LD = torch.zeros(2, 4)
         self.dead_J = torch.tensor([1, 4, 6])
         torch.manual_seed(5)
-        self.values = step_values(self.config, 1, 10, batch_shape=(positions, 2), device=CPU)
+        self.values = step_values(self.config, scheduled_numbers(self.config, 1, 10), batch_shape=(positions, 2), device=CPU)
 
     def outcome(self, dead_J: Tensor | None = None) -> Outcome:
         return Objective(self.config, "cpu")(self.crosscoder, self.acts_BLD, self.mean_LD, self.values, dead_J)
@@ -378,7 +378,7 @@ def test_the_values_of_a_step_are_what_is_drawn_from_torchs_generator() -> None:
     drawn: list[StepValues] = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        drawn.append(step_values(toy.config, 1, 10, batch_shape=(50, 2), device=CPU))
+        drawn.append(step_values(toy.config, scheduled_numbers(toy.config, 1, 10), batch_shape=(50, 2), device=CPU))
     assert drawn[0].keep_BL is not None
     assert torch.equal(drawn[0].keep_BL, drawn[1].keep_BL)
     assert not torch.equal(drawn[0].keep_BL, drawn[2].keep_BL)

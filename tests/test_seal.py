@@ -188,7 +188,7 @@ def test_a_run_that_failed_has_no_seal_and_is_not_called_whole_without_a_word(pr
     run = RunDirectory(project.only_run())
     checked, damages = told(project, run)
     assert (done.returncode, damages, (run.path / seal.SEAL).exists()) == (70, [], False)
-    assert checked[0].endswith("; it did not finish yet, so only what was frozen and read, and checkpoints, could be checked")
+    assert checked[0].endswith("; it did not finish, so only what was frozen and read, and checkpoints, could be checked")
 
 
 KILLED_BEFORE_ITS_RESULT = """
@@ -208,7 +208,7 @@ def test_killed_between_its_seal_and_its_result_a_run_has_not_finished_and_is_se
     run = RunDirectory(project.only_run())
     assert (done.returncode, (run.path / seal.SEAL).exists(), run.state()) == (9, True, "stopped"), done.stderr
     checked, damages = told(project, run)
-    assert (damages, "it did not finish yet" in checked[0]) == ([], True)
+    assert (damages, "it did not finish" in checked[0]) == ([], True)
     resumed = project.crosscoder("submit", "--resume", run.reference)
     assert resumed.returncode == 0, resumed.stderr
     assert (run.state(), told(project, run)) == ("finished", ([f"run {run.path}"], []))

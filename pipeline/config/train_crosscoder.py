@@ -44,7 +44,7 @@ class RelativeClipping(Config):
     """Of that running mean; the first 1 / (1 - momentum) steps are averaged evenly."""
 
 
-Clipping = Annotated[NoClipping | NormalizedGradient | AbsoluteClipping | RelativeClipping, Field(discriminator="kind")]
+ClippingConfig = Annotated[NoClipping | NormalizedGradient | AbsoluteClipping | RelativeClipping, Field(discriminator="kind")]
 
 
 class LearningRateSchedule(Schedule):
@@ -68,7 +68,7 @@ class Optimizer(Config):
     """Adam's running average of squared gradients."""
     epsilon: Positive = 1e-8
     """Adam's addend in the denominator."""
-    clipping: Clipping = NormalizedGradient()
+    clipping: ClippingConfig = NormalizedGradient()
     """What is done about the size of the gradient of all weights together."""
 
 

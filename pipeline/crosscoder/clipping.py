@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.train_crosscoder import AbsoluteClipping, NoClipping, NormalizedGradient, RelativeClipping
+from pipeline.config.train_crosscoder import AbsoluteClipping, ClippingConfig, NoClipping, NormalizedGradient, RelativeClipping
 from pipeline.crosscoder.running_mean import update_running_mean
 
 
@@ -13,7 +13,7 @@ class Clipping(nn.Module):
     mean_norm: Tensor
     num_updates: Tensor
 
-    def __init__(self, settings: NoClipping | NormalizedGradient | AbsoluteClipping | RelativeClipping) -> None:
+    def __init__(self, settings: ClippingConfig) -> None:
         super().__init__()
         self.settings = settings
         self.register_buffer("mean_norm", torch.zeros(()))

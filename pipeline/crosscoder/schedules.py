@@ -65,9 +65,8 @@ def scheduled_numbers(config: TrainConfig, step: int, num_steps: int) -> dict[st
     return numbers
 
 
-def step_values(config: TrainConfig, step: int, num_steps: int, *, batch_shape: tuple[int, int], device: torch.device) -> StepValues:
-    """The values of step `step` for a batch of `batch_shape` (B, L). What is drawn comes from torch's global generators."""
-    numbers = scheduled_numbers(config, step, num_steps)
+def step_values(config: TrainConfig, numbers: dict[str, float], *, batch_shape: tuple[int, int], device: torch.device) -> StepValues:
+    """The values of a step for a batch of `batch_shape` (B, L), from its scheduled `numbers` and torch's global generators."""
 
     def scalar(name: str) -> Tensor | None:
         return torch.full((), numbers[name], device=device) if name in numbers else None

@@ -136,11 +136,12 @@ class Trainer:
         step, num_steps, num_tokens = state.step + 1, state.plan.num_steps, raw_BLD.shape[0]
         self._look_up_dead_features(step)
         acts_BLD = state.normalizer.normalize(raw_BLD)
-        values = schedules.step_values(config, step, num_steps, batch_shape=(num_tokens, len(state.layers)), device=state.device)
+        numbers = schedules.scheduled_numbers(config, step, num_steps)
+        values = schedules.step_values(config, numbers, batch_shape=(num_tokens, len(state.layers)), device=state.device)
         state.optimizer.zero_grad(set_to_none=True)
         outcome = self._forward_and_backward(acts_BLD, values)
         gradient_norm, clipped = state.clipping.clip(list(state.crosscoder.parameters()))
-        state.optimizer.param_groups[0]["lr"] = schedules.scheduled_numbers(config, step, num_steps)["learning_rate"]
+        state.optimizer.param_groups[0]["lr"] = numbers["learning_rate"]
         state.optimizer.step()
         count_tokens(state.tokens_since_fired_F, outcome.firings_F, num_tokens)
         if outcome.smallest_rank is not None:

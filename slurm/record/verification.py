@@ -49,7 +49,7 @@ def _checked(run: RunDirectory) -> str:
     which = "it" if run.num_tasks == 1 else "{} of its tasks"
     said = f"run {run.path}"
     if unfinished:
-        said += f"; {which.format(unfinished)} did not finish yet, so only what was frozen and read, and checkpoints, could be checked"
+        said += f"; {which.format(unfinished)} did not finish, so only what was frozen and read, and checkpoints, could be checked"
     if unsealed:
         said += f"; {which.format(unsealed)} finished before runs were sealed, so results, metrics and figures could not be checked"
     return said
