@@ -42,7 +42,8 @@ class PrivateCluster:
     """The cluster in `directory`, running or not; its state is on disk, so any process may start, ask and stop it."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory.absolute()
+        # Without `..`, which would count towards the length of socket paths; a link at the end stays, since its owner is looked at.
+        self.directory = directory.parent.resolve() / directory.name
         self.configuration = self.directory / "slurm.conf"
         self.variables = {**slurm_commands.environment(), "SLURM_CONF": str(self.configuration)}
 
