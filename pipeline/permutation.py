@@ -43,13 +43,13 @@ class Permutation:
         column = indices - row * self._columns
         for number, key in enumerate(self._keys):
             if number % 2 == 0:
-                row = (row + _hash(column, key) % self._rows) % self._rows
+                row = (row + keyed_hash(column, key) % self._rows) % self._rows
             else:
-                column = (column + _hash(row, key) % self._columns) % self._columns
+                column = (column + keyed_hash(row, key) % self._columns) % self._columns
         return row * self._columns + column
 
 
-def _hash(values: Tensor, key: int) -> Tensor:
+def keyed_hash(values: Tensor, key: int) -> Tensor:
     """A keyed hash of each value, 0 or more."""
     return _scramble(values + key) & _LOW_63_BITS
 

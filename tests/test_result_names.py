@@ -10,7 +10,7 @@ from tiny_models import tiny_gpt2
 from pipeline.config import load
 from pipeline.config.site_file import Site
 from pipeline.run import Run
-from pipeline.stages import cache_activations, count_tokens, evaluate_crosscoder, tokenize_text, train_crosscoder
+from pipeline.stages import build_features, cache_activations, count_tokens, evaluate_crosscoder, tokenize_text, train_crosscoder
 from slurm.record.comparison import flatten
 
 PROGRAMS = {
@@ -19,6 +19,7 @@ PROGRAMS = {
     "cache": cache_activations,
     "train": train_crosscoder,
     "evaluate": evaluate_crosscoder,
+    "features": build_features,
 }
 ONLY_ON_A_GPU = {"peak_memory_gib"}
 
@@ -50,6 +51,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
             "held_out": {"tokens": str(root / "tokens/validation"), "language_model": model, "positions": 64},
         },
         "evaluate": {**tokens, "tokens": str(root / "tokens/validation"), "crosscoder": str(root / "train"), "max_tokens": 200},
+        "features": {**tokens, "tokens": str(root / "tokens/validation"), "crosscoder": str(root / "train"), "max_tokens": 200},
     }
     names = {}
     for stage, program in PROGRAMS.items():

@@ -10,7 +10,7 @@ import shipped
 
 ROOT = Path(__file__).parent.parent
 ORDER = ["config", "records", "model_files", "run", "tokens", "text", "contexts", "blocks", "model_trial", "model_loading"]
-ORDER += ["prediction_head", "language_model", "activations", "crosscoder", "interventions", "evaluation", "stages"]
+ORDER += ["prediction_head", "language_model", "activations", "crosscoder", "interventions", "evaluation", "features", "stages"]
 SLURM_ORDER = ["client", "cluster", "record", "execution", "submission", "watching", "changing", "commands"]
 TORCH_FREE = {"pipeline.config", "pipeline.records", "pipeline.model_files", "pipeline.run"}
 PYTHON_FILES = shipped.files("pipeline/**/*.py", "slurm/**/*.py")

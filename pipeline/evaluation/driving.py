@@ -54,8 +54,8 @@ class Driving:
         self.firings_F = torch.zeros(trained.num_features, dtype=torch.int64, device=device)
         self.sum_activation_F = torch.zeros(trained.num_features, dtype=torch.float64, device=device)
         self.max_activation_F = torch.zeros(trained.num_features, device=device)
-        self._drop_FL = torch.zeros(trained.num_features, num_layers, dtype=torch.float64, device=device)
-        self._alone_FL = torch.zeros(trained.num_features, num_layers, dtype=torch.int64, device=device)
+        self.drop_FL = torch.zeros(trained.num_features, num_layers, dtype=torch.float64, device=device)
+        self.alone_FL = torch.zeros(trained.num_features, num_layers, dtype=torch.int64, device=device)
 
     def add(self, acts_NLD: Tensor, features_NF: Tensor) -> None:
         """Adds positions: their raw activations, and what all layers together made fire there."""
@@ -72,19 +72,19 @@ class Driving:
             contribution_NF = (centered_NLD[:, layer] @ W_enc_DF) * self._gain_F
             without_NF = features_NF - contribution_NF
             lost_NF = torch.where(without_NF > self._threshold_F, contribution_NF, features_NF)
-            self._drop_FL[:, layer] += torch.where(fires_NF, lost_NF, 0.0).sum(0, dtype=torch.float64)
+            self.drop_FL[:, layer] += torch.where(fires_NF, lost_NF, 0.0).sum(0, dtype=torch.float64)
             alone_NF = (contribution_NF + self._value_of_means_F > self._threshold_F) & fires_NF
-            self._alone_FL[:, layer] += alone_NF.sum(0)
+            self.alone_FL[:, layer] += alone_NF.sum(0)
 
     @property
     def drop_by_layer_FL(self) -> Tensor:
         """The share of a feature's summed activation that goes when the layer is masked, float64; 0 of one that never fires."""
-        return self._drop_FL / self.sum_activation_F.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+        return self.drop_FL / self.sum_activation_F.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
 
     @property
     def survives_alone_FL(self) -> Tensor:
         """The share of a feature's firings that are left when only this layer is encoded, float64; 0 of one that never fires."""
-        return self._alone_FL.double() / self.firings_F.clamp(min=1)[:, None]
+        return self.alone_FL.double() / self.firings_F.clamp(min=1)[:, None]
 
     def results(self) -> DrivingLayers:
         drops_FL = self.drop_by_layer_FL.clamp(min=0)

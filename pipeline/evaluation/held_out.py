@@ -108,26 +108,35 @@ def divide(
     limit = total - kept_back if max_tokens is None else min(max_tokens, total - kept_back)
     measured, following = draw(contexts.lengths, [limit, kept_back], seed)
     fitted = following if training is None else draw(training.lengths, [fit_tokens], seed)[0]
-    directory, length = contexts.tokens.directory, contexts.context_tokens
-    if not len(measured) or int(contexts.lengths[measured].max()) < 3:
-        beside = f" and {len(following):,} to fit baselines on" if training is None else ""
-        raise UserError(
-            f"{directory} gives {len(measured):,} contexts of at most {length:,} tokens to measure{beside} for max_tokens {max_tokens}, "
-            "none of 3 tokens or more: nothing could be measured; allow more tokens or take another set"
-        )
+    beside = f" and {len(following):,} to fit baselines on" if training is None else ""
+    check_measurable(contexts, measured, max_tokens, beside)
     if not len(fitted):
         raise UserError(
-            f"{(training or contexts).tokens.directory} gives no context of at most {length:,} tokens for fit_tokens {fit_tokens:,}: "
-            "baselines could not be fitted; allow more tokens, or name training_tokens"
+            f"{(training or contexts).tokens.directory} gives no context of at most {contexts.context_tokens:,} tokens for "
+            f"fit_tokens {fit_tokens:,}: baselines could not be fitted; allow more tokens, or name training_tokens"
         )
     settings = {"batch_contexts": batch_contexts, "device": device}
-    num_leading = max(1, int(np.searchsorted(np.cumsum(contexts.lengths[measured]), LEADING_TOKENS, side="right")))
     return Parts(
         HeldOut(contexts, np.sort(measured), **settings),  # type: ignore[arg-type]
-        HeldOut(contexts, measured[:num_leading], **settings),  # type: ignore[arg-type]
+        HeldOut(contexts, leading(contexts, measured), **settings),  # type: ignore[arg-type]
         HeldOut(training or contexts, fitted, **settings),  # type: ignore[arg-type]
         total - kept_back,
     )
+
+
+def check_measurable(contexts: Contexts, measured: Indices, max_tokens: int | None, beside: str = "") -> None:
+    """Raises `UserError` where no context of those drawn has a position that counts and a token after it."""
+    if not len(measured) or int(contexts.lengths[measured].max()) < 3:
+        raise UserError(
+            f"{contexts.tokens.directory} gives {len(measured):,} contexts of at most {contexts.context_tokens:,} tokens to "
+            f"measure{beside} for max_tokens {max_tokens}, none of 3 tokens or more: nothing could be measured; allow more tokens or take "
+            "another set"
+        )
+
+
+def leading(contexts: Contexts, measured: Indices) -> Indices:
+    """The first of the contexts drawn: about `LEADING_TOKENS`, one at least."""
+    return measured[: max(1, int(np.searchsorted(np.cumsum(contexts.lengths[measured]), LEADING_TOKENS, side="right")))]
 
 
 def draw(lengths: Indices, budgets: list[int], seed: int) -> list[Indices]:

@@ -16,7 +16,7 @@ from pipeline.config.beginning_of_text import is_wanted
 from pipeline.config.cache_activations import CacheConfig
 from pipeline.config.count_tokens import CountConfig
 from pipeline.config.errors import UserError
-from pipeline.config.evaluate_crosscoder import EvaluateConfig
+from pipeline.config.held_out_text import HeldOutText
 from pipeline.config.language_model import CONTEXT_FIELDS, LanguageModelConfig
 from pipeline.config.stage import StageConfig
 from pipeline.config.tokenize_text import TokenizeConfig
@@ -77,9 +77,9 @@ def notices(parsed: Sequence[tuple[str, StageConfig]], pending: Sequence[Path] =
 
 def _limit_notices(config: StageConfig, pending: Sequence[Path]) -> list[str]:
     reading = config.activations if isinstance(config, TrainConfig) else config
-    if not isinstance(reading, Harvest | EvaluateConfig) or (tokens := _manifest(reading.tokens, pending, "token-set")) is None:
+    if not isinstance(reading, Harvest | HeldOutText) or (tokens := _manifest(reading.tokens, pending, "token-set")) is None:
         return []
-    if isinstance(reading, EvaluateConfig):
+    if isinstance(reading, HeldOutText):
         there = int(tokens["tokens"]) + int(tokens["documents"])
         return token_limit.notices(reading.max_tokens, there, where=reading.tokens, unit="tokens", is_estimate=True)
     there = _kept_positions(reading, tokens)
@@ -93,7 +93,7 @@ def _sets_read(config: StageConfig) -> dict[str, Path]:
         return {f"activations.{field}": path for path in config.inputs().values()}
     if isinstance(config, CountConfig):
         return {f"tokens ({split})": path for split, path in config.inputs().items()}
-    if isinstance(config, EvaluateConfig):
+    if isinstance(config, HeldOutText):
         return {field: path for field, path in config.inputs().items() if field in ("tokens", "training_tokens")}
     return {"tokens": config.tokens} if isinstance(config, CacheConfig) else {}
 
@@ -106,8 +106,8 @@ def _stage_faults(config: StageConfig, runs: Path, pending: Sequence[Path]) -> l
         return _harvest_faults(config, shape, tokens) + _cache_disk_faults(config, shape, tokens)
     if isinstance(config, TrainConfig):
         return _train_faults(config, runs, pending)
-    if isinstance(config, EvaluateConfig):
-        return _evaluate_faults(config, pending)
+    if isinstance(config, HeldOutText):
+        return _held_out_faults(config, pending)
     return []
 
 
@@ -176,7 +176,7 @@ def _reading_faults(context_tokens: int, model: LanguageModelConfig, shape: Mode
     return faults
 
 
-def _evaluate_faults(config: EvaluateConfig, pending: Sequence[Path]) -> list[str]:
+def _held_out_faults(config: HeldOutText, pending: Sequence[Path]) -> list[str]:
     shape, tokens = model_shape(config.language_model), _manifest(config.tokens, pending, "token-set")
     faults = model_preflight.faults_of(config.language_model)
     faults += _reading_faults(config.context_tokens, config.language_model, shape, tokens, config.tokens)
