@@ -46,7 +46,9 @@ def hidden(output: Any) -> Any:
 
 def with_hidden(output: Any, new_BSD: Tensor) -> Any:
     """A block's output with another residual stream in it."""
-    return (new_BSD, *output[1:]) if isinstance(output, tuple | list) else new_BSD
+    if isinstance(output, list):  # GPT (2018) adds its attention's output to another list
+        return [new_BSD, *output[1:]]
+    return (new_BSD, *output[1:]) if isinstance(output, tuple) else new_BSD
 
 
 def run(model: Any, tokens_BS: Tensor, actions: Mapping[str, Action]) -> Any:

@@ -1,6 +1,7 @@
 """A Hugging Face causal language model whose layers can be read and replaced.
 
-A layer is named by the module path of a block (`transformer.h.7`); its activation is the residual stream after the block.
+A layer is named by the module path of a block (`transformer.h.7`); its activation is the residual stream after the block. With a point
+behind it (`transformer.h.7.mlp_output`) it is what a part of the block adds to that stream (see `pipeline.config.sites`).
 Hooks on the blocks read it, not `output_hidden_states`: there the last entry of GPT-2 already has the final layer norm applied.
 
 Shapes: B contexts in a batch, S positions in a context, L layers read, D model width, V vocabulary.
@@ -17,9 +18,10 @@ import transformers
 import xxhash
 from torch import Tensor, nn
 
-from pipeline import blocks, model_files, model_loading, model_trial
+from pipeline import blocks, model_files, model_loading, model_trial, sublayer_trial, sublayers
 from pipeline.config.errors import UserError
 from pipeline.config.language_model import LanguageModelConfig
+from pipeline.config.sites import SiteName
 from pipeline.prediction_head import PredictionHead
 from pipeline.text.tokenizer import load_tokenizer
 
@@ -53,6 +55,7 @@ class LanguageModel:
         trial = model_trial.try_model(model, self.block_names, name)
         self.d_model: int = trial.d_model
         self._not_finite = trial.not_finite
+        self._module_paths: dict[str, str] = {}
 
     @classmethod
     def load(cls, config: LanguageModelConfig) -> "LanguageModel":
@@ -91,12 +94,14 @@ class LanguageModel:
         names = self.block_names
         prefix, first = names[0].rpartition(".")[::2]
         for index, layer in enumerate(layers):
-            if layer in names:
+            site = SiteName.parse(layer)
+            if site.block in names:
+                self._module_path(layer)
                 continue
             found = f"layers[{index}] is {layer}, but {self.name} has blocks {first} to {names[-1].rpartition('.')[2]} ({prefix}.N)"
-            if layer.rpartition(".")[0] == prefix and layer.rpartition(".")[2].isdigit():
+            if site.block.rpartition(".")[0] == prefix and site.block.rpartition(".")[2].isdigit():
                 raise UserError(f"{found}; use a smaller number")
-            near = difflib.get_close_matches(layer, names, n=1)
+            near = difflib.get_close_matches(site.block, names, n=1)
             raise UserError(f"{found}; " + (f"did you mean {near[0]}?" if near else f"the first is {names[0]}"))
 
     def check_use(self, layers: list[str], context_tokens: int, *, predictions: bool = False) -> None:
@@ -111,22 +116,24 @@ class LanguageModel:
                 f"{wrong[0]} of {self.name} is not finite (NaN or infinite) on the first tokens tried, in {self.dtype}; check the model's "
                 "weights, or choose a dtype with a wider range (bfloat16 or float32)"
             )
+        sublayer_trial.try_sites(self.model, [SiteName.parse(layer) for layer in layers], self.name)
         model_trial.check_length(self.model, self.block_names, context_tokens, self.name)
 
     @torch.inference_mode()
     def activations(self, tokens_BS: Tensor, layers: list[str]) -> Tensor:
-        """acts_BSLD of `layers`, in their order; no block after the last of them is computed."""
+        """acts_BSLD of `layers`, in their order; nothing after the last of them is computed."""
         self.check_layers(layers)
-        last = max(layers, key=self.block_names.index)
+        left = set(layers)
         acts_BSLD = torch.empty((*tokens_BS.shape, len(layers), self.d_model), dtype=self.dtype, device=self.device)
 
         def read_output(name: str, output: Any) -> None:
             # Copied at once, since a later block may add to the residual stream in place. Mamba keeps it in float32 whatever the dtype.
             acts_BSLD[:, :, layers.index(name)] = blocks.hidden(output)
-            if name == last:
+            left.discard(name)
+            if not left:
                 raise blocks.EnoughRead
 
-        blocks.run(self.model, tokens_BS.to(self.device), dict.fromkeys(layers, read_output))
+        blocks.run(self.model, tokens_BS.to(self.device), self._at(dict.fromkeys(layers, read_output)))
         return acts_BSLD
 
     @torch.inference_mode()
@@ -171,7 +178,20 @@ class LanguageModel:
                 raise ValueError(f"the replacement of {name} has shape {tuple(new_BSD.shape)}, expected {tuple(acts_BSD.shape)}")
             return blocks.with_hidden(output, new_BSD.to(acts_BSD))
 
-        return dict.fromkeys(replace, replaced)
+        return self._at(dict.fromkeys(replace, replaced))
+
+    def _at(self, actions: Mapping[str, blocks.Action]) -> dict[str, blocks.Action]:
+        """By module path, actions that are given by layer and called with it."""
+
+        def of(layer: str) -> blocks.Action:
+            return lambda _path, output: actions[layer](layer, output)
+
+        return {self._module_path(layer): of(layer) for layer in actions}
+
+    def _module_path(self, layer: str) -> str:
+        if layer not in self._module_paths:
+            self._module_paths[layer] = sublayers.module_path(self.model, SiteName.parse(layer), self.name)
+        return self._module_paths[layer]
 
 
 def _device(name: str) -> torch.device:

@@ -36,7 +36,7 @@ def try_model(model: Any, block_names: list[str], name: str) -> Trial:
 
     All passes have one shape: kernels round differently for another.
     """
-    tokens_S, changed_S = _trial_tokens(model)
+    tokens_S, changed_S = trial_tokens(model)
     before, order = _forward(model, name, tokens_S, block_names)
     if order != block_names:
         raise UserError(
@@ -48,7 +48,7 @@ def try_model(model: Any, block_names: list[str], name: str) -> Trial:
     not_finite = [place for place, values in before.items() if not bool(values.isfinite().all())]
     # A layer that overflows need not be one that is read; what is not finite can't be compared.
     finite = [place for place in before if place not in not_finite and bool(after[place].isfinite().all())]
-    _check_causal(model, {place: _greatest_change(before[place], after[place]) for place in finite}, name)
+    _check_causal(model, {place: greatest_change(before[place], after[place]) for place in finite}, name)
     if LOGITS in finite:
         _check_nothing_passes_by(model, name, tokens_S, block_names, before[LOGITS])
     return Trial(d_model, not_finite)
@@ -68,7 +68,7 @@ def check_length(model: Any, block_names: list[str], context_tokens: int, name: 
         blocks.hidden(output).flatten()[0].item()  # waits for the GPU, whose errors come late
         raise blocks.EnoughRead
 
-    tokens_S = _trial_tokens(model)[0]
+    tokens_S = trial_tokens(model)[0]
     repeated_S = tokens_S.repeat(context_tokens // len(tokens_S) + 1)[:context_tokens]
     try:
         blocks.run(model, repeated_S[None], {block_names[0]: stop})
@@ -94,7 +94,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
 
 
-def _trial_tokens(model: Any) -> tuple[Tensor, Tensor]:
+def trial_tokens(model: Any) -> tuple[Tensor, Tensor]:
     """Two texts tokens_S with one first half: ids from all over the vocabulary, none that the config gives a meaning."""
     config = model.config.get_text_config()
     vocab_size = model.get_input_embeddings().num_embeddings
@@ -148,7 +148,7 @@ def _check_shapes(model: Any, given: dict[str, Any], block_names: list[str], nam
     return int(given[block_names[0]].shape[-1])
 
 
-def _greatest_change(before_BSX: Tensor, after_BSX: Tensor) -> float:
+def greatest_change(before_BSX: Tensor, after_BSX: Tensor) -> float:
     """The greatest |after - before| / |before| of a position in the first half, where both texts are the same."""
     same = before_BSX.shape[1] - before_BSX.shape[1] // 2
     before, after = before_BSX[:, :same].float(), after_BSX[:, :same].float()
@@ -159,7 +159,7 @@ def _greatest_change(before_BSX: Tensor, after_BSX: Tensor) -> float:
 def _check_causal(model: Any, changes: dict[str, float], name: str) -> None:
     """Raises `UserError` if a later token changed something before it by more than rounding can."""
     for place, change in changes.items():
-        if change > _tolerance(model):
+        if change > tolerance(model):
             raise UserError(
                 f"{_described(model, name)} sees the future: other tokens in the second half of a text change its {place} in the "
                 f"first half by {100 * change:.1f} %; use a causal language model"
@@ -175,14 +175,14 @@ def _check_nothing_passes_by(model: Any, name: str, tokens_S: Tensor, block_name
     last = block_names[-1]
     zeroed_BSV = _forward(model, name, tokens_S, block_names, zeroed=last)[0][LOGITS].float()
     difference = (zeroed_BSV - zeroed_BSV[:, :1]).norm(dim=-1).max() / logits_BSV.float().norm(dim=-1).max()
-    if float(difference) > _tolerance(model):
+    if float(difference) > tolerance(model):
         raise UserError(
             f"{_described(model, name)} predicts from more than {last} gives: that is not its whole residual stream, "
             "so its layers can't be read; use another model"
         )
 
 
-def _tolerance(model: Any) -> float:
+def tolerance(model: Any) -> float:
     """The relative difference that may be rounding: the square root of the dtype's precision.
 
     Dense models differ by exactly 0. Those with experts round differently when other tokens go to an expert: by 1e-6 in float32 and

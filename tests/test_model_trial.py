@@ -105,7 +105,7 @@ def test_a_trial_is_three_passes_of_one_shape_and_leaves_no_hook(llama):
 
 
 def test_both_texts_of_a_trial_share_their_first_half_and_differ_in_every_place_after_it(llama):
-    first_S, second_S = model_trial._trial_tokens(llama)
+    first_S, second_S = model_trial.trial_tokens(llama)
     assert first_S[:4].equal(second_S[:4])
     assert (first_S[4:] != second_S[4:]).all()
     assert not {0} & {*first_S.tolist(), *second_S.tolist()}  # the config gives id 0 a meaning

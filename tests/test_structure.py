@@ -9,8 +9,9 @@ import pytest
 import shipped
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["config", "records", "model_files", "run", "tokens", "text", "contexts", "blocks", "model_trial", "model_loading"]
-ORDER += ["prediction_head", "language_model", "activations", "crosscoder", "interventions", "evaluation", "features", "stages"]
+ORDER = ["config", "records", "model_files", "run", "tokens", "text", "contexts", "blocks", "sublayers", "model_trial"]
+ORDER += ["sublayer_trial", "model_loading", "prediction_head", "language_model", "activations", "crosscoder", "interventions"]
+ORDER += ["evaluation", "features", "stages"]
 SLURM_ORDER = ["client", "cluster", "record", "execution", "submission", "watching", "changing", "commands"]
 TORCH_FREE = {"pipeline.config", "pipeline.records", "pipeline.model_files", "pipeline.run"}
 PYTHON_FILES = shipped.files("pipeline/**/*.py", "slurm/**/*.py")

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field
 from pipeline.config.beginning_of_text import BeginningOfTextSetting
 from pipeline.config.language_model import LanguageModelConfig
 from pipeline.config.schema import OPERATIONAL, Config, Count, DataPath, PositiveCount
+from pipeline.config.sites import SiteText
 
 
 def _distinct(values: list[str] | list[int]) -> list[str] | list[int]:
@@ -26,8 +27,9 @@ class Harvest(Config):
     tokens: Annotated[DataPath, Field(json_schema_extra=OPERATIONAL)]
     """Directory of the token set."""
     language_model: LanguageModelConfig
-    layers: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
-    """Module paths of the blocks whose output is read (`transformer.h.7`), in the order of the crosscoder's layers."""
+    layers: Annotated[list[SiteText], Field(min_length=1), AfterValidator(_distinct)]
+    """Sites that are read, in the order of the crosscoder's layers. The module path of a block (`transformer.h.7`) is the residual
+    stream after it; with `.mlp_output` or `.attention_output` behind it, what that part of the block adds to the stream."""
     context_tokens: Annotated[PositiveCount, Field(le=65_536)] = 1024
     """Length of a context, in tokens; a beginning-of-text token is one of them."""
     beginning_of_text: BeginningOfTextSetting = "auto"

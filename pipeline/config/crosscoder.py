@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config.schedule import NonNegative, Positive, Schedule
 from pipeline.config.schema import Config, Count, PositiveCount
+from pipeline.config.sites import SiteText
 
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -139,9 +140,9 @@ class Group(Config):
 
     features: PositiveCount
     """How many; the groups follow one another in the dictionary."""
-    reads: Literal["all"] | Annotated[list[str], Field(min_length=1)] = "all"
+    reads: Literal["all"] | Annotated[list[SiteText], Field(min_length=1)] = "all"
     """Layers that their encoders see, by name."""
-    writes: Literal["all"] | Annotated[list[str], Field(min_length=1)] = "all"
+    writes: Literal["all"] | Annotated[list[SiteText], Field(min_length=1)] = "all"
     """Layers that their decoders reconstruct, by name. A layer that no group writes is not reconstructed and not in the loss."""
     cost: Positive = 1.0
     """What they weigh against others: penalties on activations are multiplied by it, and ranks of TopK divided. Below 1 favors them,

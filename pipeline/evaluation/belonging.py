@@ -6,6 +6,7 @@ from pipeline import records
 from pipeline.activations.token_check import check_tokens
 from pipeline.config.errors import UserError
 from pipeline.config.held_out_text import HeldOutText
+from pipeline.config.sites import SiteName
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder
 from pipeline.language_model import LanguageModel
 from pipeline.tokens import TokenSet
@@ -58,7 +59,7 @@ def check_model(trained: TrainedCrosscoder, language_model: LanguageModel, what:
             f"{what} was trained on a language model of hash {_short(known)}, but "
             f"language_model.model {language_model.name} has {_short(language_model.hash)}; name the model that it was trained on"
         )
-    missing = [layer for layer in trained.layers if layer not in language_model.block_names]
+    missing = [layer for layer in trained.layers if SiteName.parse(layer).block not in language_model.block_names]
     if missing:
         raise UserError(
             f"{what} reads {missing[0]}, but {language_model.name} has "

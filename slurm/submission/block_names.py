@@ -1,5 +1,7 @@
 """How the model types of the Hugging Face library name their blocks: known here without loading a model."""
 
+from pipeline.config.sites import SiteName
+
 BLOCKS = {
     "transformer.h": ("gpt2", "gpt_neo", "gptj", "bloom", "falcon", "codegen", "gpt_bigcode", "ctrl", "openai-gpt"),
     "transformer.blocks": ("mpt",),
@@ -26,7 +28,7 @@ def prefix_of(model_type: str | None) -> str | None:
 
 def layer_fault(layer: str, model: str, model_type: str | None, num_blocks: int | None) -> str | None:
     """Why the model has no block called `layer`, as far as that can be known from its type and its number of blocks."""
-    path, _, number = layer.rpartition(".")
+    path, _, number = SiteName.parse(layer).block.rpartition(".")
     prefix = prefix_of(model_type)
     is_number = number.isdigit() and number == str(int(number))
     if prefix is not None and (path != prefix or not is_number):
