@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from pipeline.activations.buffer import RollingBuffer
+from pipeline.activations.halves import AGREEMENT, Halves
 from pipeline.activations.harvest import Harvester
-from pipeline.activations.layer_sums import LayerSums, counted
+from pipeline.activations.layer_sums import counted
 from pipeline.activations.order import batch_pieces
 from pipeline.activations.source import ActivationBatch, LayerStatistics
 from pipeline.config.activation_source import Harvest, StreamedActivations
@@ -54,20 +55,35 @@ class ActivationStream:
 
     @functools.cached_property
     def statistics(self) -> LayerStatistics:
-        """Of the leading `statistics_contexts` contexts of the order; computed when first asked for."""
+        """Of the leading contexts of the order, as many as it takes for two halves to agree; computed when first asked for."""
         order = self._harvester.order
-        wanted = min(self._config.statistics_contexts, order.num_contexts)
-        sums = LayerSums(*self._harvester.row_shape)
-        contexts_done = 0
-        for generation in range(order.num_generations):
-            batches = order.model_batches(generation)
-            for batch, rows in zip(batches, self._harvester.rows(generation), strict=True):
-                sums.add(counted(rows, self._config))
-                contexts_done += len(batch.contexts_B)
-                self._run.report("statistics", min(contexts_done, wanted), wanted, unit="contexts", done=contexts_done >= wanted)
-                if contexts_done >= wanted:
-                    return sums.statistics()
-        return sums.statistics()
+        limit = min(self._config.statistics_contexts, order.num_contexts)
+        halves = Halves(*self._harvester.row_shape)
+        sample = (
+            pair
+            for generation in range(order.num_generations)
+            for pair in zip(order.model_batches(generation), self._harvester.rows(generation), strict=True)
+        )
+        for batch, rows in sample:
+            halves.add(counted(rows, self._config), len(batch.contexts_B))
+            is_done = halves.agree() or halves.num_contexts >= limit
+            self._run.report("statistics", min(halves.num_contexts, limit), limit, unit="contexts", done=is_done)
+            if is_done:
+                break
+        self._run.say(self._outcome(halves))
+        return halves.statistics()
+
+    def _outcome(self, halves: Halves) -> str:
+        disagreement, num_contexts = halves.disagreement(), halves.num_contexts
+        if num_contexts >= self._harvester.order.num_contexts:
+            return f"statistics: of all {num_contexts:,} contexts"
+        if disagreement <= AGREEMENT:
+            return f"statistics: halves agree within {disagreement:.2%} at {num_contexts:,} contexts"
+        return (
+            f"warning: statistics: halves differ by {disagreement:.2%} of the scale at {num_contexts:,} contexts, more than "
+            f"{AGREEMENT:.0%}: the normalization is uncertain by about as much; set statistics_contexts higher than "
+            f"{self._config.statistics_contexts:,}"
+        )
 
     def batches(self, *, batch_positions: int, epoch: int, cursor: int) -> Iterator[ActivationBatch]:
         """See `ActivationSource`. The first batch waits until the buffer is full; later ones wait for a model batch at most."""
