@@ -245,7 +245,7 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
     text = path.read_text()
     config = load.load(path, [], Site())
     assert text.startswith(f"# crosscoder submit configs/{path.parent.name}/{path.name}"), "a YAML opens with its command"
-    assert config.stage == ("train" if path.parent.name == "variants" else path.stem.split("-")[0])
+    assert config.stage == ("train" if path.parent.name in ("variants", "groups") else path.stem.split("-")[0])
 
 
 def test_beginning_of_text_is_auto_true_or_false_and_at_auto_leaves_identities_as_they_were() -> None:
