@@ -73,7 +73,8 @@ def test_curves_of_an_interrupted_run_have_every_point_once(trained: Trained) ->
     events = EventAccumulator(str(trained.interrupted / "tensorboard"))
     events.Reload()
     rows = rows_without_times(trained.whole)
-    found = events.Scalars("loss/total")
+    found = events.Scalars("1_loss/total")
     assert [event.step for event in found] == [row["step"] for row in rows]
     assert [event.value for event in found] == pytest.approx([row["loss"] for row in rows])
-    assert "explained_variance/block.1" in events.Tags()["scalars"]
+    assert "2_reconstruction/explained_variance/block.1" in events.Tags()["scalars"]
+    assert "5_gradients/encoder_gradient_norm_histogram/block.1" in events.Tags()["histograms"]

@@ -30,6 +30,8 @@ class Outcome(NamedTuple):
     """Sum over positions of |x - x_hat|^2."""
     variance_L: Tensor
     """Sum over positions of |x - mean|^2, with the mean of all activations."""
+    error_BL: Tensor
+    """|x - x_hat| of each position."""
     firings_F: Tensor
     """Positions at which each feature fired."""
     smallest_rank: Tensor | None
@@ -37,7 +39,7 @@ class Outcome(NamedTuple):
 
     @classmethod
     def added(cls, parts: "Sequence[Outcome]") -> "Outcome":
-        """Of a batch, from those of its parts: all but the smallest rank add up."""
+        """Of a batch, from those of its parts: all but errors and the smallest rank add up."""
         ranks = [part.smallest_rank for part in parts if part.smallest_rank is not None]
         names = parts[0].terms
         return cls(
@@ -46,6 +48,7 @@ class Outcome(NamedTuple):
             terms={name: torch.stack([part.terms[name] for part in parts]).sum() for name in names},
             residual_L=torch.stack([part.residual_L for part in parts]).sum(0),
             variance_L=torch.stack([part.variance_L for part in parts]).sum(0),
+            error_BL=torch.cat([part.error_BL for part in parts]),
             firings_F=torch.stack([part.firings_F for part in parts]).sum(0),
             smallest_rank=torch.stack(ranks).mean() if ranks else None,
         )
@@ -93,6 +96,7 @@ class Objective:
             {name: term.detach() for name, term in terms.items()},
             residual_L.detach(),
             variance_L.detach(),
+            torch.linalg.vector_norm(p.residual_BLD.detach().float(), dim=-1),
             firings(p.fired.features_BF),
             p.fired.smallest_rank,
         )

@@ -21,6 +21,7 @@ from pipeline.crosscoder import checkpoint_files, schedules
 from pipeline.crosscoder.dead_features import count_tokens, dead_features
 from pipeline.crosscoder.held_out import HeldOutPositions
 from pipeline.crosscoder.history import History
+from pipeline.crosscoder.last_step import LastStep
 from pipeline.crosscoder.objective import Objective, Outcome
 from pipeline.crosscoder.training_log import TrainingLog
 from pipeline.crosscoder.training_state import TrainingState
@@ -117,7 +118,7 @@ class Trainer:
     def _after_step(self) -> None:
         state = self.state
         done = state.step == state.plan.num_steps
-        if done or state.step % self.config.log_every_steps == 0:
+        if self._has_a_row(state.step):
             self.check_finite()
             self.log.write_row()
         self.run.report("train", state.tokens, state.plan.num_tokens, unit="tokens", done=done, note=self.log.note())
@@ -127,6 +128,9 @@ class Trainer:
         if self._checkpoint_is_due():
             self._save()
         self.history.after_step()
+
+    def _has_a_row(self, step: int) -> bool:
+        return step == self.state.plan.num_steps or step % self.config.log_every_steps == 0
 
     # -- one step -------------------------------------------------------------------------------------------------
 
@@ -140,6 +144,8 @@ class Trainer:
         values = schedules.step_values(config, numbers, batch_shape=(num_tokens, len(state.layers)), device=state.device)
         state.optimizer.zero_grad(set_to_none=True)
         outcome = self._forward_and_backward(acts_BLD, values)
+        if self._has_a_row(step):
+            self.log.last_step = LastStep.of(state, raw_BLD, outcome)
         gradient_norm, clipped = state.clipping.clip(list(state.crosscoder.parameters()))
         state.optimizer.param_groups[0]["lr"] = numbers["learning_rate"]
         state.optimizer.step()

@@ -11,6 +11,8 @@ from torch.utils.tensorboard import SummaryWriter
 from pipeline.crosscoder import schedules
 from pipeline.crosscoder.activation_functions import RankedFunction
 from pipeline.crosscoder.held_out import HeldOutPositions
+from pipeline.crosscoder.last_step import LastStep, norms_by_layer
+from pipeline.crosscoder.training_curves import Curves
 from pipeline.crosscoder.training_state import TrainingState
 from pipeline.run import Run
 
@@ -33,8 +35,11 @@ class TrainingLog:
         # Earlier starts may have drawn points beyond the checkpoint: TensorBoard hides those from purge_step on.
         _wait_for_a_later_name(run.directory / "tensorboard")
         self.writer = SummaryWriter(str(run.directory / "tensorboard"), purge_step=state.step + 1)
+        self.curves = Curves(self.writer, state.layers)
         self.seconds_waited = 0.0
         """Since the last row, that the trainer's thread waited for its next batch."""
+        self.last_step: LastStep | None = None
+        """The step that the next row ends with, once it was made."""
         self._started = self._row_started = time.monotonic()
         self._row_first_tokens = state.tokens
 
@@ -42,11 +47,13 @@ class TrainingLog:
         """Logs the window since the last row and begins the next. Waits for the device, once."""
         row = {"step": self.state.step, "tokens": self.state.tokens, "epoch": self.state.plan.place_after(self.state.step - 1).epoch}
         row |= self.state.window.metrics() | _state_metrics(self.state)
+        row |= {} if self.last_step is None else self.last_step.metrics()
         if self.held_out is not None:
             row |= self.held_out.measure(self.state.crosscoder, self.state.normalizer).metrics
         row |= self._time_metrics()
         self.run.log_metrics(row)
-        self._draw(row)
+        self.curves.add_row(row)
+        self._draw_histograms()
         self.rows.append(row)
         self.state.window.clear()
 
@@ -85,14 +92,19 @@ class TrainingLog:
         self._row_started, self._row_first_tokens, self.seconds_waited = now, self.state.tokens, 0.0
         return row
 
-    def _draw(self, row: dict[str, Any]) -> None:
-        for name, value in row.items():
-            if isinstance(value, list):
-                for layer, of_layer in zip(self.state.layers, value, strict=True):
-                    if of_layer is not None:
-                        self.writer.add_scalar(f"{name.removesuffix('_by_layer')}/{layer}", of_layer, row["step"])
-            elif name != "step" and value is not None:
-                self.writer.add_scalar(_tag(name), value, row["step"])
+    def _draw_histograms(self) -> None:
+        """Of every feature's norms, at the end and where as many steps as the settings ask for went by since the last ones."""
+        state, every = self.state, self.state.config.histogram_every_steps
+        before = self.rows[-1]["step"] if self.rows else 0
+        if state.step // every == before // every and state.step != state.plan.num_steps:
+            return
+        with torch.no_grad():
+            encoder_FL, decoder_FL = norms_by_layer(state.crosscoder.weights())
+        histograms = {"encoder_norm": encoder_FL, "decoder_norm": decoder_FL}
+        if self.last_step is not None:
+            histograms["encoder_gradient_norm"] = self.last_step.encoder_gradient_FL
+            histograms["decoder_gradient_norm"] = self.last_step.decoder_gradient_FL
+        self.curves.add_histograms(histograms, state.step)
 
     def note(self) -> str:
         """The last row in a few words, for the progress line."""
@@ -114,31 +126,18 @@ def _state_metrics(state: TrainingState) -> dict[str, Any]:
     config, step, num_steps = state.config, state.step, state.plan.num_steps
     with torch.no_grad():
         num_dead = (state.tokens_since_fired_F >= state.plan.dead_window_tokens).sum().item()
-        weights = state.crosscoder.weights()
-        encoder_L = torch.linalg.vector_norm(weights.W_enc_LDF, dim=1).mean(dim=1)
-        decoder_L = torch.linalg.vector_norm(weights.W_dec_FLD, dim=2).mean(dim=0)
+        encoder_FL, decoder_FL = norms_by_layer(state.crosscoder.weights())
     row = {
         "dead_features": num_dead,
         "dead_fraction": num_dead / config.crosscoder.num_features,
-        "encoder_norm_by_layer": encoder_L.tolist(),
-        "decoder_norm_by_layer": decoder_L.tolist(),
+        "encoder_norm_by_layer": encoder_FL.mean(dim=0).tolist(),
+        "decoder_norm_by_layer": decoder_FL.mean(dim=0).tolist(),
         **schedules.scheduled_numbers(config, step, num_steps),
     }
     function = state.crosscoder.activation_function
     if isinstance(function, RankedFunction) and function.num_threshold_updates.item() > 0:
         row["threshold"] = function.threshold.item()
     return row
-
-
-def _tag(name: str) -> str:
-    """Groups TensorBoard's curves: losses together, what concerns speed together."""
-    if name.startswith("loss_"):
-        return f"loss/{name.removeprefix('loss_')}"
-    if name == "loss":
-        return "loss/total"
-    if name == "explained_variance":
-        return "explained_variance/all"
-    return f"time/{name}" if name in TIME_FIELDS else f"training/{name}"
 
 
 def _wait_for_a_later_name(directory: Path) -> None:

@@ -44,6 +44,10 @@ class FreeWeights(nn.Module):
     def forward(self) -> Weights:
         return Weights(self.W_enc_LDF, self.W_dec_FLD)
 
+    def gradients(self) -> Weights:
+        """Of what is stored, after a backward pass."""
+        return Weights(_gradient(self.W_enc_LDF), _gradient(self.W_dec_FLD))
+
 
 class AlignedWeights(nn.Module):
     """The stored encoder, moved along the decoder until their inner product over all layers is one."""
@@ -65,6 +69,10 @@ class AlignedWeights(nn.Module):
         squared_F = d_LDF.square().sum(dim=(0, 1)).clamp(min=torch.finfo(torch.float32).tiny)
         return Weights(self.W_enc_LDF + d_LDF * ((1.0 - inner_F) / squared_F), self.W_dec_FLD)
 
+    def gradients(self) -> Weights:
+        """Of what is stored, after a backward pass."""
+        return Weights(_gradient(self.W_enc_LDF), _gradient(self.W_dec_FLD))
+
 
 class FactorizedWeights(nn.Module):
     """Products of coefficients [F, R] and a basis [R, L, D]: the best of that rank for the weights it begins from.
@@ -83,6 +91,15 @@ class FactorizedWeights(nn.Module):
     def forward(self) -> Weights:
         W_enc_FLD = torch.einsum("fr,rld->fld", self.encoder_FR, self.encoder_basis_RLD)
         return Weights(W_enc_FLD.permute(1, 2, 0), torch.einsum("fr,rld->fld", self.decoder_FR, self.decoder_basis_RLD))
+
+    def gradients(self) -> Weights:
+        """Of the two bases, after a backward pass: the coefficients belong to no layer. R stands where F stands elsewhere."""
+        return Weights(_gradient(self.encoder_basis_RLD).permute(1, 2, 0), _gradient(self.decoder_basis_RLD))
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """Zero where the loss does not depend on the parameter."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _factors(W_FLD: Tensor, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
