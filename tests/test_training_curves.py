@@ -85,3 +85,15 @@ def test_histograms_come_as_often_as_asked_for_and_at_the_end(tmp_path: Path) ->
         assert [(event.step, event.histogram_value.num) for event in events.Histograms(tag)] == [
             (step, 16) for step in (12, 20, 32, 40, 50)
         ]
+
+
+def test_l0_over_the_window_and_over_the_epoch_agrees_with_the_steps_one_by_one(tmp_path: Path) -> None:
+    course = {"num_tokens": None, "epochs": 2, "batch_positions": 16}  # 7 steps an epoch, the last of 4 positions
+    for name, every in (("each", 1), ("three", 3)):
+        trainer(tmp_path / name, **course, log_every_steps=every, l0_window_steps=5).train()
+    sizes = ([16] * 6 + [4]) * 2
+    firings = [row["l0"] * size for row, size in zip(rows(tmp_path / "each"), sizes, strict=True)]
+    for row in rows(tmp_path / "each") + rows(tmp_path / "three"):
+        last = row["step"]
+        for name, first in (("recent_l0", max(0, last - 5)), ("epoch_l0", 0 if last <= 7 else 7)):
+            assert row[name] == pytest.approx(sum(firings[first:last]) / sum(sizes[first:last]), rel=1e-12)

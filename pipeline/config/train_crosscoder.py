@@ -177,6 +177,8 @@ class TrainConfig(StageConfig):
     """Positions to measure as training goes; what runs are then compared by. Null measures training batches alone."""
     log_every_steps: PositiveCount = 50
     """A row of metrics for every so many steps, over all of them."""
+    l0_window_steps: PositiveCount = 12_000
+    """Steps that the row's `recent_l0` is a mean over; `l0` is one over the steps since the last row, `epoch_l0` over the epoch."""
     histogram_every_steps: Annotated[PositiveCount, Field(json_schema_extra=OPERATIONAL)] = 1000
     """Steps, rounded up to the next row, from one histogram of all features' norms and gradients in TensorBoard to the next."""
     checkpoints: Checkpoints = Field(default=Checkpoints(), json_schema_extra=OPERATIONAL)

@@ -153,6 +153,7 @@ class Trainer:
         if outcome.smallest_rank is not None:
             state.crosscoder.activation_function.update(outcome.smallest_rank)
         state.window.add(outcome, gradient_norm, clipped, step=step, num_tokens=num_tokens)
+        state.recent_l0.add(outcome.firings_F, step)
         state.step = step
 
     def _forward_and_backward(self, acts_BLD: Tensor, values: schedules.StepValues) -> Outcome:

@@ -25,6 +25,8 @@ CURVES = {
     },
     "3_sparsity": {
         "l0": "Features that fire at a position, mean since the last row.",
+        "recent_l0": "Features that fire at a position, mean over the last l0_window_steps steps.",
+        "epoch_l0": "Features that fire at a position, mean over the epoch so far.",
         "dead_features": "Features that fired at none of the last dead_window_tokens training tokens.",
         "dead_fraction": "Dead features as a share of all.",
         "threshold": "BatchTopK's threshold at inference: a running mean of the smallest rank that fired.",

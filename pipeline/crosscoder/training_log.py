@@ -46,7 +46,7 @@ class TrainingLog:
     def write_row(self) -> None:
         """Logs the window since the last row and begins the next. Waits for the device, once."""
         row = {"step": self.state.step, "tokens": self.state.tokens, "epoch": self.state.plan.place_after(self.state.step - 1).epoch}
-        row |= self.state.window.metrics() | _state_metrics(self.state)
+        row |= self.state.window.metrics() | self.state.recent_l0.metrics(self.state.step) | _state_metrics(self.state)
         row |= {} if self.last_step is None else self.last_step.metrics()
         if self.held_out is not None:
             row |= self.held_out.measure(self.state.crosscoder, self.state.normalizer).metrics
