@@ -138,6 +138,8 @@ class TrainConfig(StageConfig):
         "dead_features",
         "dead_fraction",
         "threshold",
+        "overfit_steps",
+        "overfit_explained_variance",
         "seconds",
         "tokens_per_second",
         "peak_memory_gib",
@@ -154,6 +156,9 @@ class TrainConfig(StageConfig):
     """Positions to train on in all, over as many epochs as that takes; give this or `epochs`."""
     epochs: PositiveCount | None = None
     """Times that every position is trained on; give this or `num_tokens`."""
+    overfit: bool = False
+    """Trains on the first batch alone, again and again, and says after how many steps it explains 0.99 of that batch's variance: a
+    first check of any variant. `num_tokens` over `batch_positions` are the steps."""
     batch_positions: PositiveCount = 4096
     """Positions in a step; the last batch of an epoch may be shorter."""
     micro_batch_positions: PositiveCount | None = None
@@ -187,6 +192,10 @@ class TrainConfig(StageConfig):
     def _one_length(self) -> "TrainConfig":
         if (self.num_tokens is None) == (self.epochs is None):
             raise ValueError("give either num_tokens or epochs, one of them says how long to train; set the other one to null")
+        if self.overfit and self.num_tokens is None:
+            raise ValueError(
+                "overfit is true, but epochs says how long to train: of one batch that is a step each; give num_tokens instead"
+            )
         return self
 
     @model_validator(mode="after")

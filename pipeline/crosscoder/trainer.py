@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.activations.one_batch import OneBatch
 from pipeline.activations.source import ActivationBatch, ActivationSource
 from pipeline.config.errors import UserError
 from pipeline.config.train_crosscoder import TrainConfig
@@ -37,6 +38,7 @@ class Trainer:
         """held_out_NLD : raw activations of positions that the source does not hold, to measure the crosscoder on as it goes."""
         self.config = config
         self.held_out = None if held_out_NLD is None else HeldOutPositions(held_out_NLD)
+        source = OneBatch(source, config.batch_positions) if config.overfit else source
         self.source = source
         self.run = run
         self.checkpoints = run.directory / "checkpoints"
@@ -153,6 +155,8 @@ class Trainer:
         if outcome.smallest_rank is not None:
             state.crosscoder.activation_function.update(outcome.smallest_rank)
         state.window.add(outcome, gradient_norm, clipped, step=step, num_tokens=num_tokens)
+        if state.overfit is not None:
+            state.overfit.add(outcome, step)
         state.recent_l0.add(outcome.firings_F, step)
         state.step = step
 
@@ -229,6 +233,9 @@ class Trainer:
         state = self.state
         result: dict[str, Any] = {"steps": state.step, "tokens": state.tokens, "epochs": state.tokens / state.plan.epoch_positions}
         result |= {"dead_window_tokens": state.plan.dead_window_tokens, **self.log.results()}
+        if state.overfit is not None:
+            self.run.say(state.overfit.sentence(state.plan.num_steps))
+            result |= state.overfit.results()
         if state.best_step is not None:
             result |= {"best_step": state.best_step, "best_held_out_explained_variance": state.best_explained}
         result |= {"seconds": seconds, "tokens_per_second": tokens_per_second}

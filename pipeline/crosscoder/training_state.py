@@ -20,6 +20,7 @@ from pipeline.crosscoder.clipping import Clipping
 from pipeline.crosscoder.initialization import needs_data
 from pipeline.crosscoder.model import Crosscoder
 from pipeline.crosscoder.normalizer import Normalizer
+from pipeline.crosscoder.overfit import Overfit
 from pipeline.crosscoder.plan import Plan
 from pipeline.crosscoder.recent_l0 import RecentL0
 from pipeline.crosscoder.training_window import Window
@@ -59,6 +60,7 @@ class TrainingState:
         """Features that were dead when last looked up; None while there are none."""
         self.window = Window(list(config.loss.terms()), len(self.layers), device)
         self.recent_l0 = RecentL0(config.l0_window_steps, self.plan, device)
+        self.overfit = Overfit(device) if config.overfit else None
         self.best_step: int | None = None
         """The step whose checkpoint explained most of the held-out positions' variance; None while none was measured."""
         self.best_explained: float | None = None
@@ -108,7 +110,8 @@ class TrainingState:
         dead_J = self.dead_J if self.dead_J is not None else torch.zeros(0, dtype=torch.int64)
         clipping = {f"clipping.{name}": buffer for name, buffer in self.clipping.named_buffers()}
         recent_l0 = {"l0.firings": self.recent_l0.firings_W, "l0.epoch_firings": self.recent_l0.epoch_firings}
-        return {"window.sums": self.window.sums, "dead_features": dead_J, **recent_l0, **clipping}
+        overfit = {} if self.overfit is None else self.overfit.state
+        return {"window.sums": self.window.sums, "dead_features": dead_J, **recent_l0, **overfit, **clipping}
 
     def _random_states(self) -> dict[str, Tensor]:
         states = {"random.cpu": torch.get_rng_state()}
@@ -132,6 +135,8 @@ class TrainingState:
         self.window.sums.copy_(training.tensors["window.sums"])
         self.recent_l0.firings_W.copy_(training.tensors["l0.firings"])
         self.recent_l0.epoch_firings.copy_(training.tensors["l0.epoch_firings"])
+        if self.overfit is not None:
+            self.overfit.restore(training.tensors)
         self.clipping.load_state_dict({name: training.tensors[f"clipping.{name}"] for name, _ in self.clipping.named_buffers()})
         self.window.num_steps, self.window.num_tokens = training.facts["window_steps"], training.facts["window_tokens"]
         torch.set_rng_state(training.tensors["random.cpu"])
