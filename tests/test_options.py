@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pytest
 import typer.main
 import typer.testing
+from feature_pieces import write_store
 from pydantic import Field
 
 from pipeline import records
@@ -55,6 +56,7 @@ class Place:
         (root / "sweep.yaml").write_text("name: s\nbase: toy.yaml\ngrid: {steps: [1, 2]}\n")
         self.finished = self.make("toy", "toy", "finished", 1, "7")
         self.failed = self.make("toy", "failed", "failed", 3, "1042")
+        write_store(self.make("features", "made", "finished", 1, "9").path / "features")
         records.claim(root / "data/made", {"stage": "toy", "settings": ToyConfig(name="toy").identity(), "inputs": {}})
         (root / "data/made/numbers.bin").write_bytes(b"123")
         shard = records.commit_shard(root / "data/made", "numbers", "toy/1", ["numbers.bin"], {}, {})
@@ -124,6 +126,16 @@ def says(pattern: str) -> Check:
 
 def is_json(outcome: Outcome) -> bool:
     return isinstance(json.loads(outcome.printed), list | dict)
+
+
+def features_shown(outcome: Outcome) -> list[int]:
+    """The features in a table, in JSON, or at the head of each one's page, in their order."""
+    return [
+        int(number)
+        for number in re.findall(r'^(?:feature | +)(\d+)[: ]|"feature": (\d+)', outcome.printed, re.M)
+        for number in number
+        if number
+    ]
 
 
 def leaves_nothing(outcome: Outcome) -> bool:
@@ -233,6 +245,19 @@ TABLE = {
     ),
     "watch": Command({"RUN": Option("{failed}"), "--interval": Option("--interval 2")}, {}, {ANY: "watch needs a terminal"}),
     "accelerators": Command({"--json": AS_JSON}),
+    "features": Command(
+        {
+            "RUN": Option("features/made", lambda o: bool(features_shown(o))),
+            "FEATURE": Option("2 1", lambda o: 0 not in features_shown(o)),
+            "--sort": Option("--sort feature", lambda o: features_shown(o) == sorted(features_shown(o))),
+            "--search": Option("--search one", lambda o: set(features_shown(o)) == {1}),
+            "--most": Option("--most 1", lambda o: len(set(features_shown(o))) <= 1),
+            "--json": AS_JSON,
+            "--jsonl": Option("--jsonl", lambda o: all("tokens" in json.loads(line) for line in o.printed.splitlines())),
+        },
+        {"RUN": "features/made"},
+        {("--json", "--jsonl"): "two forms of the same"},
+    ),
     "doctor": Command({"--json": AS_JSON}),
     "change": Command(
         {"JOB": Option("1050", passes(reference="1050")), "KEY=VALUE": Option("nice=3", passes(changes=["nice=3"]))},

@@ -22,7 +22,7 @@
         activation float32                      at the firing
         token_ids [] int32, tokens [] string    of the window; activations [] float32: the feature's, at each of its tokens
     features.json           the record of both, with their sizes and hashes
-    manifest.json           data id, crosscoder, layers, positions, tokens of a window
+    manifest.json           data id, crosscoder, layers, positions, tokens of a window, features in a row group of either table
 
 One feature of `features.parquet` reads, in part: {"feature": 7, "density": 0.0012, "relative_norms": [0.61, 0.39], "top_tokens":
 [" def"]}. Row groups are of `FEATURES_A_GROUP` features, so that a reader touches only those it shows. The same inputs give the same

@@ -139,6 +139,7 @@ class _Pass:
             "outliers": firings.num_outliers,
             "context_tokens": self._config.context_tokens,
             "window_tokens": self._config.window_tokens,
+            "features_a_group": store.FEATURES_A_GROUP,
         }
 
     @torch.inference_mode()

@@ -27,6 +27,7 @@ COMMAND_MODULES = (
     "slurm.commands.sweep_commands",
     "slurm.commands.watching_commands",
     "slurm.commands.changing_commands",
+    "slurm.commands.feature_commands",
 )
 
 

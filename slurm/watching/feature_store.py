@@ -1,0 +1,86 @@
+"""Reads the feature store of a run of `features` (its format is in `pipeline.features.store`), a few features at a time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import records
+from pipeline.config.errors import UserError
+from slurm.record.run_directory import RunDirectory, list_runs
+from slurm.record.run_reference import find
+
+SET_FORMAT, SHARD_FORMAT = "feature-store/1", "feature-store-shard/1"
+
+Row = dict[str, Any]
+
+
+class FeatureStore:
+    """A whole feature store. Made by `open`."""
+
+    def __init__(self, directory: Path, manifest: records.Record) -> None:
+        self.directory = directory
+        self.num_features: int = manifest["features"]
+        self.num_positions: int = manifest["positions"]
+        self.layers: list[str] = manifest["layers"]
+        self._features_a_group: int = manifest["features_a_group"]
+        self._groups: dict[str, tuple[int, Any]] = {}
+
+    @classmethod
+    def open(cls, directory: Path) -> "FeatureStore":
+        """The store in `directory`, its records and sizes checked; `UserError` names what is wrong."""
+        return cls(directory, records.read_data_set(directory, SET_FORMAT, SHARD_FORMAT)[0])
+
+    def table(self, columns: Sequence[str]) -> list[Row]:
+        """These columns of every feature."""
+        rows: list[Row] = self._file("features").read(columns=list(columns)).to_pylist()
+        return rows
+
+    def features(self, wanted: Sequence[int]) -> list[Row]:
+        """All that is known of these features. Raises `UserError` for one that there is not."""
+        for feature in wanted:
+            if not 0 <= feature < self.num_features:
+                raise UserError(f"feature {feature} of {self.directory}: there are features 0 to {self.num_features - 1:,}")
+        return [row for feature in wanted for row in self._rows_of("features", feature)]
+
+    def contexts(self, feature: int) -> list[Row]:
+        """The firings kept of a feature: the strongest, then its sample from the weakest on."""
+        return self._rows_of("contexts", feature)
+
+    def _rows_of(self, name: str, feature: int) -> list[Row]:
+        import numpy as np
+
+        group = feature // self._features_a_group
+        if self._groups.get(name, (None,))[0] != group:  # features that follow one another are read together
+            self._groups[name] = (group, self._file(name).read_row_group(group))
+        table = self._groups[name][1]
+        first, last = np.searchsorted(table.column("feature").to_numpy(), [feature, feature + 1])
+        rows: list[Row] = table.slice(int(first), int(last - first)).to_pylist()
+        return rows
+
+    def _file(self, name: str) -> Any:
+        import pyarrow.parquet  # here: it takes a fifth of a second, which other commands do without
+
+        return pyarrow.parquet.ParquetFile(self.directory / f"{name}.parquet")
+
+
+def find_store(reference: str, runs: Path) -> FeatureStore:
+    """The store of a run of `features`, or the newest made of a run of `train` (or of one of its checkpoints)."""
+    run, task = find(reference, runs)
+    if run.stage != "features":
+        trained = run.path if task is None else run.task_directory(task)
+        made = [other for other in list_runs(runs, "features") if other.state() == "finished" and _reads(other, trained)]
+        if not made:
+            name = run.reference if task is None else f"{run.reference}/tasks/{task}"
+            raise UserError(
+                f"no finished run of features has read {name}; submit one: a configuration of the stage features "
+                f"(configs/demo/features.yaml is one) with crosscoder={name}"
+            )
+        run = max(made, key=lambda other: other.submitted)
+    elif run.state() != "finished":
+        raise UserError(f"{run.reference} is {run.state()}: it has no feature store yet; `crosscoder jobs` shows how it goes")
+    return FeatureStore.open(run.path / "features")
+
+
+def _reads(run: RunDirectory, trained: Path) -> bool:
+    path = Path(str(run.inputs().get("crosscoder", {}).get("path", "")))
+    return path == trained or path.is_relative_to(trained / "checkpoints")
