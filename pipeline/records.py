@@ -290,9 +290,9 @@ def claim(directory: Path, recipe: Record) -> None:
     if not path.exists():
         if occupied:
             raise UserError(f"{directory} is not empty and has no {RECIPE}: it was not made by this pipeline; choose another output")
-        write_json(path, recipe)
+        write_json(path, with_checksum(recipe))
         return
-    found = read_json(path)
+    found = read_recipe(directory)
     wanted = json.loads(json.dumps(recipe))
     if found == wanted:
         return
@@ -301,6 +301,20 @@ def claim(directory: Path, recipe: Record) -> None:
         f"{directory} was made with other settings: {key} was {_short(before)}, now it is {_short(now)}; "
         "choose another output, or delete the directory to make it anew"
     )
+
+
+def read_recipe(directory: Path) -> Record:
+    """The stage, settings and inputs that the set in `directory` is made by; `UserError` where they are damaged.
+
+    Recipes of version 0.1 have no checksum.
+    """
+    path, advice = directory / RECIPE, "restore it, or delete the directory to make it anew"
+    recipe = read_json(path)
+    if not isinstance(recipe, dict) or "stage" not in recipe or not recipe.keys() <= {"stage", "settings", "inputs", "checksum"}:
+        raise UserError(f"{path} is not a recipe (stage, settings, inputs): the file is damaged; {advice}")
+    if "checksum" in recipe:
+        recipe = read_checked(path, None, advice=advice)
+    return {key: value for key, value in recipe.items() if key != "checksum"}
 
 
 def _first_difference(before: Record, now: Record) -> tuple[str, Any, Any]:
@@ -322,6 +336,11 @@ def verify(directory: Path) -> list[str]:
     """Rehashes every file of the data set in `directory`; one sentence for each damaged shard, none when it is whole."""
     manifest = read_manifest(directory)
     damages: list[str] = []
+    if (directory / RECIPE).exists():  # checkpoints have none
+        try:
+            read_recipe(directory)
+        except UserError as error:
+            damages.append(str(error))
     records: list[Record] = []
     for stem in manifest["shards"]:
         try:
@@ -329,6 +348,6 @@ def verify(directory: Path) -> list[str]:
             check_hashes(directory, stem, records[-1])
         except UserError as error:
             damages.append(str(error))
-    if not damages and data_id(records) != manifest["data_id"]:
+    if len(records) == len(manifest["shards"]) and data_id(records) != manifest["data_id"]:
         damages.append(f"{directory / MANIFEST} has another data id than its records give: a record was changed; run the stage again")
     return damages

@@ -161,3 +161,21 @@ def test_two_recipes_never_mix_in_one_directory(tmp_path: Path) -> None:
     (tmp_path / "foreign/thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="was not made by this pipeline"):
         records.claim(tmp_path / "foreign", {"stage": "toy"})
+
+
+def test_every_changed_bit_of_a_recipe_is_named_and_one_of_version_0_1_is_read(tmp_path: Path) -> None:
+    recipe = {"stage": "toy", "settings": {"seed": 0}, "inputs": {}}
+    records.claim(tmp_path, recipe)
+    make_set(tmp_path, {"a": b"first"})
+    path = tmp_path / "recipe.json"
+    written = path.read_bytes()
+    assert (records.read_recipe(tmp_path), records.verify(tmp_path)) == (recipe, [])
+    for place in range(len(written)):
+        path.write_bytes(written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :])
+        assert written[place : place + 1].isspace() or [damage.startswith(f"{path} ") for damage in records.verify(tmp_path)] == [True]
+    path.write_bytes(written.replace(b'"seed": 0', b'"seed": 1'))
+    with pytest.raises(UserError, match=r"recipe\.json .*damaged; restore it, or delete the directory to make it anew"):
+        records.claim(tmp_path, recipe)
+    records.write_json(path, recipe)
+    records.claim(tmp_path, recipe)
+    assert records.verify(tmp_path) == []

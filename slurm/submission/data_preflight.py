@@ -65,7 +65,11 @@ def output_faults(config: StageConfig, pending: Sequence[Path], hash_file: HashF
         if is_pending(directory, pending) or not directory.is_dir():
             continue
         if recipe.is_file():
-            differences = _other_recipe(config, records.read_json(recipe), pending, hash_file)
+            try:
+                differences = _other_recipe(config, records.read_recipe(directory), pending, hash_file)
+            except UserError as error:
+                faults.append(f"{field}: {error}")
+                continue
             faults += [f"{field} is {directory}, {difference}" for difference in differences]
         elif any(not path.name.startswith(".") for path in directory.iterdir()):
             faults.append(f"{field} is {directory}, which is not empty and was not made by this pipeline; choose another output")

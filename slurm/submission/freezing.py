@@ -277,7 +277,10 @@ def already_made(config: StageConfig, runs: Path, hash_file: HashFile = records.
 
 
 def _matches(recipe_path: Path, config: StageConfig, now: dict[str, Any]) -> bool:
-    recipe = records.read_json(recipe_path)
+    try:
+        recipe = records.read_recipe(recipe_path.parent)
+    except UserError:  # the look ahead names it
+        return False
     made_from = recipe.get("inputs", {})
     return (
         recipe.get("stage") == config.stage
