@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from toy_project import ToyProject
+from waiting import wait_until
 
 from pipeline import records
-from slurm.record import seal
+from slurm.record import activity, seal
 from slurm.record.run_directory import RunDirectory
 from slurm.record.verification import verify, verify_run
 
@@ -214,3 +215,38 @@ def test_killed_between_its_seal_and_its_result_a_run_has_not_finished_and_is_se
     assert (run.state(), told(project, run)) == ("finished", ([f"run {run.path}"], []))
     (run.path / "result.json").unlink()
     assert "result.json is missing; it held" in json.dumps(told(project, run)[1])
+
+
+@pytest.mark.parametrize("executor", ["debug", "local"])
+def test_a_run_that_finished_and_lost_its_result_and_seal_is_neither_whole_nor_new(project: ToyProject, executor: str) -> None:
+    run = finished(project) if executor == "debug" else queued_and_finished(project)
+    for name in ("result.json", seal.SEAL):
+        (run.path / name).unlink()
+    verified, shown = project.crosscoder("verify", run.reference), project.crosscoder("show", run.reference)
+    missing = f"{run.path / 'attempts.jsonl'} says that the task finished, but result.json and seal.json are missing; restore them, or "
+    assert (verified.returncode, verified.stdout.startswith(missing)) == (1, True), verified.stdout
+    assert shown.stdout.startswith(f"{run.reference}: lost: it finished, but its result.json is missing: restore it, or "), shown.stdout
+    resumed = project.crosscoder("submit", "--resume", run.reference)
+    assert resumed.returncode == 0, resumed.stderr
+    wait_until(lambda: run.state() == "finished", "the run made again")
+    assert told(project, run) == ([f"run {run.path}"], [])
+
+
+def queued_and_finished(project: ToyProject) -> RunDirectory:
+    assert project.crosscoder("submit", "--executor", "local", project.config()).returncode == 0
+    run = RunDirectory(project.only_run())
+    wait_until(lambda: run.state() == "finished" and not activity.is_busy(run, 0), "the end")
+    return run
+
+
+def test_of_the_data_that_a_run_read_the_id_is_compared_and_the_command_that_rehashes_it_is_named(project: ToyProject) -> None:
+    finished(project, "made", output="data/made")
+    run = finished(project, data="data/made")
+    data = project.root / "data/made"
+    assert told(project, run) == (
+        [f"run {run.path}; of the data that it read only the id was compared: `crosscoder verify {data}` would rehash it"],
+        [],
+    )
+    (data / "numbers.bin").write_bytes(bytes(3))
+    assert told(project, run)[1] == []
+    assert project.crosscoder("verify", str(data)).returncode == 1

@@ -184,6 +184,10 @@ class RunDirectory:
         """The lines of attempts.jsonl, oldest first; a half-written last line is left out."""
         return read_lines(self.task_directory(task) / "attempts.jsonl")
 
+    def last_ending(self, task: int = 0) -> str | None:
+        """The status that the last attempt wrote down as it ended; None where it goes on, was killed, or there was none."""
+        return ending(self.attempts(task))
+
     def job_of_task(self, task: int) -> str | None:
         """The id under which the task was last submitted (`1042` or `1042_3`), or None if it never was."""
         for entry in reversed(self._job()["jobs"]):
@@ -252,6 +256,14 @@ def read_lines(path: Path) -> list[Json]:
             continue
         values += [value] if isinstance(value, dict) else []
     return values
+
+
+def ending(attempts: list[Json]) -> str | None:
+    """The status in the last line of attempts.jsonl, if it tells of an end.
+
+    That line comes after result.json: where it says finished and there is no result, the result was lost or deleted since.
+    """
+    return attempts[-1].get("status") if attempts and attempts[-1].get("event") == "end" else None
 
 
 def append_line(path: Path, value: Json) -> None:

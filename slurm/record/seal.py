@@ -101,8 +101,7 @@ def _entry(path: Path) -> Entry:
 def is_there(run: RunDirectory, task: int) -> bool:
     """Whether the task ended with a seal; one without a result is of a process that was killed before the task had finished."""
     here = run.task_directory(task)
-    ends = [line["status"] for line in run.attempts(task)[-1:] if line.get("event") == "end"]
-    return (here / SEAL).exists() and ((here / "result.json").exists() or ends == ["finished"])
+    return (here / SEAL).exists() and ((here / "result.json").exists() or run.last_ending(task) == "finished")
 
 
 def check(run: RunDirectory, task: int) -> tuple[list[str], set[str]]:

@@ -52,14 +52,29 @@ def _checked(run: RunDirectory) -> str:
         said += f"; {which.format(unfinished)} did not finish, so only what was frozen and read, and checkpoints, could be checked"
     if unsealed:
         said += f"; {which.format(unsealed)} finished before runs were sealed, so results, metrics and figures could not be checked"
+    if sets := _data_sets_read(run):
+        commands = [f"`crosscoder verify {path}`" for path in sets[:3]] + ([f"{len(sets) - 3} more"] if len(sets) > 3 else [])
+        said += f"; of the data that it read only the id was compared: {', '.join(commands)} would rehash it"
     return said
 
 
+def _data_sets_read(run: RunDirectory) -> list[str]:
+    """Where the data sets lie that the run's tasks read, one name each."""
+    entries = [entry for task in range(run.num_tasks) for entry in _entries(run.task_directory(task) / "inputs.json")]
+    return list(dict.fromkeys(entry["path"] for entry in entries if entry.get("kind") == "data set"))
+
+
+def _entries(path: Path) -> list[run_inputs.Entry]:
+    return [] if _unreadable(path) or not path.exists() else list(records.read_json(path).values())
+
+
 def _standing(run: RunDirectory, task: int) -> str:
-    """sealed, not sealed, finished before seals, or not finished."""
+    """sealed, not sealed, result missing, finished before seals, or not finished."""
     if seal.is_there(run, task):
         return "sealed"
     result = run.result(task)
+    if result is None and run.last_ending(task) == "finished":
+        return "result missing"
     if result is None or result["status"] != "finished":
         return "not finished"
     return "not sealed" if "seal" in result else "finished before seals"
@@ -97,6 +112,9 @@ def _task_damages(run: RunDirectory, task: int) -> list[str]:
     damages, compared = seal.check(run, task) if standing == "sealed" else ([], set[str]())
     if standing == "not sealed":
         damages = [f"{directory} finished, but is not sealed: {seal.SEAL} is missing, so what it left can't be checked; restore that file"]
+    if standing == "result missing":
+        told = f"{directory / 'attempts.jsonl'} says that the task finished, but result.json and {seal.SEAL} are missing"
+        damages = [f"{told}; restore them, or do it again with `crosscoder submit --resume {run.reference}`"]
     if "result.json" not in compared:
         damages += _unreadable(directory / "result.json")
     damages += _input_damages(directory / "inputs.json")

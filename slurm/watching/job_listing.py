@@ -176,6 +176,7 @@ def _read_task(
     directory: Path, task: int, job_id: str | None, *, is_started: bool, was_cancelled: bool, not_queued: str | None, shared: dict[str, Any]
 ) -> Task:
     lock, result = directory / "lock.json", run_directory.read_result(directory / "result.json")
+    attempts = run_directory.read_lines(directory / "attempts.jsonl") if result is None else []
     is_locked = lock.exists()
     otherwise = "cancelled" if was_cancelled else "new" if job_id is None else "queued"
     return Task(
@@ -185,6 +186,8 @@ def _read_task(
         is_held=is_locked and holder.looks_held(lock),
         progress=run_directory.read_heartbeat(directory / "progress.json"),
         result=result,
+        has_begun=bool(attempts) or result is not None,
+        last_ending=run_directory.ending(attempts),
         not_queued=not_queued,
         is_started=is_started,
         was_cancelled=was_cancelled,

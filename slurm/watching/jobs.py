@@ -45,6 +45,10 @@ class Task(NamedTuple):
     """Whether a process works on it now, as far as its lock tells."""
     progress: dict[str, Any] | None = None
     result: dict[str, Any] | None = None
+    has_begun: bool = False
+    """Whether a process ever took it up."""
+    last_ending: str | None = None
+    """See `RunDirectory.last_ending`."""
     waits_for: tuple[str, ...] = ()
     failed_parents: tuple[str, ...] = ()
     """Those of `waits_for` that failed or were stopped: Slurm cancels what needs them."""
@@ -239,6 +243,11 @@ def _state(task: Task, job: Job | None, is_queue_known: bool = True) -> tuple[st
         return "finished", ""
     if job is not None and not job.is_final:
         return slurm_state_in_words(job), job_reasons.in_words(job, task.waits_for)
+    if status is None and task.last_ending == "finished" and not (task.is_held or task.is_started):
+        return (
+            "lost",
+            f"it finished, but its result.json is missing: restore it, or do it again with `crosscoder submit --resume {task.run}`",
+        )
     if status == "stopped" and _is_cancelled(task, job):  # whatever became of it before: one word and one way on for a whole array
         return "cancelled", f"{job_reasons.STATE_WORDS['CANCELLED']}; {_again(task)}"
     if status == "stopped" and task.is_kept:
@@ -280,7 +289,7 @@ def _how_it_stopped(task: Task, *, is_gone: bool) -> str:
 
 def _state_without_job(task: Task) -> tuple[str, str]:
     again = _again(task)
-    if task.file_state == "new":
+    if task.file_state == "new" and not task.has_begun:
         return "new", "was never submitted"
     if task.is_held:
         return "running", "" if task.executor != "slurm" else "its process lives, but Slurm no longer knows its job"
