@@ -9,7 +9,7 @@ Shapes: B contexts in a batch, S positions in a context, L layers read, D model 
 
 import difflib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,22 @@ class LanguageModel:
     """A causal language model in evaluation mode on one device; `load` makes one."""
 
     def __init__(
-        self, model: Any, *, name: str, content_hash: str, tokenizer_hash: str | None = None, files: dict[str, str] | None = None
+        self,
+        model: Any,
+        *,
+        name: str,
+        content_hash: str,
+        tokenizer_hash: str | None = None,
+        files: dict[str, str] | None = None,
+        remarks: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.name = name
         self.hash = content_hash
         self.files = files
         """The hash of each file that it was loaded from (see `pipeline.model_files`)."""
+        self.remarks = list(remarks)
+        """Sentences for the log of whoever uses it."""
         self.tokenizer_hash = tokenizer_hash
         """Of the tokenizer that lies beside the weights; None where there is none, or it is not to be compared."""
         text_config = model.config.get_text_config()
@@ -76,7 +85,10 @@ class LanguageModel:
             record = model_files.language_model_record(directory, random_weights=config.random_weights)
             content_hash = record.get("data_id") or _hash_of_tensors(model)
             model = model.eval().requires_grad_(False).to(device)
-        return cls(model, name=config.model, content_hash=content_hash, tokenizer_hash=tokenizer_hash, files=record["files"])
+            remarks = model_files.own_code(directory)
+        return cls(
+            model, name=config.model, content_hash=content_hash, tokenizer_hash=tokenizer_hash, files=record["files"], remarks=remarks
+        )
 
     @property
     def end_of_text_id(self) -> int | None:

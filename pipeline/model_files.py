@@ -16,28 +16,27 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
 
-from pipeline import records
+from pipeline import records, weight_files
 from pipeline.config.errors import UserError
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""Where transformers looks for weights, in this order; an index names several files."""
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "tekken.json"),
     *("vocab.*", "*.model", "*.model.v*", "*.tiktoken"),
 )
 """What transformers makes a tokenizer of, whichever there are; `*` stands for any letters."""
-LFS_POINTER_BYTES = 1024
-"""A pointer is smaller."""
 _TOKENIZER_KEYS = ("model_type", "model_name", "tokenizer_class", "auto_map")
 """What of a config.json decides which kind of tokenizer transformers makes."""
+
+_DROPOUT = re.compile(rb'"dropout"\s*:\s*([^\s,}]+)')
 
 # Say where and by what a model was saved, not what it computes; `dtype` is the format of the file, whose bytes are hashed anyway.
 _CONFIG_KEYS_WITHOUT_MEANING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
@@ -125,7 +124,7 @@ def language_model_record(directory: Path, *, random_weights: bool = False, hash
     files = {"config.json": _hash_of(_meaning(config))}
     if random_weights:
         return _with_content(files)
-    weights = {str(path.relative_to(directory)): hash_file(path) for path in weight_files(directory, config)}
+    weights = {str(path.relative_to(directory)): hash_file(path) for path in weight_files.files_in(directory, config)}
     return _with_content(files | weights) | {"data_id": with_config(" ".join(weights.values()), config)}
 
 
@@ -149,46 +148,62 @@ def tokenizer_files(name: str, revision: str | None) -> dict[str, str] | None:
     return None if place is None else dict(tokenizer_record(place.path)["files"])
 
 
+def tokenizer_fault(path: Path) -> str | None:
+    """Why the tokenizer in the directory, or the tokenizer.json, at `path` gives other ids each time; None if nothing there says so."""
+    file, settings = (path / "tokenizer.json", path / "tokenizer_config.json") if path.is_dir() else (path, None)
+    if dropout := _dropout(file):
+        return (
+            f"{file} has model.dropout {dropout:g}, which drops merges at random, so that a text has other ids each time; name a copy "
+            "of it with that set to null"
+        )
+    sampling = (_read_object(settings).get("sp_model_kwargs") or {}) if settings is not None else {}
+    if isinstance(sampling, dict) and sampling.get("enable_sampling"):
+        return f"{settings} has sp_model_kwargs.enable_sampling, so that a text has other ids each time; name a copy of it without that"
+    return None
+
+
+def _dropout(file: Path) -> float:
+    """The share of merges that a tokenizer.json drops. Vocabularies have a token `dropout` too: the file is parsed only if need be."""
+    content = file.read_bytes() if file.is_file() else b""
+    if not any(value not in (b"null", b"0", b"0.0") for value in _DROPOUT.findall(content)):
+        return 0.0
+    model = _read_object(file).get("model")
+    dropout = model.get("dropout") if isinstance(model, dict) else None
+    return float(dropout) if isinstance(dropout, int | float) else 0.0
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """What a JSON file says; nothing where it is missing or of another form, which whoever loads it says better."""
+    try:
+        value = records.read_json(file)
+    except UserError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def own_code(directory: Path, *, tokenizer: bool = False) -> list[str]:
+    """A sentence for the log if the model, or tokenizer, in `directory` names Python code beside it: that is never run."""
+    wanted = {
+        name: entry
+        for file in ("config.json", "tokenizer_config.json")
+        for name, entry in (_read_object(directory / file).get("auto_map") or {}).items()
+        if (name == "AutoTokenizer") == tokenizer
+    }
+    if not wanted:
+        return []
+    what = "tokenizer" if tokenizer else "model"
+    return [
+        f"{directory} names Python code of its own for the {what} (auto_map: {', '.join(wanted)}); it is not used, transformers' own "
+        f"{what} of that type is"
+    ]
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """What the config.json in `directory` says. Raises `UserError` where it is missing or not of that form."""
     config = records.read_json(directory / "config.json")
     if not isinstance(config, dict):
         raise UserError(f"{directory / 'config.json'} holds a {type(config).__name__}, expected a JSON object: it is not a model's")
     return config
-
-
-def weight_files(directory: Path, config: Mapping[str, Any]) -> list[Path]:
-    """The files that transformers reads the weights from; `config` is what config.json says. Raises `UserError` where one lacks."""
-    explicit = config.get("transformers_weights")
-    found = next((directory / name for name in ([explicit] if explicit else WEIGHTS) if (directory / name).exists()), None)
-    if found is None:
-        raise UserError(f"{directory} holds neither model.safetensors nor pytorch_model.bin: it is not a saved model")
-    if not found.name.endswith(".index.json"):
-        return [found]
-    try:
-        parts = [directory / name for name in sorted(set(records.read_json(found)["weight_map"].values()))]
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{found} has no `weight_map` that names files: it is damaged; copy it again") from None
-    if lacking := [part.name for part in parts if not part.exists()]:
-        raise UserError(f"{directory} lacks {', '.join(lacking)}, which {found.name} names: the model is not whole; copy it again")
-    return parts
-
-
-def weights_fault(path: Path) -> str | None:
-    """Why the file of weights at `path` can't be read, as far as its beginning and its size tell; None if nothing speaks against it."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(8)
-        if head == b"version " and size < LFS_POINTER_BYTES:
-            return "is a pointer of Git LFS, not the weights; run `git lfs pull` where it was cloned"
-        if path.suffix != ".safetensors":
-            return None
-        try:
-            header = json.loads(file.read(min(int.from_bytes(head, "little"), size)))
-            stated = file.tell() + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return "does not begin as a safetensors file does; copy it again"
-    return None if size == stated else f"holds {size:,} bytes, its header says {stated:,}; copy it again"
 
 
 def with_config(weights_hash: str, config: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import tokenizers
 import torch
 import transformers
 
+from pipeline import model_files, weight_files
 from pipeline.config.errors import UserError
 from pipeline.model_trial import first_line
 
@@ -27,7 +28,6 @@ _NO_WEIGHT_OF_THE_TEXT = re.compile(
     r"(attn|attention)\.(bias|masked_bias|causal_mask)$|(^|\.)(vision|visual|image|audio|speech|multi_?modal|mm_|mtp)[^.]*\."
 )
 _LFS_POINTER = b"version https://git-lfs"
-_SHOWN = 3
 
 
 def from_checkpoint(where: str, *, revision: str | None, dtype: torch.dtype) -> Any:
@@ -52,6 +52,7 @@ def from_checkpoint(where: str, *, revision: str | None, dtype: torch.dtype) -> 
             output_loading_info=True,
         )
     check_weights(where, model, info)
+    _check_files(_directory(where, revision), model)
     return model
 
 
@@ -71,9 +72,32 @@ def one_sentence(name: str, where: str, revision: str | None) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # safetensors has error types of its own, tokenizers raises bare Exception
-        fault = _damaged_file(where, revision) or first_line(error)
-        advice = "; install what it names, or take a model whose weights are not quantized" if isinstance(error, ImportError) else ""
-        raise UserError(f"the language model {name!r} could not be loaded: {fault}{advice}") from error
+        fault = _damaged_file(where, revision) or _said_by_transformers(where, revision, error)
+        raise UserError(f"the language model {name!r} could not be loaded: {fault}") from error
+
+
+def _said_by_transformers(where: str, revision: str | None, error: Exception) -> str:
+    """What an error says, and what in config.json may be to blame."""
+    if isinstance(error, ImportError):
+        return f"{first_line(error)}; install what it names, or take a model whose weights are not quantized"
+    if isinstance(error, OSError):  # of files and the hub: these are sentences
+        return first_line(error)
+    directory = _directory(where, revision)
+    told = f"transformers {transformers.__version__} says {first_line(error)}"
+    if directory is None:
+        return told
+    return f"{told}; look at {_blamed(directory, error) or directory / 'config.json'}"
+
+
+def _blamed(directory: Path, error: Exception) -> str | None:
+    """The field of config.json whose value a table of transformers does not have, where that is the error."""
+    if not isinstance(error, KeyError) or not error.args:
+        return None
+    config = model_files.read_config(directory)
+    settings = [("", config)] + [(f"{key}.", value) for key, value in config.items() if isinstance(value, dict)]
+    named = (f"{prefix}{key}" for prefix, part in settings for key, value in part.items() if value == error.args[0])
+    field = next(named, None)
+    return None if field is None else f"{field} in {directory / 'config.json'}, which is {error.args[0]!r}"
 
 
 def check_weights(where: str, model: Any, info: dict[str, Any]) -> None:
@@ -87,13 +111,13 @@ def check_weights(where: str, model: Any, info: dict[str, Any]) -> None:
     mismatched = sorted((key, tuple(found), tuple(expected)) for key, found, expected in info["mismatched_keys"])
     faults = []
     if missing:
-        faults.append(f"lacks {len(missing):,} of the model's {len(model.state_dict()):,} weights ({_few(missing)})")
+        faults.append(f"lacks {len(missing):,} of the model's {len(model.state_dict()):,} weights ({weight_files.few(missing)})")
     if unexpected:
-        faults.append(f"holds {len(unexpected):,} that the model has no place for ({_few(unexpected)})")
+        faults.append(f"holds {len(unexpected):,} that the model has no place for ({weight_files.few(unexpected)})")
     if mismatched:
         faults.append(
             f"holds {len(mismatched):,} of another shape than its config.json says "
-            f"({_few(f'{key}: {found} instead of {expected}' for key, found, expected in mismatched)})"
+            f"({weight_files.few(f'{key}: {found} instead of {expected}' for key, found, expected in mismatched)})"
         )
     if not faults:
         return
@@ -104,6 +128,44 @@ def check_weights(where: str, model: Any, info: dict[str, Any]) -> None:
         else f"save the whole {type(model).__name__} with save_pretrained, or mend config.json"
     )
     raise UserError(f"the checkpoint in {where} {'; it '.join(faults)}, so that what runs would not be what was saved; {mend}")
+
+
+def _directory(where: str, revision: str | None) -> Path | None:
+    """Where the files of a model lie on this machine, its config.json among them; None if they don't."""
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    config = transformers.utils.cached_file(where, "config.json", revision=revision, local_files_only=True, **quietly)
+    return None if config is None else Path(config).parent
+
+
+def _check_files(directory: Path | None, model: Any) -> None:
+    """Raises `UserError` where two files hold one weight, or where integers were taken for the weights of a float model."""
+    if directory is None:
+        return
+    config = model_files.read_config(directory)
+    held = {path: _dtypes(path) for path in weight_files.files_in(directory, config)}
+    own = [name for name, _ in model.named_buffers()] + [name for name, found in model.named_parameters() if not found.is_floating_point()]
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    integers = {
+        name: weight_files.INTEGERS[dtype]
+        for file in held.values()
+        for name, dtype in file.items()
+        if dtype in weight_files.INTEGERS
+        and not _NO_WEIGHT_OF_THE_TEXT.search(name)
+        and not any(pattern.search(name) for pattern in ignored)
+        and not any(f".{name}".endswith(f".{buffer}") or f".{buffer}".endswith(f".{name}") for buffer in own)
+    }
+    if found := weight_files.names_twice(held) or weight_files.integers_fault(integers, config):
+        raise UserError(f"the checkpoint in {directory} can't be used: {found}")
+
+
+def _dtypes(path: Path) -> dict[str, str]:
+    """The dtype of each weight in a file, as safetensors names it."""
+    if path.suffix == ".safetensors":
+        return weight_files.dtypes(path)
+    names = {f"torch.{dtype}": short for short, dtype in weight_files.INTEGERS.items()}
+    # Nothing but the pickle of names and shapes is read: mapped into memory, and put where tensors have no bytes.
+    tensors = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+    return {name: names.get(str(tensor.dtype), str(tensor.dtype)) for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 
 
 def _known_config(where: str, revision: str | None) -> Any:
@@ -151,11 +213,9 @@ def _wrapper_prefix(missing: list[str], unexpected: list[str]) -> str | None:
 
 def _damaged_file(where: str, revision: str | None) -> str | None:
     """What is wrong with the first file of weights or of a tokenizer that can't be read; None if all can, or lie on the hub alone."""
-    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    config = transformers.utils.cached_file(where, "config.json", revision=revision, local_files_only=True, **quietly)
-    if config is None:
+    directory = _directory(where, revision)
+    if directory is None:
         return None
-    directory = Path(config).parent
     patterns = ("*.safetensors", "pytorch_model*.bin", "*.index.json", "tokenizer*.json")
     for path in sorted(path for pattern in patterns for path in directory.glob(pattern)):
         with path.open("rb") as file:
@@ -163,6 +223,11 @@ def _damaged_file(where: str, revision: str | None) -> str | None:
                 return f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` in {directory}"
         if reason := _unreadable(path):
             return f"{path} is cut off or damaged ({reason}); fetch it again"
+    if any(directory.glob("*.index.json")):
+        try:
+            weight_files.files_in(directory, model_files.read_config(directory))
+        except UserError as error:
+            return str(error)
     return None
 
 
@@ -180,8 +245,3 @@ def _unreadable(path: Path) -> str | None:
     except Exception as error:  # tokenizers raises bare Exception
         return first_line(error)
     return None
-
-
-def _few(names: Iterable[str]) -> str:
-    shown = list(names)
-    return ", ".join(shown[:_SHOWN]) + (", ..." if len(shown) > _SHOWN else "")

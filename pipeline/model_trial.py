@@ -89,6 +89,8 @@ def context_limit(config: Any) -> int | None:
 def first_line(error: BaseException) -> str:
     """What an error says first, after its type where that says more; the type alone where it says nothing."""
     said = str(error).strip().splitlines()
+    if len(said) > 1 and said[0].endswith(":"):  # a heading
+        said[0] += f" {said[1].strip()}"
     if said and isinstance(error, OSError | ValueError | ImportError):
         return said[0]
     return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__

@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_tokenizer
 
+from pipeline import weight_files
 from pipeline.config.errors import UserError
 from pipeline.config.language_model import LanguageModelConfig
 from pipeline.language_model import LanguageModel
@@ -148,6 +149,58 @@ def test_towers_for_pictures_beside_a_whole_text_model_are_left_out(changed):
     assert load(changed("Llama", lambda weights: weights | tower)).d_model == 32
 
 
+def as_integers(name: str) -> Callable[[Weights], Weights]:
+    return lambda weights: weights | {name: (weights[name] * 10).to(torch.int8)}
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"])
+@pytest.mark.parametrize("is_pickled", [False, True])
+def test_integers_in_the_place_of_weights_are_refused_by_name(changed, name, is_pickled):
+    bias = renamed(lambda key: key)
+    path = changed("Qwen2", bias)
+    file = path / "model.safetensors"
+    weights = as_integers(name)(load_file(file))
+    save_file(weights, file, metadata={"format": "pt"})
+    if is_pickled:
+        torch.save(weights, path / "pytorch_model.bin")
+        file.unlink()
+    said = refused(path)
+    assert f"weights of the model are integers ({name}: int8), as quantized ones are, but config.json has no quantization_config" in said
+
+
+def test_masks_of_integers_that_the_model_has_as_buffers_or_ignores_are_no_weights(changed):
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.uint8)
+    path = changed("GPT-2", lambda weights: weights | {"transformer.h.0.attn.bias": mask, "transformer.h.1.attn.masked_bias": mask})
+    assert load(path).d_model == 32
+
+
+@pytest.fixture
+def sharded(saved, tmp_path) -> Path:
+    """A Llama in nine files."""
+    transformers.AutoModelForCausalLM.from_pretrained(saved("Llama")).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    return tmp_path / "sharded"
+
+
+def test_a_weight_that_two_files_hold_is_refused_by_name(sharded):
+    one, other = sorted(sharded.glob("*.safetensors"))[:2]
+    weights = load_file(one)
+    save_file(load_file(other) | weights, other, metadata={"format": "pt"})
+    assert f"{one} and {other.name} both hold {', '.join(sorted(weights))}, and which of them counts" in refused(sharded)
+
+
+@pytest.mark.parametrize("kept", [8, 0])
+def test_an_index_that_leaves_out_files_is_named(sharded, kept):
+    index = sharded / "model.safetensors.index.json"
+    files = sorted(path.name for path in sharded.glob("*.safetensors"))
+    described = json.loads(index.read_text())
+    described["weight_map"] = {key: file for key, file in described["weight_map"].items() if file in files[:kept]}
+    index.write_text(json.dumps(described))
+    (fault,) = weight_files.faults(sharded, {})
+    assert fault.startswith(f"{index} leaves out {files[8]}," if kept else f"{index} has an empty `weight_map`")
+    said = refused(sharded)
+    assert ("lacks 1 of the model's 30 weights" in said) if kept else (f"could not be loaded: {fault}" in said)
+
+
 # -- code of others ----------------------------------------------------------------------------------------------------------------
 
 
@@ -168,7 +221,12 @@ def test_a_model_that_needs_code_of_its_own_is_refused_without_a_question(change
 def test_code_beside_a_model_that_transformers_knows_is_not_run(changed, random_weights):
     path = changed("Llama", auto_map={"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.Odd"})
     (path / "odd.py").write_text("raise SystemExit('run')\n")
-    assert load(path, random_weights=random_weights).block_names[0] == "model.layers.0"
+    model = load(path, random_weights=random_weights)
+    assert model.block_names[0] == "model.layers.0"
+    (said,) = model.remarks
+    assert said.startswith(
+        f"{path} names Python code of its own for the model (auto_map: AutoConfig, AutoModelForCausalLM); it is not used"
+    )
 
 
 def test_a_type_that_this_transformers_does_not_know_is_said(changed):
@@ -238,3 +296,18 @@ def test_quantized_weights_without_their_library_are_one_sentence(changed):
     said = refused(path)
     assert "bitsandbytes" in said
     assert "not quantized" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [({"hidden_act": "nope"}, "hidden_act"), ({"rope_parameters": {"rope_type": "nope"}}, "rope_parameters.rope_type")],
+)
+def test_a_value_that_transformers_does_not_know_is_said_with_its_field(changed, changes, field):
+    path = changed("Llama", **changes)
+    says = f"the language model '{path}' could not be loaded: transformers {transformers.__version__} says KeyError: 'nope'; look at "
+    assert refused(path) == f"{says}{field} in {path / 'config.json'}, which is 'nope'"
+
+
+def test_an_error_of_transformers_is_more_than_its_heading(changed):
+    said = refused(changed("Llama", num_attention_heads="x"))
+    assert "Validation error for field 'num_attention_heads': TypeError: Field 'num_attention_heads' expected int, got str" in said

@@ -1,8 +1,11 @@
 """A language model that isn't there is refused on the login node, before a run directory is made."""
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_gpt2
 
 from pipeline.config import load
@@ -112,3 +115,35 @@ def test_a_tokenizer_is_looked_for_as_a_model_is(tmp_path: Path) -> None:
     for name, said in (("gpt22", ["tokenizer.name gpt22 is not in the local cache"]), ("gpt2", [])):
         config = load.from_values({**values, "tokenizer": {"name": name}}, where="tokenize.yaml", site=Site())
         assert [notice[: len(said[0])] for notice in model_preflight.notices([config], {"HF_HUB_CACHE": str(tmp_path)})] == said
+
+
+def test_weights_that_cannot_be_meant_are_named_at_submission(tmp_path: Path) -> None:
+    tiny_gpt2(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    first, second = (tmp_path / f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    save_file(weights, first)
+    save_file({"lm_head.weight": weights["transformer.wte.weight"].to(torch.int8)}, second)
+    file.unlink()
+    index = {"weight_map": dict.fromkeys(weights, first.name) | {"lm_head.weight": second.name}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (integers,) = model_preflight.faults_of(model(str(tmp_path)))
+    assert integers.startswith(f"language_model.model: in {tmp_path} weights of the model are integers (lm_head.weight: int8)")
+    save_file({"transformer.wte.weight": weights["transformer.wte.weight"]}, second)
+    (twice,) = model_preflight.faults_of(model(str(tmp_path)))
+    assert twice.startswith(f"language_model.model: {first} and {second.name} both hold transformer.wte.weight, and which of them counts")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", ""])
+def test_a_tokenizer_whose_ids_are_drawn_at_random_is_refused_at_submission(tmp_path: Path, name: str) -> None:
+    def faults() -> list[str]:
+        return model_preflight.tokenizer_faults(TokenizerConfig(name=str(tmp_path / name)))
+
+    for dropout, fault in (("null", []), ("0.0", []), ("0", []), ("0.1", ["has model.dropout 0.1, which drops merges at random"])):
+        (tmp_path / "tokenizer.json").write_text('{"model": {"dropout" : %s, "vocab": {"dropout": 7}}}' % dropout)
+        assert [fault in found for found, fault in zip(faults(), fault, strict=True)] == [True] * len(fault)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text('{"sp_model_kwargs": {"enable_sampling": true, "alpha": 0.1}}')
+    assert [f"{tmp_path / 'tokenizer_config.json'} has sp_model_kwargs.enable_sampling" in found for found in faults()] == (
+        [] if name else [True]
+    )

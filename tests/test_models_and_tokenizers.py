@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from token_fixtures import json_lines, make_texts, tokenize
+from token_fixtures import json_lines, make_texts, make_tokenizer, tokenize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from pipeline import records
@@ -340,3 +340,25 @@ def test_the_token_has_to_be_among_the_embeddings(made: dict[str, Path]) -> None
     tokens = TokenSet.open(made["llama3"] / "text/tokens/train")
     with pytest.raises(UserError, match=r"would begin with beginning-of-text id 999, but .* set beginning_of_text to false"):
         check_tokens(tokens, model, beginning_of_text_id=999)
+
+
+def test_a_tokenizer_that_drops_merges_at_random_is_refused_however_it_is_named(tmp_path: Path) -> None:
+    file = make_tokenizer(tmp_path / "tokenizer.json")
+    described = json.loads(file.read_text())
+    file.write_text(json.dumps(described | {"model": described["model"] | {"dropout": 0.5}}))
+    for name in (file, tmp_path):
+        with pytest.raises(UserError, match=r"tokenizer: .*tokenizer\.json has model\.dropout 0\.5, which drops merges at random"):
+            load_tokenizer(str(name), revision=None, special_text="token", end_of_text=None)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}')
+    with pytest.raises(UserError, match=r"model\.dropout 0\.5"):
+        load_tokenizer(str(tmp_path), revision=None, special_text="token", end_of_text=None)
+
+
+def test_code_that_a_tokenizer_brings_along_is_not_run_and_that_is_said(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "tokenizer.json")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    settings |= {"auto_map": {"AutoTokenizer": ["odd.OddTokenizer", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "odd.py").write_text("raise SystemExit('run')\n")
+    (said,) = load_tokenizer(str(tmp_path), revision=None, special_text="token", end_of_text=None).remarks
+    assert said.startswith(f"{tmp_path} names Python code of its own for the tokenizer (auto_map: AutoTokenizer); it is not used")

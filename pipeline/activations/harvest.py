@@ -28,7 +28,7 @@ class Harvester:
         beginning = beginning_of_text(settings.beginning_of_text, tokens)
         is_checked = settings.language_model.check_tokenizer
         on_tokens = check_tokens(tokens, model, check_tokenizer=is_checked, beginning_of_text_id=beginning.token_id)
-        self.remarks = [*on_tokens, beginning.remark]
+        self.remarks = [*model.remarks, *on_tokens, beginning.remark]
         """Sentences for the log."""
         self.tokens = tokens
         self.model = model

@@ -42,7 +42,7 @@ def check_inputs(trained: TrainedCrosscoder, language_model: LanguageModel, toke
     language_model.check_use(trained.layers, config.context_tokens, predictions=True)
     remarks = check_readable(tokens, trained, language_model, config)
     does = "without beginning-of-text" if beginning is None else f"with beginning-of-text, id {beginning:,}"
-    return [*remarks, f"contexts begin {does}, as in training"]
+    return [*language_model.remarks, *remarks, f"contexts begin {does}, as in training"]
 
 
 def check_readable(tokens: TokenSet, trained: TrainedCrosscoder, language_model: LanguageModel, config: HeldOutText) -> list[str]:

@@ -54,15 +54,24 @@ class TokenizerDefinition(NamedTuple):
 def load_tokenizer(name: str, *, revision: str | None, special_text: SpecialText, end_of_text: str | None) -> TokenizerDefinition:
     """The tokenizer called `name`; `end_of_text` names the token that stands for a document's end if its own is not to.
 
-    A tokenizer.json by its path, or alone in a directory, is taken as it is; all else goes through transformers.
+    A tokenizer.json by its path, or alone in a directory, is taken as it is; all else goes through transformers. Raises `UserError`
+    for one that gives other ids each time.
     """
+    definition = _loaded(name, revision, special_text, end_of_text)
+    place = model_files.find(name, revision)
+    if place is not None and (fault := model_files.tokenizer_fault(place.path)):
+        raise UserError(f"tokenizer: {fault}")
+    return definition._replace(files=model_files.tokenizer_files(name, revision))
+
+
+def _loaded(name: str, revision: str | None, special_text: SpecialText, end_of_text: str | None) -> TokenizerDefinition:
     path = model_files.local_path(name)
     if path is not None:
         file = path / "tokenizer.json" if path.is_dir() else path
         alone = file.is_file() and file.suffix == ".json" and not (file.parent / "tokenizer_config.json").exists()
         if alone or path.is_file():
-            return _from_file(name, file, special_text, end_of_text)._replace(files=model_files.tokenizer_files(name, revision))
-    return _from_transformers(name, revision, special_text, end_of_text)._replace(files=model_files.tokenizer_files(name, revision))
+            return _from_file(name, file, special_text, end_of_text)
+    return _from_transformers(name, revision, special_text, end_of_text)
 
 
 def _from_file(name: str, file: Path, special_text: SpecialText, end_of_text: str | None) -> TokenizerDefinition:
@@ -107,7 +116,9 @@ def _from_transformers(name: str, revision: str | None, special_text: SpecialTex
     vocabulary = Vocabulary(size, end_id, _hash(backend_json) if backend_json else _sha256(described))
     leading = _leading(tokenizer("a")["input_ids"], transformers_ids(tokenizer, "a", "token"))
     beginning = BeginningOfText(leading[0] if len(leading) == 1 else tokenizer.bos_token_id, len(leading) == 1)
-    remarks = [*_on_file_beside(tokenizer, name, revision, special_text, added_tokens), *_on_leading(name, leading)]
+    place = model_files.find(name, revision)
+    remarks = model_files.own_code(place.path, tokenizer=True) if place is not None else []
+    remarks += [*_on_file_beside(tokenizer, name, revision, special_text, added_tokens), *_on_leading(name, leading)]
     return TokenizerDefinition(
         name,
         revision,

@@ -8,12 +8,13 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipeline import weight_files
 from pipeline.config.errors import UserError
 from pipeline.config.language_model import LanguageModelConfig
 from pipeline.config.pretrained import Pretrained, pretrained_in
 from pipeline.config.stage import StageConfig
 from pipeline.config.tokenize_text import TokenizerConfig
-from pipeline.model_files import find, hub_cache, local_path, read_config, weight_files, weights_fault
+from pipeline.model_files import find, hub_cache, local_path, read_config, tokenizer_fault
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 MODEL_FILES = ("config.json",)
@@ -37,10 +38,10 @@ def faults_of(config: LanguageModelConfig, variables: Mapping[str, str] = os.env
 
 def _weights_faults(directory: Path) -> list[str]:
     try:
-        weights = weight_files(directory, read_config(directory))
+        config = read_config(directory)
     except UserError as error:
         return [f"language_model.model: {error}"]
-    return [f"language_model.model: {path} {fault}" for path in weights if (fault := weights_fault(path))]
+    return [f"language_model.model: {fault}" for fault in weight_files.faults(directory, config)]
 
 
 def tokenizer_faults(config: TokenizerConfig, variables: Mapping[str, str] = os.environ) -> list[str]:
@@ -50,8 +51,10 @@ def tokenizer_faults(config: TokenizerConfig, variables: Mapping[str, str] = os.
         return _hub_faults(config, variables)
     if not path.exists():
         return [f"tokenizer.name is {config.name}, which does not exist; give a directory, a tokenizer.json or a name on the hub"]
-    there = path.is_file() or telling_file(config, variables)
-    return [] if there else [f"tokenizer.name is {config.name}, a directory without a tokenizer.json"]
+    if not path.is_file() and not telling_file(config, variables):
+        return [f"tokenizer.name is {config.name}, a directory without a tokenizer.json"]
+    fault = tokenizer_fault(path)
+    return [] if fault is None else [f"tokenizer.name: {fault}"]
 
 
 def _hub_faults(config: Pretrained, variables: Mapping[str, str]) -> list[str]:
