@@ -1,5 +1,6 @@
 """The private cluster's parts that need no Slurm: what this machine has, what is missing, what is written."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -99,6 +100,31 @@ def test_free_ports_are_different_and_outside_the_kernels_own_range() -> None:
     assert len(set(ports)) == 20
     assert all(port in PORTS for port in ports)
     assert max(PORTS) < 32_768
+
+
+def test_a_cluster_whose_port_is_taken_as_it_starts_takes_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[str] = []
+
+    def start(cluster: PrivateCluster, _layout: layout.Layout) -> None:
+        starts.append(cluster.configuration.read_text())
+        if len(starts) < takes:
+            raise UserError(f"the private cluster did not come up; slurmd.log: Unable to bind listen port: {fault}")
+
+    monkeypatch.setattr(PrivateCluster, "_start_daemons", start)
+    monkeypatch.setattr(packages, "require", lambda **_: None)
+    monkeypatch.setattr(packages, "version", lambda: (22, 5))
+    here = layout.Layout((layout.Node("w", 4, 8_000, ()),), layout.PARTITIONS)
+    fault, takes = "Address already in use", 3
+    PrivateCluster(tmp_path / "a").start(here)
+    assert len({re.findall("Port=([0-9]+)", text)[0] for text in starts}) == 3
+    takes = 9
+    with pytest.raises(UserError, match=fault):
+        PrivateCluster(tmp_path / "b").start(here)
+    assert len(starts) == 6
+    fault = "Permission denied"
+    with pytest.raises(UserError, match=fault):
+        PrivateCluster(tmp_path / "c").start(here)
+    assert len(starts) == 7  # another fault is no better with other ports
 
 
 def test_a_process_just_started_is_known_as_the_clusters_at_once(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The lines drawn between the parts: who may import whom, and what files may be called."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,6 @@ def test_nothing_is_unpickled(path: Path) -> None:
     calls = {n.func.attr for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)}
     assert not {m for m in imported_modules(path) if m.split(".")[0] in ("pickle", "cloudpickle", "dill", "joblib")}
     source = path.read_text(encoding="utf-8")
-    assert "torch.load(" not in source
+    assert source.count("torch.load(") == len(re.findall(r"torch\.load\(.*weights_only=True", source))  # no code in such a pickle runs
     assert "np.load(" not in source or "allow_pickle=True" not in source
     assert "unsafe_load" not in calls

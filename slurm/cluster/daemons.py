@@ -35,6 +35,8 @@ MAX_DIRECTORY_LENGTH = 85
 
 # Below the kernel's ephemeral range (from 32768), where any outgoing connection may hold a port.
 PORTS = range(10_000, 32_000)
+PORT_TAKEN = "Address already in use"
+"""How a daemon's log says that."""
 READY_STATES = {"idle", "mixed", "allocated", "completing", "planned"}
 
 
@@ -75,12 +77,16 @@ class PrivateCluster:
         processes.signal_all(processes.of_jobs(self.configuration))  # a controller that died left its jobs behind
         if fresh:
             shutil.rmtree(self.directory / "state", ignore_errors=True)
-        try:
-            self._write_files(layout)
-            self._start_daemons(layout)
-        except BaseException:
-            self.stop()
-            raise
+        for is_last in (False, False, True):
+            try:
+                self._write_files(layout)
+                self._start_daemons(layout)
+                break
+            except BaseException as error:
+                self.stop()
+                # Between the choice of a port and its daemon's start another process may take it: then with other ports.
+                if is_last or not (isinstance(error, UserError) and PORT_TAKEN in str(error)):
+                    raise
         return time.monotonic() - began
 
     def _check_startable(self) -> None:
