@@ -170,7 +170,7 @@ def test_integers_in_the_place_of_weights_are_refused_by_name(changed, name, is_
 
 def test_masks_of_integers_that_the_model_has_as_buffers_or_ignores_are_no_weights(changed):
     mask = torch.ones(1, 1, 8, 8, dtype=torch.uint8)
-    path = changed("GPT-2", lambda weights: weights | {"transformer.h.0.attn.bias": mask, "transformer.h.1.attn.masked_bias": mask})
+    path = changed("GPT-2", lambda weights: weights | {"transformer.h.0.attn.bias": mask, "transformer.h.1.attn.masked_bias": mask.clone()})
     assert load(path).d_model == 32
 
 
