@@ -192,10 +192,8 @@ def own_code(directory: Path, *, tokenizer: bool = False) -> list[str]:
     if not wanted:
         return []
     what = "tokenizer" if tokenizer else "model"
-    return [
-        f"{directory} names Python code of its own for the {what} (auto_map: {', '.join(wanted)}); it is not used, transformers' own "
-        f"{what} of that type is"
-    ]
+    said = f"{directory} names Python code of its own for the {what} (auto_map: {', '.join(wanted)}); "
+    return [f"{said}it is not used, transformers' own {what} of that type is"]
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -22,8 +22,15 @@ NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin
 LFS_POINTER_BYTES = 1024
 """A pointer is smaller."""
 INTEGERS = {
-    **{"BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32"},
-    **{"U64": "uint64", "I64": "int64"},
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
 }
 """Of the dtypes in a header those that hold no fractions."""
 _SHARD = re.compile(r"(?P<stem>.+)-\d+-of-(?P<count>\d+)(?P<ending>\.\w+)")

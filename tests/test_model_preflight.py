@@ -140,7 +140,7 @@ def test_a_tokenizer_whose_ids_are_drawn_at_random_is_refused_at_submission(tmp_
         return model_preflight.tokenizer_faults(TokenizerConfig(name=str(tmp_path / name)))
 
     for dropout, fault in (("null", []), ("0.0", []), ("0", []), ("0.1", ["has model.dropout 0.1, which drops merges at random"])):
-        (tmp_path / "tokenizer.json").write_text('{"model": {"dropout" : %s, "vocab": {"dropout": 7}}}' % dropout)
+        (tmp_path / "tokenizer.json").write_text('{"model": {"dropout" : ' + dropout + ', "vocab": {"dropout": 7}}}')
         assert [fault in found for found, fault in zip(faults(), fault, strict=True)] == [True] * len(fault)
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "tokenizer_config.json").write_text('{"sp_model_kwargs": {"enable_sampling": true, "alpha": 0.1}}')

@@ -258,6 +258,15 @@ TABLE = {
         {"RUN": "features/made"},
         {("--json", "--jsonl"): "two forms of the same"},
     ),
+    "config": Command(
+        {
+            "STAGE": Option("count", lambda o: "optimizer" not in o.printed),
+            "--markdown": Option("--markdown", says(r"^# Settings")),
+            "--json": Option("--json", lambda o: "count" in json.loads(o.printed)),
+        },
+        {},
+        {("--markdown", "--json"): "two forms of the same"},
+    ),
     "doctor": Command({"--json": AS_JSON}),
     "change": Command(
         {"JOB": Option("1050", passes(reference="1050")), "KEY=VALUE": Option("nice=3", passes(changes=["nice=3"]))},

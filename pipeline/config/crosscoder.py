@@ -58,6 +58,7 @@ class JumpRelu(Config):
     bandwidth: Positive = 2.0
     """Width of the window around the threshold in which pre-activations give it a gradient, in the same units."""
     bandwidth_schedule: Schedule = Schedule()
+    """A factor on `bandwidth`."""
 
 
 class Gated(Config):
@@ -150,6 +151,8 @@ class Group(Config):
 
 
 class CrosscoderConfig(Config):
+    """The dictionary, and how it comes to its features."""
+
     num_features: PositiveCount
     """Size of the dictionary, over all groups."""
     groups: list[Group] = []

@@ -27,6 +27,7 @@ class Term(Config):
     """What every term beside the reconstruction has: a weight, and how the weight moves."""
 
     coefficient: NonNegative
+    """The term's weight in the loss."""
     schedule: Schedule = Schedule()
     """A factor on the coefficient."""
 
@@ -90,6 +91,7 @@ class PreActivation(Term):
     """
 
     coefficient: NonNegative = 3e-6
+    """The term's weight in the loss."""
 
     def fault(self, crosscoder: CrosscoderConfig) -> str | None:
         if not isinstance(crosscoder.activation_function, JumpRelu | Relu):
@@ -120,6 +122,7 @@ class GatedAuxiliary(Term):
     """The gate's own pre-activations, rectified, reconstruct through decoders that get no gradient (Rajamanoharan et al. 2024)."""
 
     coefficient: NonNegative = 1.0
+    """The term's weight in the loss."""
 
     def fault(self, crosscoder: CrosscoderConfig) -> str | None:
         if not isinstance(crosscoder.activation_function, Gated):

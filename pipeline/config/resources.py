@@ -25,8 +25,11 @@ class Resources(Config):
     timeout_min: PositiveCount = 60
     """Time limit, in minutes."""
     partition: str | None = None
+    """Slurm's partition; None takes the cluster's default."""
     account: str | None = None
+    """Who the time is charged to; None takes your default account."""
     qos: str | None = None
+    """Slurm's quality of service; None takes the partition's or the account's."""
     constraint: str | None = None
     """Node features, in Slurm's syntax."""
     node: str | None = None

@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
     app.command("logs")(logs)
     app.command("compare")(compare)
     app.command("verify")(verify)
+    app.command("config")(config)
 
 
 def show(
@@ -120,3 +121,31 @@ def verify(path: Annotated[str, typer.Argument(metavar="PATH", help="A data set,
         print("\n".join(damages) or f"whole: {', '.join(checked)}")
     if damages:
         raise SystemExit(1)
+
+
+def config(
+    stage: Annotated[
+        str | None, typer.Argument(metavar="STAGE", help="tokenize, count, cache, train, ...; all if left out.", show_default=False)
+    ] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="As a page; that of all stages is docs/settings.md.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the settings of a stage: what each key takes, its default, and what it means."""
+    import difflib
+
+    from pipeline.config import reference
+    from pipeline.config.load import STAGES
+    from slurm.commands.command_line import print_json
+
+    if as_markdown and as_json:
+        raise UserError("--markdown and --json are two forms of the same; give one of them")
+    if stage is not None and stage not in STAGES:
+        near = difflib.get_close_matches(stage, STAGES, n=1)
+        raise UserError(f"{stage} is not a stage; " + (f"did you mean `{near[0]}`?" if near else f"stages are {', '.join(STAGES)}"))
+    stages = list(STAGES) if stage is None else [stage]
+    if as_markdown:
+        print(reference.as_markdown(stages), end="")
+    elif as_json:
+        print_json({name: [group.as_json() for group in reference.groups_of(name)] for name in stages})
+    else:
+        print("\n\n".join(reference.as_text(name) for name in stages))
