@@ -1,6 +1,7 @@
 """What a run keeps of the code and the site is readable to nobody who could not read it before."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,11 @@ from slurm.cluster.daemons import PrivateCluster
 from slurm.record import secret_files, snapshot
 from slurm.record.run_directory import RunDirectory
 
-KEY = "-----BEGIN OPENSSH PRIVATE KEY-----\nabc\n-----END OPENSSH PRIVATE KEY-----\n"
+ARMOR = "-----BEGIN {kind}PRIVATE KEY{block}-----"
+BASE64 = "b3BlbnNzaC1rZXktdjEAAAAABG5vbmUAAAAEbm9uZQAAAAAAAAABAAAAMwAAAAtzc2"
+KEY = f"{ARMOR.format(kind='OPENSSH ', block='')}\n{BASE64}\n"
+PGP = f"{ARMOR.format(kind='PGP ', block=' BLOCK')}\nVersion: GnuPG v2\n\n{BASE64}\n"
+ENCRYPTED = f"{ARMOR.format(kind='RSA ', block='')}\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,5A2F\n\n{BASE64}\n"
 
 
 @pytest.fixture
@@ -87,20 +92,70 @@ def test_untracked_files_with_the_names_of_secrets_are_left_out_and_named(checko
     assert records.read_json(run / "code.json")["left_out"] == dict.fromkeys(sorted(names), "a secret by its name")
 
 
+SERVICES = [".s3cfg", ".boto", ".dockercfg", "auth.json", ".vault-token", "terraform.tfstate", "kaggle.json", ".wandb_api_key"]
+CALLED = ["huggingface_token", "token.txt", "password", "passwords.txt", "api_key.txt", "openai_api_key", "API-KEY.json"]
+COPIES = [".env~", ".env.~2~", ".env.swp", ".env.un~", "#.env#", ".netrc.swp", ".id_rsa.swo", "id_rsa.bak", "id_rsa.txt", "id_rsa-2026"]
+COPIES += ["id_rsa (copy)", "Copy of id_rsa", "server.pem.old.gz", "#tls.key#", ".kaggle.json.swp~", ".credentials.json.kate-swp"]
+
+
+@pytest.mark.parametrize("name", [*SERVICES, *CALLED, *COPIES])
+def test_services_files_and_editors_copies_are_secrets_by_their_names(name: str) -> None:
+    assert secret_files.is_secret_by_name(f"notes/{name}")
+
+
+PLAIN = [".env.example", ".env.example~", "id_rsa.pub", "id_rsa.pub.bak", "secrets.py", "secrets.py~", "#secrets.py#", "environment.yaml"]
+PLAIN += [
+    "pipeline/tokens.py",
+    "tokens.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "pile-000.bin",
+    "monkey",
+    "monkey.bak",
+    "~",
+    "##",
+]
+
+
 def test_what_only_looks_like_a_secret_is_frozen(checkout: Path) -> None:
-    names = {".env.example", "id_rsa.pub", "secrets.py", "environment.yaml", "pipeline/tokens.py", "monkey"}
-    for name in names:
+    for name in PLAIN:
         write(checkout / name, "plain\n")
-    assert set(holds(freeze(checkout) / "code", "plain")) == names
+    assert set(holds(freeze(checkout) / "code", "plain")) == set(PLAIN)
 
 
-def test_a_private_key_is_left_out_whatever_its_name(checkout: Path) -> None:
-    write(checkout / "deploy", KEY)
-    write(checkout / "my-project-1f3a.json", '{"type": "service_account", "private_key": "-----BEGIN PRIVATE KEY-----\\nabc"}')
-    write(checkout / "reads_keys.py", f'MARK = "{KEY.splitlines()[0]}"\n')
-    run = freeze(checkout)
-    assert holds(run / "code", "PRIVATE KEY") == ["reads_keys.py"]
-    assert secret_files.is_secret_by_content("deploy", KEY.encode())
+def test_a_private_key_is_left_out_whatever_its_name_and_wherever_it_lies(checkout: Path) -> None:
+    escaped = KEY.replace("\n", "\\n")
+    files = {
+        "deploy": KEY,
+        "chain.crt": f"-----BEGIN CERTIFICATE-----\n{BASE64}\n-----END CERTIFICATE-----\n{KEY}",
+        "my-project-1f3a.json": f'{{"type": "service_account", "private_key": "{escaped}"}}',
+        "settings.yaml": "key: |\n" + "".join(f"  {line}\n" for line in ENCRYPTED.splitlines()),
+        "signing.asc": PGP,
+        "windows.crt": KEY.replace("\n", "\r\n"),
+        "constants.py": "KEY = (\n" + "".join(f'    "{line}\\n"\n' for line in KEY.splitlines()) + ")\n",
+        "session.notes": f"PuTTY-User-Key-File-3: ssh-ed25519\n{BASE64}\n",
+        "identity": f"# created: 2026\nAGE-SECRET-KEY-1{'Q' * 58}\n",
+        "buffer": f"b0VIM 9.0\0\0{BASE64}\0{ARMOR.format(kind='', block='')}\0",
+    }
+    for name, text in files.items():
+        write(checkout / name, text)
+    left_out = records.read_json(freeze(checkout) / "code.json")["left_out"]
+    assert left_out == dict.fromkeys(sorted(files), "it holds a private key")
+
+
+def test_code_that_looks_for_private_keys_is_frozen(checkout: Path) -> None:
+    names = {"reads_keys.py": f'MARK = "{KEY.splitlines()[0]}"\nreturn MARK', "notes": "AGE-SECRET-KEY-1... PuTTY-User-Key-File-2: x"}
+    for name, text in names.items():
+        write(checkout / name, text)
+    assert records.read_json(freeze(checkout) / "code.json")["left_out"] == {}
+
+
+def test_a_key_that_ssh_keygen_makes_is_known_by_its_content(tmp_path: Path) -> None:
+    if shutil.which("ssh-keygen") is None:
+        pytest.skip("ssh-keygen is not here")
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "made"], check=True)
+    assert secret_files.is_secret_by_content((tmp_path / "made").read_bytes())
+    assert not secret_files.is_secret_by_content((tmp_path / "made.pub").read_bytes())
 
 
 def test_a_link_is_followed_only_to_what_is_frozen_itself(checkout: Path, tmp_path: Path) -> None:

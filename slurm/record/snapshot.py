@@ -109,7 +109,7 @@ def _reason_against(path: Path, name: str, *, is_tracked: bool) -> str | None:
         return None
     if is_secret_by_name(name):
         return "a secret by its name"
-    return "it holds a private key" if is_secret_by_content(name, path.read_bytes()) else None
+    return "it holds a private key" if is_secret_by_content(path.read_bytes()) else None
 
 
 def _names(root: Path, *arguments: str) -> list[str]:
