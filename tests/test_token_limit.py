@@ -89,6 +89,16 @@ def test_a_stage_that_has_enough_says_nothing(place: Place, stage: str) -> None:
     assert "short_of_max_tokens" not in result
 
 
+def test_training_says_that_a_batch_takes_all_there_is(place: Place) -> None:
+    config = place.config("train", 150)
+    for batch_positions, is_said in ((151, True), (150, False)):
+        output = io.StringIO()
+        run = Run(place.root / f"batches-of-{batch_positions}", stage="train", output=output)
+        PROGRAMS["train"].run(config.model_copy(update={"batch_positions": batch_positions}), run)
+        sentence = "batch_positions is 151, but there are 150 positions: every step takes all of them\n"
+        assert (sentence in output.getvalue()) == is_said
+
+
 def test_a_submission_says_it_where_the_token_set_is_there_already(place: Place) -> None:
     parsed = [(f"{stage}.yaml", place.config(stage, 1_000_000)) for stage in PROGRAMS]
     said = input_preflight.notices(parsed)

@@ -18,6 +18,8 @@ def run(config: TrainConfig, run: Run) -> dict[str, Any]:
     """Trains to the end, from the newest checkpoint in the run directory where there is one."""
     device = chosen_device(config.device)
     source = open_source(config.activations, run, device)
+    if (there := source.num_positions) < config.batch_positions:
+        run.say(f"batch_positions is {config.batch_positions:,}, but there are {there:,} positions: every step takes all of them")
     held_out_NLD = None
     if config.held_out is not None:
         held_out_NLD = held_out_rows(config.held_out, source, run, device, seed=config.seed).acts_BLD
