@@ -8,12 +8,13 @@ from tiny_models import tiny_gpt2, tiny_token_set
 
 from pipeline.config import load
 from pipeline.config.cache_activations import CacheConfig
-from pipeline.config.errors import UserError
+from pipeline.config.errors import UserError, sentence_of
 from pipeline.config.site_file import Site
 from pipeline.config.stage import StageConfig
 from pipeline.run import Run
 from pipeline.stages import cache_activations
-from slurm.submission import input_preflight
+from slurm.record import run_inputs
+from slurm.submission import freezing, input_preflight
 
 
 @pytest.fixture
@@ -52,6 +53,39 @@ def test_a_directory_that_holds_no_set_is_refused_with_those_in_it(values: dict[
         input_preflight.check([("train.yaml", train(tmp_path / "empty"))], tmp_path)
 
 
+def test_a_held_out_set_that_is_none_is_named_by_its_own_field(tmp_path: Path) -> None:
+    (tmp_path / "acts").mkdir()
+    config = train(tmp_path / "acts")
+    values = {**config.resolved(), "held_out": {"tokens": str(tmp_path), "language_model": {"model": "demo"}}}
+    held_out = load.from_values(values, where="train.yaml", site=Site())
+    (fault,) = input_preflight.faults_of(held_out, tmp_path, [tmp_path / "acts"])
+    assert fault.startswith(f"held_out.tokens is {tmp_path}, which is not a data set")
+    values["held_out"]["tokens"] = str(tmp_path / "nowhere")
+    held_out = load.from_values(values, where="train.yaml", site=Site())
+    with pytest.raises(UserError, match=r"^train.yaml: held_out.tokens: .*/nowhere does not exist"):
+        run_inputs.describe_all(held_out, {"activations": tmp_path}, "train.yaml")
+
+
+@pytest.mark.parametrize("link", ["acts", "disk"])
+def test_an_output_through_a_broken_link_is_refused_with_where_it_leads(values: dict[str, Any], tmp_path: Path, link: str) -> None:
+    (tmp_path / link).symlink_to("unmounted")
+    output = tmp_path / "acts" if link == "acts" else tmp_path / "disk/acts"
+    with pytest.raises(UserError) as refusal:
+        freezing.check_outputs(config(values, output=str(output)), "x.yaml")
+    assert str(refusal.value) == (
+        f"x.yaml: output is {output}, but {tmp_path / link} is a link to unmounted, where nothing is; make what it leads to, or choose "
+        "another output"
+    )
+    with pytest.raises(FileExistsError) as error:  # a root of runs, say, of which no submission is asked first
+        output.mkdir(parents=True, exist_ok=True)
+    assert (
+        sentence_of(error.value)
+        == f"{tmp_path / link} is a link to unmounted, where nothing is; make what it leads to, or choose another place"
+    )
+    (tmp_path / "unmounted").mkdir()
+    freezing.check_outputs(config(values, output=str(output)), "x.yaml")
+
+
 def test_a_directory_that_a_run_before_it_fills_is_let_through(tmp_path: Path) -> None:
     (tmp_path / "acts").mkdir()
     assert input_preflight.faults_of(train(tmp_path / "acts"), tmp_path, [tmp_path / "acts"]) == []
@@ -66,7 +100,7 @@ def test_an_output_that_other_settings_or_other_data_made_is_refused(values: dic
     assert input_preflight.faults_of(config(values, check_hashes=False), tmp_path) == []
     (fault,) = input_preflight.faults_of(config(values, context_tokens=8), tmp_path)
     assert fault == (
-        f"activations is {tmp_path}/acts, which was made with other settings: settings.context_tokens was 16, now it is 8; choose another "
+        f"output is {tmp_path}/acts, which was made with other settings: settings.context_tokens was 16, now it is 8; choose another "
         "output, or delete the directory to make it anew"
     )
     tiny_token_set(tmp_path / "sets/other", seed=1)

@@ -396,6 +396,36 @@ def words_of(name: str, pair: tuple[str, ...]) -> str:
     return " ".join((needed | given)[option] for option in command.options if option in needed | given)
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "twice"),
+    [
+        ("submit", "--resume {failed} --resume {finished}", "--resume"),
+        ("submit", "toy.yaml --executor local --executor debug", "--executor"),
+        ("submit", "toy.yaml --partition a --node n1 --node n2 --partition b", "--partition and --node"),
+        ("submit", "toy.yaml steps=1 seed=2 steps=3", "steps"),
+        ("run", "toy.yaml steps=1 steps=1", "steps"),
+        ("sweep", "sweep.yaml seed=1 seed=2", "seed"),
+        ("rerun", "{finished} seed=1 seed=2", "seed"),
+        ("logs", "{failed} --task 0 --task 1", "--task"),
+        ("change", "1050 nice=3 nice=4", "nice"),
+        ("cluster start", "--directory a --directory b", "--directory"),
+    ],
+)
+def test_what_takes_one_value_is_refused_when_given_twice(
+    name: str, words: str, twice: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = run_command(place, monkeypatch, name, words)
+    assert outcome.code == 2
+    assert f"{twice} stands more than once, and takes one value: give it once" in outcome.refusal
+    assert leaves_nothing(outcome)
+
+
+def test_what_takes_several_values_and_flags_may_stand_twice(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "toy.yaml toy.seed=2 seed=1 --after {finished} --after {failed}/tasks/0 --json --json --dry-run"
+    assert "is one task; --after takes a whole run" in run_command(place, monkeypatch, "submit", words).refusal
+    assert run_command(place, monkeypatch, "jobs", "--json --json").code == 0
+
+
 @pytest.mark.parametrize(("name", "pair"), PAIRS, ids=lambda value: value if isinstance(value, str) else "+".join(value))
 def test_two_options_are_both_heeded_or_refused_in_one_sentence(
     name: str, pair: tuple[str, ...], place: Place, monkeypatch: pytest.MonkeyPatch

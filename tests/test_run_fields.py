@@ -71,6 +71,9 @@ def test_what_names_no_run_or_several_tasks_is_refused_in_one_sentence(site: Sit
         "1042_9": "has 4 tasks, 1042_0 to 1042_3, not 9",
         "1042": f"is {run.reference}, which has tasks 0 to 3; name one: {run.reference}/tasks/0",
         str(run.path): f"is {run.reference}, which has tasks 0 to 3",
+        "sweep/x": f"is {run.reference}, which has tasks 0 to 3; name one: {run.reference}/tasks/0",
+        str(run.path.parent): f"is {run.reference}, which has tasks 0 to 3",
+        "sweep/y": "no run is called 'sweep/y'",
         "zzzz": "no run is called 'zzzz'",
     }
     for given, sentence in refused.items():

@@ -118,8 +118,8 @@ def test_what_makes_a_missing_input_of_a_sweep_is_said(tmp_path: Path, monkeypat
     with pytest.raises(UserError) as refused:
         sweep.check_inputs_are_there(sweep.read_sweep(path, [], site), path, tmp_path / "runs")
     assert str(refused.value) == (
-        f"{path}: activations is {tmp_path}/activations/demo, which does not exist; run `crosscoder submit configs/demo/cache.yaml` first: "
-        "a sweep can't be part of a chain"
+        f"{path}: activations.path is {tmp_path}/activations/demo, which does not exist; run `crosscoder submit "
+        "configs/demo/cache.yaml` first: a sweep can't be part of a chain"
     )
     (tmp_path / "e.yaml").write_text(f"name: e\nbase: {Path('configs/demo/evaluate.yaml').absolute()}\ngrid: {{seed: [1, 2]}}\n")
     (tmp_path / "runs/train/demo").mkdir(parents=True)

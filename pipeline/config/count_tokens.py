@@ -24,3 +24,6 @@ class CountConfig(StageConfig):
 
     def inputs(self) -> dict[str, Path]:
         return {split: self.tokens / split for split in self.splits}
+
+    def field_of_input(self, name: str) -> str:
+        return f"tokens ({name})"

@@ -27,7 +27,14 @@ def sentence_of(error: OSError) -> str | None:
             f"{place}{reason}, it is of {owner}; people share a directory through a group (chgrp -R GROUP DIR; chmod -R g+rwX DIR; "
             "find DIR -type d -exec chmod g+s {} +; umask 002 in the shell of each), else choose a place of your own"
         )
+    if error.errno == errno.EEXIST and (broken := broken_link(Path(error.filename))) is not None:
+        return f"{broken}; make what it leads to, or choose another place"
     return None
+
+
+def broken_link(path: Path) -> str | None:
+    """A phrase for a link that leads to nothing, where a directory can't be made; None for all else."""
+    return f"{path} is a link to {os.readlink(path)}, where nothing is" if path.is_symlink() and not path.exists() else None
 
 
 def _other_owner(filename: object) -> str | None:

@@ -62,6 +62,10 @@ class StageConfig(Config):
         """What the stage reads, by field: directories of data sets, or of runs."""
         return {}
 
+    def field_of_input(self, name: str) -> str:
+        """The setting that names the input `name`, a key of `inputs`, as YAML writes it."""
+        return name
+
     def outputs(self) -> dict[str, Path]:
         """The data sets that the stage writes, by field; results that stay in the run directory don't count."""
         return {}

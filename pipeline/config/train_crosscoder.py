@@ -215,3 +215,6 @@ class TrainConfig(StageConfig):
     def inputs(self) -> dict[str, Path]:
         held_out = {} if self.held_out is None else {"held_out": self.held_out.tokens}
         return {**self.activations.inputs(), **held_out}
+
+    def field_of_input(self, name: str) -> str:
+        return {"activations": "activations.path", "tokens": "activations.tokens", "held_out": "held_out.tokens"}[name]

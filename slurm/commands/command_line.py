@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from pipeline.config.errors import UserError, sentence_of
+from slurm.commands.application import App
 from slurm.execution.terminal import print_any_letter
 from slurm.record.printable import cleaned, print, printable_json
 
@@ -33,7 +34,7 @@ COMMAND_MODULES = (
 
 def build_app() -> typer.Typer:
     """The application with every command registered."""
-    app = typer.Typer(
+    app = App(
         name="crosscoder",
         help="Train crosscoders on a Slurm cluster or one workstation: run, submit, watch and compare stages.",
         no_args_is_help=True,

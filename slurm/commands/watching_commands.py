@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from slurm.commands.application import App
 from slurm.record.printable import print
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -16,9 +17,7 @@ def register(app: typer.Typer) -> None:
     app.command()(watch)
     app.command()(accelerators)
     app.command()(doctor)
-    cluster = typer.Typer(
-        no_args_is_help=True, help="A private Slurm over this machine's cores and GPUs: a queue without an administrator."
-    )
+    cluster = App(no_args_is_help=True, help="A private Slurm over this machine's cores and GPUs: a queue without an administrator.")
     cluster.command("start")(cluster_start)
     cluster.command("stop")(cluster_stop)
     cluster.command("status")(cluster_status)

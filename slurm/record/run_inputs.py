@@ -66,7 +66,7 @@ def describe_all(
         try:
             entries[field] = describe(path)
         except UserError as error:
-            raise UserError(f"{where}: {field}: {error}") from None
+            raise UserError(f"{where}: {config.field_of_input(field)}: {error}") from None
     return entries | describe_pretrained(config, where, hash_file=hash_file, before=before or {})
 
 

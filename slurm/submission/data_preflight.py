@@ -60,7 +60,7 @@ def source_faults(config: TokenizeConfig, pending: Sequence[Path]) -> list[str]:
 def output_faults(config: StageConfig, pending: Sequence[Path], hash_file: HashFile = records.hash_file) -> list[str]:
     """A phrase for each output that holds something else already, or was made by other settings, from other data or another model."""
     faults = []
-    for field, directory in config.outputs().items():
+    for directory in config.outputs().values():
         recipe = directory / records.RECIPE
         if is_pending(directory, pending) or not directory.is_dir():
             continue
@@ -68,11 +68,11 @@ def output_faults(config: StageConfig, pending: Sequence[Path], hash_file: HashF
             try:
                 differences = _other_recipe(config, records.read_recipe(directory), pending, hash_file)
             except UserError as error:
-                faults.append(f"{field}: {error}")
+                faults.append(f"output: {error}")
                 continue
-            faults += [f"{field} is {directory}, {difference}" for difference in differences]
+            faults += [f"output is {directory}, {difference}" for difference in differences]
         elif any(not path.name.startswith(".") for path in directory.iterdir()):
-            faults.append(f"{field} is {directory}, which is not empty and was not made by this pipeline; choose another output")
+            faults.append(f"output is {directory}, which is not empty and was not made by this pipeline; choose another output")
     return faults
 
 

@@ -1,9 +1,10 @@
 """Works on runs at this terminal: fresh ones in this process, earlier ones in a process on their frozen code."""
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from slurm.execution.frozen_code import frozen_variables
 from slurm.execution.local_queue import give_up
@@ -40,7 +41,7 @@ def run_frozen_here(run: RunDirectory, tasks: Sequence[int]) -> int:
     """Works on tasks of an earlier run in a process on its frozen code, at this terminal; the first exit code that is not 0."""
     for task in tasks:
         command = [sys.executable, "-u", "-m", "slurm.execution.worker", str(run.path), str(task)]
-        with subprocess.Popen(command, env=os.environ | frozen_variables(run)) as process:
+        with _started(command, os.environ | frozen_variables(run)) as process:
             while True:
                 try:
                     code = process.wait()
@@ -50,3 +51,13 @@ def run_frozen_here(run: RunDirectory, tasks: Sequence[int]) -> int:
         if code:
             return code
     return 0
+
+
+def _started(command: Sequence[str], variables: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    """The process. At a terminal Ctrl-C is blocked in it from its first moment; the worker unblocks it when it can save and stop."""
+    blocked = {signal.SIGINT} if sys.stdin.isatty() else set()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    try:
+        return subprocess.Popen(command, env=variables)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

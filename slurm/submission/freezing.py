@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pipeline import records
 from pipeline.config import yaml_file
-from pipeline.config.errors import UserError
+from pipeline.config.errors import UserError, broken_link
 from pipeline.config.resources import Resources
 from pipeline.config.schema import Config
 from pipeline.config.site_file import Site
@@ -193,11 +193,13 @@ class Freezer:
 
 
 def check_outputs(config: StageConfig, where: str) -> None:
-    """Raises `UserError` for an output that can't be written: a directory that may not be, or a file in its place."""
-    for field, path in config.outputs().items():
-        there = next(parent for parent in (path, *path.parents) if parent.exists())
+    """Raises `UserError` for an output that can't be written: a directory that may not be, a file or a broken link in its place."""
+    for path in config.outputs().values():
+        there = next(parent for parent in (path, *path.parents) if parent.exists() or parent.is_symlink())
+        if (broken := broken_link(there)) is not None:
+            raise UserError(f"{where}: output is {path}, but {broken}; make what it leads to, or choose another output")
         if not there.is_dir() or not os.access(there, os.W_OK):
-            raise UserError(f"{where}: {field} is {path}, but {there} is not a directory that you may write to; choose another output")
+            raise UserError(f"{where}: output is {path}, but {there} is not a directory that you may write to; choose another output")
 
 
 def write_config(directory: Path, values: dict[str, Any], inputs: dict[str, Any]) -> str:

@@ -88,14 +88,9 @@ def _limit_notices(config: StageConfig, pending: Sequence[Path]) -> list[str]:
 
 def _sets_read(config: StageConfig) -> dict[str, Path]:
     """The data sets among the inputs, by the field as it is written in YAML."""
-    if isinstance(config, TrainConfig):
-        field = "path" if isinstance(config.activations, DiskActivations) else "tokens"
-        return {f"activations.{field}": path for path in config.inputs().values()}
-    if isinstance(config, CountConfig):
-        return {f"tokens ({split})": path for split, path in config.inputs().items()}
-    if isinstance(config, HeldOutText):
-        return {field: path for field, path in config.inputs().items() if field in ("tokens", "training_tokens")}
-    return {"tokens": config.tokens} if isinstance(config, CacheConfig) else {}
+    read = config.inputs() if isinstance(config, CacheConfig | CountConfig | HeldOutText | TrainConfig) else {}
+    runs = ("crosscoder", "compare_with")
+    return {config.field_of_input(name): path for name, path in read.items() if not name.startswith(runs)}
 
 
 def _stage_faults(config: StageConfig, runs: Path, pending: Sequence[Path]) -> list[str]:

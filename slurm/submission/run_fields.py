@@ -31,7 +31,8 @@ def _found(path: Path, runs: Path, where: str) -> Path:
         return path
     is_inside_a_run = path.exists() and not (path / "job.json").exists()  # a checkpoint, or the folder of a name
     parts = path.relative_to(runs).parts
-    return path if len(parts) == 2 or is_inside_a_run else _directory("/".join(parts), runs, where)
+    is_name = len(parts) == 2 and parts[0] != "sweep"  # of a sweep one task is meant, whose name says which
+    return path if is_name or (is_inside_a_run and len(parts) > 2) else _directory("/".join(parts), runs, where)
 
 
 def _directory(reference: str, runs: Path, where: str) -> Path:

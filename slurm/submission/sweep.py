@@ -175,7 +175,9 @@ def check_inputs_are_there(sweep: Sweep, path: Path, runs: Path) -> None:
         for field, place in config.inputs().items():
             if fault := _missing(place, runs):
                 first = _submission_of(MAKERS[field], _base_of(member, sweep.config, path)) if field in MAKERS else "what makes it"
-                raise UserError(f"{path}: {field} is {place}, {fault}; run {first} first: a sweep can't be part of a chain")
+                raise UserError(
+                    f"{path}: {config.field_of_input(field)} is {place}, {fault}; run {first} first: a sweep can't be part of a chain"
+                )
 
 
 def _missing(place: Path, runs: Path) -> str | None:
