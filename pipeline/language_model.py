@@ -107,7 +107,7 @@ class LanguageModel:
         prefix, first = names[0].rpartition(".")[::2]
         for index, layer in enumerate(layers):
             site = SiteName.parse(layer)
-            if site.block in names:
+            if site.block in names and not site.model:
                 self._module_path(layer)
                 continue
             found = f"layers[{index}] is {layer}, but {self.name} has blocks {first} to {names[-1].rpartition('.')[2]} ({prefix}.N)"

@@ -199,14 +199,15 @@ def test_a_tokenizer_that_is_replaced_while_the_job_waits_stops_it(tmp_path: Pat
 def test_what_is_replaced_between_the_check_and_the_loading_stops_the_job(
     tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.stages import cache_activations, tokenize_text
+    from pipeline.language_model import LanguageModel
+    from pipeline.stages import tokenize_text
 
     (tmp_path / "t").mkdir()
     (tmp_path / "c").mkdir()
     tokenize, cache = frozen(tokenize_values(tmp_path / "t"), site), frozen(cache_values(tmp_path / "c"), site)
-    read, loaded = tokenize_text.load_tokenizer, cache_activations.LanguageModel.load
+    read, loaded = tokenize_text.load_tokenizer, LanguageModel.load
     monkeypatch.setattr(tokenize_text, "load_tokenizer", lambda *a, **k: [replace_tokenizer(tmp_path / "t/tokenizer"), read(*a, **k)][1])
-    monkeypatch.setattr(cache_activations.LanguageModel, "load", lambda c: [tiny_gpt2(tmp_path / "c/model", seed=1), loaded(c)][1])
+    monkeypatch.setattr(LanguageModel, "load", lambda c: [tiny_gpt2(tmp_path / "c/model", seed=1), loaded(c)][1])
     assert f"input tokenizer ({tmp_path / 't/tokenizer'}) is not what this run began with: tokenizer.json was changed" in refusal(tokenize)
     assert f"input language_model ({tmp_path / 'c/model'}) is not what this run began with: model.safetensors was changed" in refusal(cache)
 
@@ -235,6 +236,26 @@ def test_what_a_stage_loaded_is_what_was_frozen_and_a_model_that_is_another_is_m
     now = model_files.language_model_record(tmp_path / "model")["data_id"]
     (fault,) = input_preflight.faults_of(config, site.runs)
     assert f"made with other settings: inputs.language_model was {entry['data_id'][:12]}, now it is {now[:12]}; choose another" in fault
+
+
+def test_every_one_of_several_models_is_frozen_and_none_may_change(tmp_path: Path, site: Site) -> None:
+    values = cache_values(tmp_path)
+    base, chat = values.pop("language_model"), {"model": str(tiny_gpt2(tmp_path / "chat", seed=1)), "device": "cpu"}
+    values |= {"language_models": {"base": base, "chat": chat}, "layers": ["base/transformer.h.0", "chat/transformer.h.0"]}
+    run, waiting = frozen(values, site), frozen(values | {"name": "waits"}, site)
+    assert run.inputs().keys() == {"tokens", "language_models.base", "language_models.chat"}
+    assert work(run.path, frozen=False) == 0
+    recipe = records.read_json(tmp_path / "acts/recipe.json")
+    hashes = {name: run.inputs()[f"language_models.{name}"]["data_id"] for name in ("base", "chat")}
+    assert recipe["inputs"].items() >= {f"language_models.{name}": value for name, value in hashes.items()}.items()
+    assert records.read_manifest(tmp_path / "acts")["language_models"] == hashes
+    assert len(set(hashes.values())) == 2
+    config = load.from_values(values, where="x.yaml", site=site)
+    assert already_made(config, site.runs)
+    tiny_gpt2(tmp_path / "chat", seed=2)
+    assert f"language_models.chat ({tmp_path / 'chat'}) is another one: model.safetensors was changed" in refusal(waiting)
+    (fault,) = input_preflight.faults_of(config, site.runs)
+    assert f"inputs.language_models.chat was {hashes['chat'][:12]}, now it is" in fault
 
 
 def test_weights_that_are_drawn_are_bound_by_the_stage_and_known_again(tmp_path: Path, site: Site) -> None:

@@ -50,6 +50,8 @@ def load(path: Path, **changes: Any) -> LanguageModel:
         ("transformer.h.2.mlp_output", "transformer.h.2.mlp_output"),
         ({"layer": "transformer.h.2", "point": "attention_output"}, "transformer.h.2.attention_output"),
         ({"layer": "transformer.h.2"}, "transformer.h.2"),
+        ("chat/transformer.h.2.residual", "chat/transformer.h.2"),
+        ({"model": "chat", "layer": "transformer.h.2", "point": "mlp_output"}, "chat/transformer.h.2.mlp_output"),
     ],
 )
 def test_a_site_has_one_written_form(given: Any, written: str) -> None:
@@ -63,6 +65,7 @@ def test_a_site_has_one_written_form(given: Any, written: str) -> None:
     [
         ("h.2.mlp_out", "names the point mlp_out, expected one of residual, mlp_output, attention_output; did you mean h.2.mlp_output?"),
         ({"layer": "h.2", "point": "attention"}, "did you mean h.2.attention_output?"),
+        ("a.b/h.2", "names the model 'a.b', expected a key of language_models before the slash"),
         ({"block": "h.2"}, "expected a name or {layer: NAME, point: residual | mlp_output | attention_output}"),
     ],
 )

@@ -12,22 +12,21 @@ from torch import Tensor
 
 from pipeline.activations.order import ModelBatch, Order
 from pipeline.activations.source import ActivationBatch, Provenance
-from pipeline.activations.token_check import check_tokens
+from pipeline.activations.token_check import check_models_tokens
 from pipeline.config.activation_source import Harvest
 from pipeline.config.errors import UserError
 from pipeline.contexts import Contexts, beginning_of_text
-from pipeline.language_model import LanguageModel
+from pipeline.language_models import Models, hashes
 from pipeline.tokens import TokenSet
 
 
 class Harvester:
     """Computes the rows of any generation. Raises `UserError` when token set, model and settings don't fit together."""
 
-    def __init__(self, tokens: TokenSet, model: LanguageModel, settings: Harvest, check_stop: Callable[[], None]) -> None:
+    def __init__(self, tokens: TokenSet, model: Models, settings: Harvest, check_stop: Callable[[], None]) -> None:
         model.check_use(settings.layers, settings.context_tokens)
         beginning = beginning_of_text(settings.beginning_of_text, tokens)
-        is_checked = settings.language_model.check_tokenizer
-        on_tokens = check_tokens(tokens, model, check_tokenizer=is_checked, beginning_of_text_id=beginning.token_id)
+        on_tokens = check_models_tokens(tokens, model, settings, beginning_of_text_id=beginning.token_id)
         self.remarks = [*model.remarks, *on_tokens, beginning.remark]
         """Sentences for the log."""
         self.tokens = tokens
@@ -40,7 +39,7 @@ class Harvester:
             drop_positions = [0, *drop_positions]  # it is no token of the text
         self.order = Order(self.contexts.lengths, settings, drop_positions=drop_positions)
         self.provenance = Provenance(
-            model.hash, tokens.data_id, tokens.tokenizer_hash, settings.context_tokens, drop_positions, beginning.token_id
+            model.hash, tokens.data_id, tokens.tokenizer_hash, settings.context_tokens, drop_positions, beginning.token_id, hashes(model)
         )
         self._check_stop = check_stop
 

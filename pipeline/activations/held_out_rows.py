@@ -2,12 +2,13 @@
 
 import torch
 
+from pipeline.activations.model_check import other_model
 from pipeline.activations.source import ActivationBatch, ActivationSource
 from pipeline.activations.stream import ActivationStream
 from pipeline.config.activation_source import StreamedActivations
 from pipeline.config.errors import UserError
 from pipeline.config.train_crosscoder import HeldOut
-from pipeline.language_model import LanguageModel
+from pipeline.language_models import Models, bind, load_models
 from pipeline.run import Run
 from pipeline.tokens import TokenSet
 
@@ -24,14 +25,13 @@ def held_out_rows(settings: HeldOut, source: ActivationSource, run: Run, device:
     if tokens.data_id == made_from.tokens_id:
         raise UserError(f"held_out.tokens is {settings.tokens}, the token set that is trained on; name one that training does not see")
     model = _model(settings, source, run, device)
-    if model.hash != made_from.language_model_hash:
-        raise UserError(
-            f"held_out.language_model is {model.name} of hash {model.hash[:12]}, but the activations are of a model of hash "
-            f"{made_from.language_model_hash[:12]}; name the model that they were computed with"
-        )
+    if (other := other_model(made_from, model)) is not None:
+        raise UserError(f"held_out: {other.given}, but the activations are of {other.known}; name the model that they were computed with")
+    models = settings if settings.models else _streamed(source).settings
     harvest = StreamedActivations(
         tokens=settings.tokens,
-        language_model=settings.language_model or _streamed(source).settings.language_model,
+        language_model=models.language_model,
+        language_models=models.language_models,
         layers=source.layers,
         context_tokens=made_from.context_tokens,
         drop_positions=made_from.drop_positions,
@@ -46,11 +46,11 @@ def held_out_rows(settings: HeldOut, source: ActivationSource, run: Run, device:
     return next(stream.batches(batch_positions=stream.num_positions, epoch=0, cursor=0))
 
 
-def _model(settings: HeldOut, source: ActivationSource, run: Run, device: torch.device) -> LanguageModel:
-    if settings.language_model is None:
-        return _streamed(source).language_model
-    model = LanguageModel.load(settings.language_model.model_copy(update={"device": device.type}))
-    run.bind_input("language_model", model.hash, model.files)
+def _model(settings: HeldOut, source: ActivationSource, run: Run, device: torch.device) -> Models:
+    if not settings.models:
+        return _streamed(source).models
+    model = load_models(settings, device.type)
+    bind(model, run)
     return model
 
 

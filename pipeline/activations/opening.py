@@ -6,7 +6,7 @@ from pipeline.activations.shards import ActivationSet
 from pipeline.activations.source import ActivationSource
 from pipeline.activations.stream import ActivationStream
 from pipeline.config.activation_source import DiskActivations, StreamedActivations
-from pipeline.language_model import LanguageModel
+from pipeline.language_models import bind, load_models
 from pipeline.run import Run
 from pipeline.tokens import TokenSet
 
@@ -24,6 +24,6 @@ def open_source(config: DiskActivations | StreamedActivations, run: Run, device:
     run.bind_input("tokens", tokens.data_id)
     if config.check_hashes:
         tokens.check_hashes(run)
-    model = LanguageModel.load(config.language_model.model_copy(update={"device": device.type}))
-    run.bind_input("language_model", model.hash, model.files)
+    model = load_models(config, device.type)
+    bind(model, run)
     return ActivationStream(tokens, model, config, run)

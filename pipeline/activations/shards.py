@@ -35,12 +35,14 @@ SHARED_FACTS = (
     "tokens_data_id",
     "tokenizer_hash",
     "language_model_hash",
+    "language_models",
     "context_tokens",
     "drop_positions",
     "beginning_of_text_id",
     "seed",
 )
-"""What the records of all shards of a set and its manifest have in common; `beginning_of_text_id` is only there if contexts begin so."""
+"""What the records of all shards of a set and its manifest have in common; `beginning_of_text_id` is only there if contexts begin so,
+`language_models` if there are several."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "uint16": torch.uint16, "uint32": torch.uint32}
 

@@ -81,9 +81,11 @@ class Provenance(NamedTuple):
     """Positions of every context that are left out."""
     beginning_of_text_id: int | None = None
     """What every context begins with; None: with the text itself."""
+    language_models: dict[str, str] | None = None
+    """The hash of each model by its name; None of a single one. `language_model_hash` is over all of them then."""
 
     def facts(self) -> dict[str, Any]:
-        """As entries of a record; there is none of a beginning that is not there, so that older identities hold."""
+        """As entries of a record; there is none of what is not there, so that older identities hold."""
         return {key: value for key, value in self._asdict().items() if value is not None}
 
     @classmethod

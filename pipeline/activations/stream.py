@@ -16,7 +16,7 @@ from pipeline.activations.order import batch_pieces
 from pipeline.activations.source import ActivationBatch, LayerStatistics
 from pipeline.config.activation_source import Harvest, StreamedActivations
 from pipeline.config.token_limit import notices
-from pipeline.language_model import LanguageModel
+from pipeline.language_models import Models
 from pipeline.run import Run
 from pipeline.tokens import TokenSet
 
@@ -28,9 +28,9 @@ class ActivationStream:
     at most one generation again: the one in which the cursor lies.
     """
 
-    def __init__(self, tokens: TokenSet, model: LanguageModel, config: StreamedActivations, run: Run) -> None:
+    def __init__(self, tokens: TokenSet, model: Models, config: StreamedActivations, run: Run) -> None:
         self.settings = self._config = config
-        self.language_model = model
+        self.models = model
         self._run = run
         self._harvester = Harvester(tokens, model, config, run.check_stop)
         for remark in self._harvester.remarks:

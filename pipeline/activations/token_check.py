@@ -1,7 +1,9 @@
 """Whether a language model can read a token set, and whether the set comes from its own tokenizer."""
 
 from pipeline.config.errors import UserError
+from pipeline.config.language_models import ReadsModels
 from pipeline.language_model import LanguageModel
+from pipeline.language_models import Models, each
 from pipeline.text.tokenizer import load_transformers_tokenizer
 from pipeline.tokens import TokenSet
 
@@ -21,6 +23,15 @@ def check_tokens(
         )
     _check_embeddings(tokens, model, beginning_of_text_id)
     return _on_ends_of_text(tokens, model, check_tokenizer=check_tokenizer)
+
+
+def check_models_tokens(tokens: TokenSet, models: Models, config: ReadsModels, *, beginning_of_text_id: int | None) -> list[str]:
+    """`check_tokens` of each of the models that `config` names, by its own `check_tokenizer`."""
+    lines = [
+        check_tokens(tokens, model, check_tokenizer=config.models[name].check_tokenizer, beginning_of_text_id=beginning_of_text_id)
+        for name, model in each(models).items()
+    ]
+    return list(dict.fromkeys(line for of_model in lines for line in of_model))
 
 
 def _check_embeddings(tokens: TokenSet, model: LanguageModel, beginning_of_text_id: int | None) -> None:

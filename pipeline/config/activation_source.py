@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.config.beginning_of_text import BeginningOfTextSetting
-from pipeline.config.language_model import LanguageModelConfig
+from pipeline.config.language_models import NeedsModels
 from pipeline.config.schema import OPERATIONAL, Config, Count, DataPath, PositiveCount
-from pipeline.config.sites import SiteText
+from pipeline.config.sites import SiteName, SiteText
 
 
 def _distinct(values: list[str] | list[int]) -> list[str] | list[int]:
@@ -17,7 +17,7 @@ def _distinct(values: list[str] | list[int]) -> list[str] | list[int]:
     return values
 
 
-class Harvest(Config):
+class Harvest(NeedsModels):
     """What is read from the language model, and in which order; the same settings give the same rows on disk and streamed.
 
     Contexts are taken in one permutation of all contexts of the token set; `contexts_per_generation` of them form a
@@ -26,10 +26,10 @@ class Harvest(Config):
 
     tokens: Annotated[DataPath, Field(json_schema_extra=OPERATIONAL)]
     """Directory of the token set."""
-    language_model: LanguageModelConfig
     layers: Annotated[list[SiteText], Field(min_length=1), AfterValidator(_distinct)]
     """Sites that are read, in the order of the crosscoder's layers. The module path of a block (`transformer.h.7`) is the residual
-    stream after it; with `.mlp_output` or `.attention_output` behind it, what that part of the block adds to the stream."""
+    stream after it; with `.mlp_output` or `.attention_output` behind it, what that part of the block adds to the stream. Of several
+    models, each site begins with its model's name: `chat/transformer.h.7`."""
     context_tokens: Annotated[PositiveCount, Field(le=65_536)] = 1024
     """Length of a context, in tokens; a beginning-of-text token is one of them."""
     beginning_of_text: BeginningOfTextSetting = "auto"
@@ -48,6 +48,20 @@ class Harvest(Config):
     """Of the order of contexts and positions."""
     check_hashes: Annotated[bool, Field(json_schema_extra=OPERATIONAL)] = True
     """Rehash the token set first, about a second for 2 GB; false checks sizes, counts and the range of ids only."""
+
+    @model_validator(mode="after")
+    def _sites_are_of_the_models(self) -> "Harvest":
+        names = list(self.models)
+        for index, layer in enumerate(self.layers):
+            model = SiteName.parse(layer).model
+            if model not in names:
+                found = f"layers[{index}] is {layer}, which is of {f'the model {model}' if model else 'no model'}"
+                known = f"language_models are {', '.join(names)}" if self.language_models else "there is one language_model, without a name"
+                raise ValueError(f"{found}, but {known}; name one of them, as in {f'{names[0]}/' if names[0] else ''}transformer.h.2")
+        for name in names:
+            if all(SiteName.parse(layer).model != name for layer in self.layers):
+                raise ValueError(f"language_models.{name} has no site in layers; add one, {name}/..., or leave the model out")
+        return self
 
 
 class DiskActivations(Config):

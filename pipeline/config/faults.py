@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -135,7 +136,7 @@ def _shown(value: object) -> str:
 
 def find_place(model: type[pydantic.BaseModel], location: Sequence[int | str]) -> Place:
     """The place at pydantic's `location`, without the kinds that it puts between a group and its settings."""
-    text, kind = "", ""
+    text, kind, is_name = "", "", False
     groups: list[type[pydantic.BaseModel]] = [model]
     for part in location:
         if isinstance(part, int):
@@ -145,9 +146,13 @@ def find_place(model: type[pydantic.BaseModel], location: Sequence[int | str]) -
         if len(groups) > 1 and chosen:
             groups, kind = chosen, part
             continue
+        text += f".{part}" if text else str(part)
+        if is_name:  # of a group among others of one kind: what follows is a setting of it
+            is_name = False
+            continue
         fields = [keys[part] for group in groups if part in (keys := _keys(group))]
         groups, kind = [found for field in fields for found in _groups_in(field)], ""
-        text += f".{part}" if text else str(part)
+        is_name = any(typing.get_origin(field) is dict for field in fields) and bool(groups)
     return Place(text, groups, kind)
 
 

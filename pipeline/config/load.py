@@ -128,7 +128,17 @@ def _found_names(config: Any, where: str, frozen: Any, prefix: str = "") -> dict
             update[key] = _found_name(value, f"{where}: {prefix}{key}")
         elif hasattr(type(value), "model_fields") and (inner := _found_names(value, where, known, f"{prefix}{key}.")):
             update[key] = value.model_copy(update=inner)
+        elif isinstance(value, dict) and (inner := _found_in_entries(value, where, known, f"{prefix}{key}.")):
+            update[key] = value | inner
     return update
+
+
+def _found_in_entries(entries: dict[str, Any], where: str, frozen: Any, prefix: str) -> dict[str, Any]:
+    """The same for a setting that holds groups under names of their own."""
+    known = frozen if isinstance(frozen, dict) else {}
+    groups = {name: entry for name, entry in entries.items() if hasattr(type(entry), "model_fields")}
+    found = {name: _found_names(entry, where, known.get(name), f"{prefix}{name}.") for name, entry in groups.items()}
+    return {name: groups[name].model_copy(update=inner) for name, inner in found.items() if inner}
 
 
 def _found_name(name: str, field: str) -> str:

@@ -55,7 +55,9 @@ def groups_of(stage: str) -> list[Group]:
     for model in waiting:  # grows as groups within groups are met
         for name, annotation in _fields(model).items():
             for group in _models_in(annotation):
-                place = f"{found[model][0]}.{name}".removeprefix(".") + ("[]" if _is_list(annotation) else "")
+                place = f"{found[model][0]}.{name}".removeprefix(".") + (
+                    "[]" if _is_list(annotation) else ".NAME" if _is_mapping(annotation) else ""
+                )
                 if group not in found:
                     waiting.append(group)
                 found.setdefault(group, []).append(place)
@@ -143,7 +145,7 @@ def words(annotation: Any, field: FieldInfo | None = None) -> str:
     if origin is list:
         return f"list of {words(inner[0])}"
     if origin is dict:
-        return f"keys with {words(inner[1])}"
+        return f"names with {words(inner[1])} each"
     if _is_config(annotation):
         return "a group"
     names = {int: "whole number", float: "number", str: "text", bool: "true or false", Path: "path"}
@@ -172,6 +174,10 @@ def _is_config(annotation: Any) -> bool:
 
 def _is_list(annotation: Any) -> bool:
     return typing.get_origin(_plain(annotation)) is list
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return typing.get_origin(_plain(annotation)) is dict
 
 
 def _models_in(annotation: Any) -> list[type[Config]]:

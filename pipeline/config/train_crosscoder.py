@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config.activation_source import ActivationSourceConfig, StreamedActivations
 from pipeline.config.crosscoder import CrosscoderConfig, Momentum
-from pipeline.config.language_model import LanguageModelConfig
+from pipeline.config.language_models import ReadsModels
 from pipeline.config.loss import Loss
 from pipeline.config.schedule import Positive, Schedule
 from pipeline.config.schema import OPERATIONAL, Config, DataPath, Fraction, PositiveCount
@@ -94,13 +94,14 @@ class TokensHistory(Config):
     """Training tokens from one to the next."""
 
 
-class HeldOut(Config):
-    """Positions that training doesn't see, on which the crosscoder is measured with every row of metrics."""
+class HeldOut(ReadsModels):
+    """Positions that training doesn't see, on which the crosscoder is measured with every row of metrics.
+
+    The language model is that which activations on disk are of, needed once, at the start; a stream has its own.
+    """
 
     tokens: Annotated[DataPath, Field(json_schema_extra=OPERATIONAL)]
     """Token set that training does not see: the `validation` folder that `tokenize` wrote."""
-    language_model: LanguageModelConfig | None = None
-    """The model that activations on disk are of, needed once, at the start; a stream has its own."""
     positions: PositiveCount = 8192
     """Positions measured; their activations stay in memory: 25 MB at two layers of width 768 in bfloat16."""
 
@@ -200,9 +201,9 @@ class TrainConfig(StageConfig):
 
     @model_validator(mode="after")
     def _held_out_has_a_model(self) -> "TrainConfig":
-        if self.held_out is not None and self.held_out.language_model is None and not isinstance(self.activations, StreamedActivations):
+        if self.held_out is not None and not self.held_out.models and not isinstance(self.activations, StreamedActivations):
             raise ValueError("held_out.language_model is missing: activations on disk don't say where their model is; name it there")
-        if self.held_out is not None and self.held_out.language_model is not None and isinstance(self.activations, StreamedActivations):
+        if self.held_out is not None and self.held_out.models and isinstance(self.activations, StreamedActivations):
             raise ValueError("held_out.language_model is given, but a stream has its own, which is taken; leave it out")
         return self
 

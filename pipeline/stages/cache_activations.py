@@ -22,7 +22,7 @@ from pipeline.activations.source import ActivationBatch
 from pipeline.config.cache_activations import CacheConfig
 from pipeline.config.errors import UserError
 from pipeline.config.token_limit import notices, short_of
-from pipeline.language_model import LanguageModel
+from pipeline.language_models import bind, identities, load_models
 from pipeline.records import Record
 from pipeline.run import Run
 from pipeline.tokens import TokenSet
@@ -41,14 +41,14 @@ def run(config: CacheConfig, run: Run) -> dict[str, Any]:
     run.bind_input("tokens", tokens.data_id)
     if config.check_hashes:
         tokens.check_hashes(run)
-    model = LanguageModel.load(config.language_model)
-    run.bind_input("language_model", model.hash, model.files)
+    model = load_models(config)
+    bind(model, run)
     harvester = Harvester(tokens, model, config, run.check_stop)
     limit = notices(config.max_tokens, harvester.order.num_positions, where=config.tokens, unit="positions")
     for remark in [*harvester.remarks, *limit]:
         run.say(remark)
-    inputs: dict[str, Any] = {"tokens": tokens.data_id, "language_model": model.hash}
-    inputs |= _beginning(harvester)
+    inputs: dict[str, Any] = {"tokens": tokens.data_id, **identities(model)}
+    inputs |= _as_far_as_there(beginning_of_text_id=harvester.provenance.beginning_of_text_id)
     settings = {key: value for key, value in config.identity().items() if key != "beginning_of_text"}
     records.claim(config.output, {"stage": "cache", "settings": settings, "inputs": inputs})
     cache = _Cache(config, harvester, run)
@@ -56,10 +56,9 @@ def run(config: CacheConfig, run: Run) -> dict[str, Any]:
     return cache.seal_if_complete() | short_of(config.max_tokens, harvester.order.num_positions) | model.memory_used()
 
 
-def _beginning(harvester: Harvester) -> Record:
-    """What contexts begin with, as an entry of records; none where they begin with the text."""
-    token_id = harvester.provenance.beginning_of_text_id
-    return {} if token_id is None else {"beginning_of_text_id": token_id}
+def _as_far_as_there(**facts: Any) -> Record:
+    """Entries of a record; there is none of what is None."""
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 class _Cache:
@@ -136,14 +135,17 @@ class _Cache:
             "language_model_hash": harvester.model.hash,
             "layers": config.layers,
             "d_model": harvester.model.d_model,
-            "dtype": config.language_model.dtype,
+            "dtype": next(iter(config.models.values())).dtype,
             "token_dtype": harvester.tokens.dtype.name,
             "context_tokens": config.context_tokens,
             "drop_positions": harvester.provenance.drop_positions,
             "seed": config.seed,
             "generation": generation,
             "model_batch_contexts": config.model_batch_contexts,
-            **_beginning(harvester),
+            **_as_far_as_there(
+                beginning_of_text_id=harvester.provenance.beginning_of_text_id,
+                language_models=harvester.provenance.language_models,
+            ),
         }
 
     def _check_disk(self, missing: list[int]) -> None:

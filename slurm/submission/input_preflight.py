@@ -5,7 +5,7 @@ on a hub is left to the stage, which checks all of this again by what it opens.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from pipeline.config.count_tokens import CountConfig
 from pipeline.config.errors import UserError
 from pipeline.config.held_out_text import HeldOutText
 from pipeline.config.language_model import CONTEXT_FIELDS, LanguageModelConfig
+from pipeline.config.language_models import field_of
+from pipeline.config.sites import SiteName
 from pipeline.config.stage import StageConfig
 from pipeline.config.tokenize_text import TokenizeConfig
 from pipeline.config.train_crosscoder import TrainConfig
@@ -28,6 +30,8 @@ from slurm.submission.block_names import layer_fault
 from slurm.submission.data_preflight import is_pending, output_faults, set_faults, source_faults
 
 Facts = dict[str, Any]
+Models = Mapping[str, LanguageModelConfig]
+"""By name; a single one is called `""`."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SPARE_BYTES = 64 << 20
@@ -97,8 +101,8 @@ def _stage_faults(config: StageConfig, runs: Path, pending: Sequence[Path]) -> l
     if isinstance(config, TokenizeConfig):
         return source_faults(config, pending) + model_preflight.tokenizer_faults(config.tokenizer)
     if isinstance(config, CacheConfig):
-        shape, tokens = model_shape(config.language_model), _manifest(config.tokens, pending, "token-set")
-        return _harvest_faults(config, shape, tokens) + _cache_disk_faults(config, shape, tokens)
+        tokens = _manifest(config.tokens, pending, "token-set")
+        return _harvest_faults(config, tokens) + _cache_disk_faults(config, tokens)
     if isinstance(config, TrainConfig):
         return _train_faults(config, runs, pending)
     if isinstance(config, HeldOutText):
@@ -140,16 +144,39 @@ def _manifest(directory: Path, pending: Sequence[Path], kind: str) -> Facts | No
 # -- inputs that don't belong together --------------------------------------------------------------------------------
 
 
-def _harvest_faults(settings: Harvest, shape: ModelShape, tokens: Facts | None) -> list[str]:
-    name, faults = settings.language_model.model, model_preflight.faults_of(settings.language_model)
-    faults += _reading_faults(settings.context_tokens, settings.language_model, shape, tokens, settings.tokens)
+def _harvest_faults(settings: Harvest, tokens: Facts | None) -> list[str]:
+    shapes, faults = _shapes(settings.models), _model_faults(settings.models, settings, tokens)
     if tokens is not None and settings.beginning_of_text is True and tokens.get("beginning_of_text_id") is None:
         why = "it was made before that was recorded" if "adds_beginning_of_text" not in tokens else "its tokenizer has none"
         faults.append(f"beginning_of_text is true, but {settings.tokens} names no such token: {why}; set it to auto or false")
     for index, layer in enumerate(settings.layers):
-        if fault := layer_fault(layer, name, shape.model_type, shape.num_blocks):
+        key = SiteName.parse(layer).model
+        if fault := layer_fault(layer, settings.models[key].model, shapes[key].model_type, shapes[key].num_blocks):
             faults.append(f"layers[{index}] is {layer}, {fault}")
     return faults
+
+
+def _shapes(models: Models) -> dict[str, ModelShape]:
+    return {name: model_shape(model) for name, model in models.items()}
+
+
+def _model_faults(models: Models, config: Harvest | HeldOutText, tokens: Facts | None) -> list[str]:
+    """What is wrong with the models themselves, with each one's reading of the tokens, and with their being read together."""
+    faults = []
+    shapes = _shapes(models)
+    for name, model in models.items():
+        faults += model_preflight.faults_of(model, field=field_of(name))
+        faults += _reading_faults(config.context_tokens, model, shapes[name], tokens, config.tokens)
+    widths = {name: shape.d_model for name, shape in shapes.items() if shape.d_model is not None}
+    if len(set(widths.values())) > 1:
+        listed = ", ".join(f"{width:,} ({name})" for name, width in widths.items())
+        faults.append(f"language_models have width {listed}, but sites of a crosscoder have one width; take models of one size")
+    return faults
+
+
+def _d_model(models: Models) -> int | None:
+    """The width of the models, as far as the configuration of one of them says it."""
+    return next((shape.d_model for shape in _shapes(models).values() if shape.d_model is not None), None)
 
 
 def _reading_faults(context_tokens: int, model: LanguageModelConfig, shape: ModelShape, tokens: Facts | None, directory: Path) -> list[str]:
@@ -172,19 +199,23 @@ def _reading_faults(context_tokens: int, model: LanguageModelConfig, shape: Mode
 
 
 def _held_out_faults(config: HeldOutText, pending: Sequence[Path]) -> list[str]:
-    shape, tokens = model_shape(config.language_model), _manifest(config.tokens, pending, "token-set")
-    faults = model_preflight.faults_of(config.language_model)
-    faults += _reading_faults(config.context_tokens, config.language_model, shape, tokens, config.tokens)
+    models, tokens = {"": config.language_model}, _manifest(config.tokens, pending, "token-set")
+    shapes, faults = _shapes(models), _model_faults(models, config, tokens)
     trained = _crosscoder(config.crosscoder)
     if is_pending(config.crosscoder, pending) or not config.crosscoder.exists():
         return faults
     if trained is None:
         return [*faults, f"crosscoder is {config.crosscoder}, which holds no checkpoint; name a run of train, or one of its checkpoints"]
     for layer in trained["layers"]:
-        number = layer.rpartition(".")[2]
-        if shape.num_blocks is not None and number.isdigit() and int(number) >= shape.num_blocks:
+        site = SiteName.parse(layer)
+        if site.model not in shapes:
+            names = "one language_model" if "" in shapes else f"language_models {', '.join(shapes)}"
+            faults.append(f"crosscoder reads {layer}, but {names} is named here; name the models that it was trained on")
+            continue
+        number, num_blocks = site.block.rpartition(".")[2], shapes[site.model].num_blocks
+        if num_blocks is not None and number.isdigit() and int(number) >= num_blocks:
             faults.append(
-                f"crosscoder reads {layer}, but {config.language_model.model} has blocks 0 to {shape.num_blocks - 1}; name the model "
+                f"crosscoder reads {layer}, but {models[site.model].model} has blocks 0 to {num_blocks - 1}; name the model "
                 "that it was trained on"
             )
     if tokens is not None and tokens["tokenizer_hash"] != trained["tokenizer_hash"]:
@@ -210,13 +241,14 @@ def _crosscoder(path: Path) -> Facts | None:
 # -- disk -------------------------------------------------------------------------------------------------------------
 
 
-def _cache_disk_faults(config: CacheConfig, shape: ModelShape, tokens: Facts | None) -> list[str]:
-    if tokens is None or shape.d_model is None:
+def _cache_disk_faults(config: CacheConfig, tokens: Facts | None) -> list[str]:
+    d_model, dtype = _d_model(config.models), next(iter(config.models.values())).dtype
+    if tokens is None or d_model is None:
         return []
     positions = cached_positions(config, tokens)
-    row = len(config.layers) * shape.d_model * DTYPE_BYTES[config.language_model.dtype] + 4 + _item_bytes(tokens["dtype"]) + 2
+    row = len(config.layers) * d_model * DTYPE_BYTES[dtype] + 4 + _item_bytes(tokens["dtype"]) + 2
     made = sum(path.stat().st_size for path in config.output.glob("*.safetensors")) if config.output.is_dir() else 0
-    what = f"{positions:,} positions of {len(config.layers)} layers of width {shape.d_model:,} in {config.language_model.dtype}"
+    what = f"{positions:,} positions of {len(config.layers)} layers of width {d_model:,} in {dtype}"
     return _disk_faults("output", config.output, positions * row - made, what, "; or train with activations.kind=stream, which needs none")
 
 
@@ -246,9 +278,9 @@ def _train_faults(config: TrainConfig, runs: Path, pending: Sequence[Path]) -> l
         faults: list[str] = []
         size = (len(facts["layers"]), int(facts["d_model"])) if facts is not None else None
     else:
-        shape = model_shape(source.language_model)
-        faults = [f"activations.{fault}" for fault in _harvest_faults(source, shape, _manifest(source.tokens, pending, "token-set"))]
-        size = (len(source.layers), shape.d_model) if shape.d_model is not None else None
+        d_model = _d_model(source.models)
+        faults = [f"activations.{fault}" for fault in _harvest_faults(source, _manifest(source.tokens, pending, "token-set"))]
+        size = (len(source.layers), d_model) if d_model is not None else None
     if size is None:
         return faults
     layers, d_model = size

@@ -23,32 +23,32 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 TRUE = ("1", "true", "yes", "on")
 
 
-def faults_of(config: LanguageModelConfig, variables: Mapping[str, str] = os.environ) -> list[str]:
-    """Why the model can't be loaded, as far as that can be seen without a network; one phrase or none."""
+def faults_of(config: LanguageModelConfig, variables: Mapping[str, str] = os.environ, *, field: str = "language_model") -> list[str]:
+    """Why the model in `field` can't be loaded, as far as that can be seen without a network; one phrase or none."""
     path = local_path(config.model)
     if path is None:
-        return _hub_faults(config, variables)
+        return _hub_faults(f"{field}.model", config.model, config, variables)
     if not path.is_dir():
         there = "a file, not a directory" if path.exists() else "which does not exist"
-        return [f"language_model.model is {config.model}, {there}; give a model's directory, or its name on the hub"]
+        return [f"{field}.model is {config.model}, {there}; give a model's directory, or its name on the hub"]
     if not telling_file(config, variables):
-        return [f"language_model.model is {config.model}, a directory without a config.json"]
-    return [] if config.random_weights else _weights_faults(path)
+        return [f"{field}.model is {config.model}, a directory without a config.json"]
+    return [] if config.random_weights else [f"{field}.model: {fault}" for fault in _weights_faults(path)]
 
 
 def _weights_faults(directory: Path) -> list[str]:
     try:
         config = read_config(directory)
     except UserError as error:
-        return [f"language_model.model: {error}"]
-    return [f"language_model.model: {fault}" for fault in weight_files.faults(directory, config)]
+        return [str(error)]
+    return weight_files.faults(directory, config)
 
 
 def tokenizer_faults(config: TokenizerConfig, variables: Mapping[str, str] = os.environ) -> list[str]:
     """Why the tokenizer can't be loaded, as far as that can be seen without a network; one phrase or none."""
     path = local_path(config.name)
     if path is None:
-        return _hub_faults(config, variables)
+        return _hub_faults("tokenizer.name", config.name, config, variables)
     if not path.exists():
         return [f"tokenizer.name is {config.name}, which does not exist; give a directory, a tokenizer.json or a name on the hub"]
     if not path.is_file() and not telling_file(config, variables):
@@ -57,8 +57,7 @@ def tokenizer_faults(config: TokenizerConfig, variables: Mapping[str, str] = os.
     return [] if fault is None else [f"tokenizer.name: {fault}"]
 
 
-def _hub_faults(config: Pretrained, variables: Mapping[str, str]) -> list[str]:
-    field, name = _field_and_name(config)
+def _hub_faults(field: str, name: str, config: Pretrained, variables: Mapping[str, str]) -> list[str]:
     if not HUB_NAME.fullmatch(name):
         return [f"{field} is {name!r}, neither a directory here nor a name on the hub, such as EleutherAI/pythia-70m"]
     offline = next((key for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if variables.get(key, "").lower() in TRUE), None)
@@ -70,8 +69,12 @@ def _hub_faults(config: Pretrained, variables: Mapping[str, str]) -> list[str]:
 
 def notices(configs: Sequence[StageConfig], variables: Mapping[str, str] = os.environ) -> list[str]:
     """A sentence for each model or tokenizer that a job will have to download: a wrong name shows only then."""
-    named = [entry for config in configs for entry in pretrained_in(config).values()]
-    absent = dict.fromkeys(_field_and_name(entry) for entry in named if not telling_file(entry, variables) and not _is_local(entry))
+    named = [pair for config in configs for pair in pretrained_in(config).items()]
+    absent = dict.fromkeys(
+        (f"{field}.{_key(entry)}", _name(entry))
+        for field, entry in named
+        if not telling_file(entry, variables) and local_path(_name(entry)) is None
+    )
     return [
         f"{field} {name} is not in the local cache {hub_cache(variables)}: the job will download it; if it has no network, "
         f"run `hf download {name}` here first"
@@ -81,14 +84,14 @@ def notices(configs: Sequence[StageConfig], variables: Mapping[str, str] = os.en
 
 def telling_file(config: Pretrained, variables: Mapping[str, str] = os.environ) -> Path | None:
     """The file that tells that the model (its config.json) or tokenizer is there; None where it is not on this machine."""
-    place = find(_field_and_name(config)[1], config.revision, variables)
+    place = find(_name(config), config.revision, variables)
     files = MODEL_FILES if isinstance(config, LanguageModelConfig) else TOKENIZER_FILES
     return next((place.path / file for file in files if (place.path / file).is_file()), None) if place else None
 
 
-def _is_local(config: Pretrained) -> bool:
-    return local_path(_field_and_name(config)[1]) is not None
+def _key(config: Pretrained) -> str:
+    return "model" if isinstance(config, LanguageModelConfig) else "name"
 
 
-def _field_and_name(config: Pretrained) -> tuple[str, str]:
-    return ("language_model.model", config.model) if isinstance(config, LanguageModelConfig) else ("tokenizer.name", config.name)
+def _name(config: Pretrained) -> str:
+    return config.model if isinstance(config, LanguageModelConfig) else config.name
