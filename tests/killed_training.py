@@ -2,7 +2,7 @@
 
 `python killed_training.py DIRECTORY VARIANT HOW STEP HOW STEP ...` trains DIRECTORY/whole without interruption, then
 DIRECTORY/interrupted: one start for each pair, in a forked process that meets its end HOW after STEP steps of its own
-(`term`: SIGTERM; `kill`: SIGKILL; `kill-saving`: SIGKILL inside its STEP-th checkpoint), and a last one to the end.
+(`term`: SIGTERM; `kill`: SIGKILL; `kill-saving`: SIGKILL inside its STEP-th checkpoint or snapshot), and a last one to the end.
 """
 
 import os
@@ -37,8 +37,12 @@ class DeadlySource(MemorySource):
             yield batch
 
 
+# A snapshot at the step of every checkpoint.
+CHECKPOINTS = {"every_tokens": 160, "every_minutes": None, "keep": 3, "history": {"kind": "every_tokens", "tokens": 160}}
+
+
 def kill_inside_checkpoint(number: int) -> None:
-    """The process dies when all files of its `number`-th checkpoint are written and only the rename is missing."""
+    """The process dies when all files of its `number`-th checkpoint or snapshot are written and only the rename is missing."""
     rename, left = os.rename, [number]
 
     def dying_rename(source: Any, target: Any) -> None:
@@ -59,7 +63,7 @@ def start(directory: Path, variant: str, how: str, step: int) -> None:
     run = Run(directory, stage="train")
     signal.signal(signal.SIGTERM, lambda number, frame: run.request_stop("SIGTERM"))
     try:
-        Trainer(train_config(variant), source, run, torch.device("cpu")).train()
+        Trainer(train_config(variant, checkpoints=CHECKPOINTS), source, run, torch.device("cpu")).train()
     except Stopped:
         print("stopped")
 

@@ -107,10 +107,13 @@ def test_snapshots_are_loadable_crosscoders_with_what_each_feature_did_on_held_o
     assert [int(path.name) for path in snapshots] == [1, 3, 10, course.state.step]
     last = load_crosscoder(snapshots[-1])
     assert torch.equal(last.crosscoder.W_dec_FLD, course.state.crosscoder.W_dec_FLD)
-    tensors = checkpoint_files.read_part(snapshots[-1], "crosscoder").tensors
+    features = checkpoint_files.read_part(snapshots[-1], "features")
+    tensors = features.tensors
     features_NF = last.encode(HELD_OUT)
     assert torch.equal(tensors["held_out_firings"], (features_NF > 0).sum(0))
     torch.testing.assert_close(tensors["held_out_sum"], features_NF.double().sum(0))
+    assert features.facts["measured_on"] == "held-out positions"
+    assert features.facts["norm_ratio_by_layer"] == rows(tmp_path)[-1]["held_out_norm_ratio_by_layer"]
 
 
 def test_held_out_positions_on_disk_activations_need_a_named_model() -> None:

@@ -57,6 +57,15 @@ def test_an_interrupted_run_ends_with_the_bytes_of_one_that_was_not(trained: Tra
     assert final_checkpoint(trained.interrupted) == final_checkpoint(trained.whole)
 
 
+def test_an_interrupted_run_has_the_same_snapshots(trained: Trained) -> None:
+    def snapshots(directory: Path) -> dict[str, bytes]:
+        files = (directory / "history").rglob("*.safetensors")
+        return {str(file.relative_to(directory)): file.read_bytes() for file in files}
+
+    assert len(snapshots(trained.whole)) == 2 * 7
+    assert snapshots(trained.interrupted) == snapshots(trained.whole)
+
+
 def test_an_interrupted_run_has_the_same_rows_of_metrics(trained: Trained) -> None:
     rows = rows_without_times(trained.whole)
     assert rows_without_times(trained.interrupted) == rows
@@ -67,6 +76,7 @@ def test_an_interrupted_run_has_the_same_rows_of_metrics(trained: Trained) -> No
 
 def test_killed_writers_leave_nothing_behind(trained: Trained) -> None:
     assert not list((trained.interrupted / "checkpoints").glob(".*"))
+    assert not list((trained.interrupted / "history").glob(".*"))
 
 
 def test_curves_of_an_interrupted_run_have_every_point_once(trained: Trained) -> None:

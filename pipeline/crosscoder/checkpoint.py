@@ -98,7 +98,6 @@ def load_crosscoder(path: Path, device: torch.device | str = "cpu") -> TrainedCr
     part = checkpoint_files.read_part(checkpoint, "crosscoder")
     facts, tensors = part.facts, {_NAMES_BEFORE_0_2.get(name, name): tensor for name, tensor in part.tensors.items()}
     config = build(CrosscoderConfig, facts["config"], str(checkpoint / "crosscoder.json"))
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("held_out_")}
     tokens_since_fired_F = tensors.pop("tokens_since_fired_F").to(device)
     normalizer = Normalizer(tensors.pop("mean_LD"), tensors.pop("scale_L"), center=config.normalization.center).to(device)
     crosscoder = Crosscoder(config, layers=facts["layers"], d_model=normalizer.mean_LD.shape[1])

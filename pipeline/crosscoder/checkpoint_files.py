@@ -30,11 +30,12 @@ from pipeline.config.errors import UserError
 CHECKPOINT_FORMAT = "checkpoint/1"
 CROSSCODER_FORMAT = "crosscoder/1"
 TRAINING_FORMAT = "training-state/1"
-FORMATS = {"crosscoder": CROSSCODER_FORMAT, "training": TRAINING_FORMAT}
+SNAPSHOT_FEATURES_FORMAT = "snapshot-features/1"
+FORMATS = {"crosscoder": CROSSCODER_FORMAT, "training": TRAINING_FORMAT, "features": SNAPSHOT_FEATURES_FORMAT}
 
 
 class Part(NamedTuple):
-    """One of the two shards of a checkpoint: its tensors, and the facts that stand in its record."""
+    """One of the shards of a checkpoint or of a snapshot: its tensors, and the facts that stand in its record."""
 
     tensors: dict[str, Tensor]
     facts: records.Record

@@ -3,6 +3,7 @@
 Shapes: N held-out positions, L layers, D model width, F features.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -70,7 +71,8 @@ def _metrics(sums_5L: Tensor, medians_2L: Tensor, firings_F: Tensor, num_positio
     known = [value for value in explained_L if value is not None]
 
     def by_layer(values_L: Tensor) -> list[float | None]:
-        return [value if written else None for value, written in zip(values_L.tolist(), written_L, strict=True)]
+        # Not finite: quotients by the norm of a reconstruction that is 0, as before anything fires.
+        return [value if written and math.isfinite(value) else None for value, written in zip(values_L.tolist(), written_L, strict=True)]
 
     return {
         # Each layer weighs the same, so that runs of different normalization compare.

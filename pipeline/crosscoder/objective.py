@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.config.train_crosscoder import TrainConfig
+from pipeline.config.train_crosscoder import NoHistory, TrainConfig
 from pipeline.crosscoder.dead_features import firings
 from pipeline.crosscoder.losses import TERMS, reconstruction, squared_norms_L
 from pipeline.crosscoder.model import Crosscoder
@@ -36,11 +36,14 @@ class Outcome(NamedTuple):
     """Positions at which each feature fired."""
     smallest_rank: Tensor | None
     """The smallest rank that fired, where the activation function ranks."""
+    activation_sum_F: Tensor | None
+    """Of each feature's activations over positions; None where the run keeps no history."""
 
     @classmethod
     def added(cls, parts: "Sequence[Outcome]") -> "Outcome":
         """Of a batch, from those of its parts: all but errors and the smallest rank add up."""
         ranks = [part.smallest_rank for part in parts if part.smallest_rank is not None]
+        sums = [part.activation_sum_F for part in parts if part.activation_sum_F is not None]
         names = parts[0].terms
         return cls(
             loss=torch.stack([part.loss for part in parts]).sum(),
@@ -51,6 +54,7 @@ class Outcome(NamedTuple):
             error_BL=torch.cat([part.error_BL for part in parts]),
             firings_F=torch.stack([part.firings_F for part in parts]).sum(0),
             smallest_rank=torch.stack(ranks).mean() if ranks else None,
+            activation_sum_F=torch.stack(sums).sum(0) if sums else None,
         )
 
 
@@ -65,6 +69,7 @@ class Objective:
                 raise KeyError(f"no function gives the term {name} of the loss")
         self.autocast_to = torch.bfloat16 if config.precision == "bfloat16" else None
         self.device_type = device_type
+        self.sums_activations = not isinstance(config.checkpoints.history, NoHistory)
 
     def __call__(
         self,
@@ -99,6 +104,7 @@ class Objective:
             torch.linalg.vector_norm(p.residual_BLD.detach().float(), dim=-1),
             firings(p.fired.features_BF),
             p.fired.smallest_rank,
+            p.fired.features_BF.detach().sum(dim=0, dtype=torch.float32) if self.sums_activations else None,
         )
 
     def _autocast(self) -> torch.autocast:

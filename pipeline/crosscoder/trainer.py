@@ -95,8 +95,9 @@ class Trainer:
             if isinstance(batches, Generator):
                 stack.callback(batches.close)
             while self.state.step < plan.num_steps and plan.place_after(self.state.step).epoch == place.epoch:
-                self.train_step(self._next_batch(batches))
-                self._after_step()
+                raw_BLD = self._next_batch(batches)
+                self.train_step(raw_BLD)
+                self._after_step(raw_BLD)
 
     def _next_batch(self, batches: Any) -> Tensor:
         """The next batch's raw activations, cut where training ends. A stop asked for while waiting saves first."""
@@ -117,19 +118,22 @@ class Trainer:
             )
         return batch.acts_BLD[:wanted].to(self.state.device, non_blocking=True)
 
-    def _after_step(self) -> None:
+    def _after_step(self, raw_BLD: Tensor) -> None:
         state = self.state
         done = state.step == state.plan.num_steps
         if self._has_a_row(state.step):
             self.check_finite()
             self.log.write_row()
         self.run.report("train", state.tokens, state.plan.num_tokens, unit="tokens", done=done, note=self.log.note())
+        # Before any checkpoint of this step: whoever resumes from that has the snapshot, and the window that begins after it.
+        if self.history.is_due():
+            self.check_finite()
+            self.history.write(raw_BLD)
         if self.run.stop_reason is not None:
             self._save()
             self.run.check_stop()
         if self._checkpoint_is_due():
             self._save()
-        self.history.after_step()
 
     def _has_a_row(self, step: int) -> bool:
         return step == self.state.plan.num_steps or step % self.config.log_every_steps == 0
@@ -158,6 +162,8 @@ class Trainer:
         if state.overfit is not None:
             state.overfit.add(outcome, step)
         state.recent_l0.add(outcome.firings_F, step)
+        if state.feature_window is not None:
+            state.feature_window.add(outcome, num_tokens)
         state.step = step
 
     def _forward_and_backward(self, acts_BLD: Tensor, values: schedules.StepValues) -> Outcome:

@@ -12,11 +12,12 @@ from torch import Tensor
 from pipeline import records
 from pipeline.activations.source import ActivationSource
 from pipeline.config.errors import UserError
-from pipeline.config.train_crosscoder import TrainConfig
+from pipeline.config.train_crosscoder import NoHistory, TrainConfig
 from pipeline.crosscoder import checkpoint_files
 from pipeline.crosscoder.checkpoint import crosscoder_part
 from pipeline.crosscoder.checkpoint_files import Part
 from pipeline.crosscoder.clipping import Clipping
+from pipeline.crosscoder.feature_window import FeatureWindow
 from pipeline.crosscoder.initialization import needs_data
 from pipeline.crosscoder.model import Crosscoder
 from pipeline.crosscoder.normalizer import Normalizer
@@ -61,6 +62,8 @@ class TrainingState:
         self.window = Window(list(config.loss.terms()), len(self.layers), device)
         self.recent_l0 = RecentL0(config.l0_window_steps, self.plan, device)
         self.overfit = Overfit(device) if config.overfit else None
+        has_history = not isinstance(config.checkpoints.history, NoHistory)
+        self.feature_window = FeatureWindow(config.crosscoder.num_features, device) if has_history else None
         self.best_step: int | None = None
         """The step whose checkpoint explained most of the held-out positions' variance; None while none was measured."""
         self.best_explained: float | None = None
@@ -83,11 +86,10 @@ class TrainingState:
         """Positions trained on so far."""
         return self.plan.tokens_after(self.step)
 
-    def crosscoder_part(self, **further: Tensor) -> Part:
-        """The shard of a checkpoint that a crosscoder is loaded from, with `further` tensors beside the weights."""
+    def crosscoder_part(self) -> Part:
+        """The shard of a checkpoint that a crosscoder is loaded from."""
         facts = {"layers": self.layers, "step": self.step, "tokens": self.tokens, **self._facts}
-        part = crosscoder_part(self.crosscoder, self.normalizer, self.tokens_since_fired_F, self.config.crosscoder, facts)
-        return part._replace(tensors={**part.tensors, **further})
+        return crosscoder_part(self.crosscoder, self.normalizer, self.tokens_since_fired_F, self.config.crosscoder, facts)
 
     def parts(self) -> dict[str, Part]:
         """The state as the shards of a checkpoint."""
@@ -111,7 +113,8 @@ class TrainingState:
         clipping = {f"clipping.{name}": buffer for name, buffer in self.clipping.named_buffers()}
         recent_l0 = {"l0.firings": self.recent_l0.firings_W, "l0.epoch_firings": self.recent_l0.epoch_firings}
         overfit = {} if self.overfit is None else self.overfit.state
-        return {"window.sums": self.window.sums, "dead_features": dead_J, **recent_l0, **overfit, **clipping}
+        features = {} if self.feature_window is None else self.feature_window.state
+        return {"window.sums": self.window.sums, "dead_features": dead_J, **recent_l0, **overfit, **features, **clipping}
 
     def _random_states(self) -> dict[str, Tensor]:
         states = {"random.cpu": torch.get_rng_state()}
@@ -137,6 +140,8 @@ class TrainingState:
         self.recent_l0.epoch_firings.copy_(training.tensors["l0.epoch_firings"])
         if self.overfit is not None:
             self.overfit.restore(training.tensors)
+        if self.feature_window is not None:
+            self.feature_window.restore(training.tensors)
         self.clipping.load_state_dict({name: training.tensors[f"clipping.{name}"] for name, _ in self.clipping.named_buffers()})
         self.window.num_steps, self.window.num_tokens = training.facts["window_steps"], training.facts["window_tokens"]
         torch.set_rng_state(training.tensors["random.cpu"])

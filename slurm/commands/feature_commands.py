@@ -1,4 +1,4 @@
-"""`crosscoder features`: what a feature store holds."""
+"""`crosscoder features`: what a feature store holds; `crosscoder evolution`: how features came to be in training."""
 
 import json
 from typing import Annotated
@@ -15,6 +15,7 @@ MOST_ROWS = 30
 def register(app: typer.Typer) -> None:
     """Adds this module's commands."""
     app.command("features")(features)
+    app.command("evolution")(evolution)
 
 
 def features(
@@ -64,3 +65,33 @@ def features(
             print_lines([*([""] if number else []), *lines])
     else:
         print_lines(feature_view.table(store, rows if most else rows[:MOST_ROWS], num_all=num_all, width=terminal_width()))
+
+
+def evolution(
+    reference: Annotated[str, typer.Argument(metavar="RUN", help="A run of train that keeps snapshots (checkpoints.history).")],
+    wanted: Annotated[
+        list[int] | None, typer.Argument(metavar="FEATURE", help="The course of these features; none: shares of all of them.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show how features changed from snapshot to snapshot of a training run: died, revived, rose, fell; and the shrinkage."""
+    from pipeline.config.site_file import load_site
+    from slurm.commands.command_line import print_json, print_lines, terminal_width
+    from slurm.watching import evolution as view
+    from slurm.watching.feature_history import check_features, find_history
+
+    named, snapshots = find_history(reference, load_site().runs)
+    check_features(wanted or [], snapshots)
+    if wanted:
+        courses = [view.feature_course(snapshots, feature) for feature in wanted]
+        if as_json:
+            print_json([row for rows in courses for row in rows])
+            return
+        for number, rows in enumerate(courses):
+            print_lines([*([""] if number else []), *view.feature_table(rows, snapshots[-1].facts["layers"], terminal_width())])
+        return
+    course = view.course(snapshots)
+    if as_json:
+        print_json(course)
+    else:
+        print_lines(view.table(named, course, terminal_width()))

@@ -118,9 +118,10 @@ def _task_damages(run: RunDirectory, task: int) -> list[str]:
     if "result.json" not in compared:
         damages += _unreadable(directory / "result.json")
     damages += _input_damages(directory / "inputs.json")
-    for checkpoint in sorted((directory / "checkpoints").glob("*")):
-        if not checkpoint.name.startswith(".") and f"checkpoints/{checkpoint.name}/{records.MANIFEST}" not in compared:
-            damages += _checkpoint_damages(checkpoint)
+    for folder in ("checkpoints", "history"):
+        for checkpoint in sorted((directory / folder).glob("*")):
+            if not checkpoint.name.startswith(".") and f"{folder}/{checkpoint.name}/{records.MANIFEST}" not in compared:
+                damages += _checkpoint_damages(checkpoint)
     return damages
 
 
