@@ -29,6 +29,7 @@ COMMAND_MODULES = (
     "slurm.commands.watching_commands",
     "slurm.commands.changing_commands",
     "slurm.commands.feature_commands",
+    "slurm.commands.exchange_commands",
 )
 
 

@@ -68,17 +68,23 @@ def find_store(reference: str, runs: Path) -> FeatureStore:
     run, task = find(reference, runs)
     if run.stage != "features":
         trained = run.path if task is None else run.task_directory(task)
-        made = [other for other in list_runs(runs, "features") if other.state() == "finished" and _reads(other, trained)]
-        if not made:
+        made = newest_of("features", trained, runs)
+        if made is None:
             name = run.reference if task is None else f"{run.reference}/tasks/{task}"
             raise UserError(
                 f"no finished run of features has read {name}; submit one: a configuration of the stage features "
                 f"(configs/demo/features.yaml is one) with crosscoder={name}"
             )
-        run = max(made, key=lambda other: other.submitted)
+        run = made
     elif run.state() != "finished":
         raise UserError(f"{run.reference} is {run.state()}: it has no feature store yet; `crosscoder jobs` shows how it goes")
     return FeatureStore.open(run.path / "features")
+
+
+def newest_of(stage: str, trained: Path, runs: Path) -> RunDirectory | None:
+    """The newest finished run of `stage` that has read the crosscoder of the run directory `trained`, or one of its checkpoints."""
+    made = [run for run in list_runs(runs, stage) if run.state() == "finished" and _reads(run, trained)]
+    return max(made, key=lambda run: run.submitted, default=None)
 
 
 def _reads(run: RunDirectory, trained: Path) -> bool:

@@ -1,0 +1,1 @@
+"""Trained crosscoders in the files of other libraries."""

@@ -1,0 +1,43 @@
+"""Plain tensors that need no library: the folded crosscoder in the names and shapes that the public replications use.
+
+    crosscoder.safetensors   W_enc [L, D, F], b_enc [F], threshold [F], W_dec [F, L, D], b_dec [L, D]; where there is a dense path,
+                             dense_read [L D, R] and dense_write [R, L D]; all float32
+
+L layers, D model width, F features, R rank of the dense path. On activations as the language model has them (see
+`pipeline.crosscoder.folding`): every kind of crosscoder has this form.
+"""
+
+from pathlib import Path
+
+from pipeline.crosscoder.folding import Folded
+from pipeline.exchange.tensor_file import write_tensors
+
+FILE = "crosscoder.safetensors"
+
+
+def write(directory: Path, folded: Folded, k: int | None) -> list[str]:
+    """Writes the file; gives sentences that whoever reads it has to know: none.
+
+    folded : in float64.
+    """
+    tensors = {"W_enc": folded.W_enc_LDF, "b_enc": folded.b_enc_F, "threshold": folded.threshold_F}
+    tensors |= {"W_dec": folded.W_dec_FLD, "b_dec": folded.b_dec_LD}
+    if folded.dense_read_CR is not None and folded.dense_write_RC is not None:
+        tensors |= {"dense_read": folded.dense_read_CR, "dense_write": folded.dense_write_RC}
+    write_tensors(directory / FILE, tensors)
+    return []
+
+
+def loading(folded: Folded) -> str:
+    """How to load the file, as Python."""
+    num_layers, d_model, _ = folded.W_enc_LDF.shape
+    dense = " + (x @ t['dense_read']) @ t['dense_write']" if folded.dense_read_CR is not None else ""
+    return f"""\
+from safetensors.torch import load_file
+
+t = load_file("{FILE}")
+x = activations.flatten(1)   # activations: [batch, {num_layers}, {d_model}], as the language model has them
+value = x @ t["W_enc"].flatten(0, 1) + t["b_enc"]
+features = value * (value > t["threshold"])   # [batch, features]
+reconstruction = features @ t["W_dec"].flatten(1) + t["b_dec"].flatten(){dense}
+reconstruction = reconstruction.unflatten(1, ({num_layers}, {d_model}))"""
