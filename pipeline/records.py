@@ -279,23 +279,25 @@ def read_data_set(directory: Path, set_format: str | None, shard_format: str | N
     return manifest, shards
 
 
-def claim(directory: Path, recipe: Record) -> None:
+def claim(directory: Path, recipe: Record, *, measured: Record | None = None) -> Record:
     """Reserves `directory` for the output of `recipe` (settings and data ids), or checks that it was made by the same.
+
+    measured : further inputs, of which whoever comes first decides the values; gives what was decided.
 
     Raises `UserError` naming the first setting that differs: two recipes never mix in one data set.
     """
-    path = directory / RECIPE
+    path, measured = directory / RECIPE, measured or {}
     # Looked at before the recipe: whoever made something visible here had written the recipe first, so tasks that start together agree.
     occupied = directory.exists() and any(not p.name.startswith(".") for p in directory.iterdir())
     if not path.exists():
         if occupied:
             raise UserError(f"{directory} is not empty and has no {RECIPE}: it was not made by this pipeline; choose another output")
-        write_json(path, with_checksum(recipe))
-        return
+        write_once(path, with_checksum({**recipe, "inputs": {**recipe["inputs"], **measured}}))
     found = read_recipe(directory)
-    wanted = json.loads(json.dumps(recipe))
+    decided = {key: found["inputs"][key] for key in measured if key in found["inputs"]}
+    wanted = json.loads(json.dumps({**recipe, "inputs": {**recipe["inputs"], **measured, **decided}}))
     if found == wanted:
-        return
+        return decided
     key, before, now = _first_difference(found, wanted)
     raise UserError(
         f"{directory} was made with other settings: {key} was {_short(before)}, now it is {_short(now)}; "

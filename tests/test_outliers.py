@@ -2,7 +2,6 @@
 
 import io
 from pathlib import Path
-from typing import Any
 
 import evaluation_pieces
 import pytest
@@ -22,12 +21,12 @@ from slow_evaluation import NATS, SHARE
 from torch import Tensor
 
 from pipeline import records
+from pipeline.activations.outliers import OutlierLimits
 from pipeline.contexts import Contexts
 from pipeline.crosscoder.checkpoint import load_crosscoder
 from pipeline.crosscoder.metrics import LayerMoments
-from pipeline.evaluation import outliers
 from pipeline.evaluation.held_out import HeldOut
-from pipeline.evaluation.outliers import HeldOutMoments, OutlierLimits, outlier_limits
+from pipeline.evaluation.outliers import HeldOutMoments, outlier_limits
 from pipeline.language_model import LanguageModel
 from pipeline.run import Run
 from pipeline.stages import evaluate_crosscoder
@@ -153,20 +152,23 @@ def test_baselines_are_fitted_without_outliers(metrics: Json, pieces: PiecesWith
     assert metrics["baselines"]["fit_positions"] == sum(number - sinks for number, sinks in counts)
 
 
-def test_limits_of_the_training_come_first(pieces: PiecesWithSinks, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outliers, "limits_of_training", lambda _trained: [1e9, 1e9])
-    found = evaluated(pieces, run, tmp_path)
+def test_limits_of_the_training_come_first(pieces: PiecesWithSinks, tmp_path: Path) -> None:
+    config = batch_topk_config()
+    carrying = pieces.write_crosscoder(config, random_crosscoder(config), run="with-limits", outlier_norms=[1e9, 1e9])
+    found = evaluated(pieces, carrying, tmp_path)
     assert found["held_out"]["outliers"] == 0
     assert found["held_out"]["limits_from"] == "training"
     assert [row["norm_limit"] for row in found["held_out"]["by_layer"]] == [1e9, 1e9]
 
 
-def test_limits_of_the_training_are_those_that_the_crosscoder_carries(run: Path) -> None:
-    class WithLimits:
-        outlier_norms = [5.0, 6.0]
-
-    carrying: Any = WithLimits()
-    assert outliers.limits_of_training(carrying) == [5.0, 6.0]
+def test_tokens_that_training_left_out_are_in_no_figure(pieces: PiecesWithSinks, tmp_path: Path) -> None:
+    config = batch_topk_config()
+    carrying = pieces.write_crosscoder(config, random_crosscoder(config), run="with-tokens", exclude_token_ids=[SINK])
+    found = evaluated(pieces, carrying, tmp_path)
+    acts_NLD, sink_N = positions(pieces)
+    assert found["held_out"]["excluded_positions"] == int(sink_N.sum()) > 0
+    assert found["held_out"]["positions"] == len(acts_NLD) - int(sink_N.sum())
+    assert found["held_out"]["outliers"] == 0
 
 
 def test_without_a_ratio_no_position_is_left_out(pieces: PiecesWithSinks, run: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.activations.harvest import Harvester
+from pipeline.activations.harvest import Harvested, Harvester
+from pipeline.activations.left_out import LeftOut
 from pipeline.activations.source import ActivationBatch
 from pipeline.config.errors import UserError
 
@@ -18,6 +19,9 @@ class RollingBuffer:
 
     Only the first generation is waited for. A row that was taken frees its slot, and as soon as there are free slots for a
     model batch of the next generation, one is computed into them; so memory holds one generation, never two.
+
+    Positions are counted with those that are left out: these lie in the buffer, too, and are passed over when rows are taken, so
+    that filling it never waits to learn which they are.
     """
 
     def __init__(self, harvester: Harvester, generations: Sequence[int]) -> None:
@@ -26,6 +30,8 @@ class RollingBuffer:
         self._device = harvester.model.device
         capacity = max((int(harvester.order.rows[generation]) for generation in generations), default=0)
         self._store = _allocate(capacity, harvester)
+        self.left_out = LeftOut.none(harvester.row_shape[0])
+        """Of the current generation."""
         self._slots = torch.empty(0, dtype=torch.int64, device=self._device)
         """Where the current generation's rows lie, in the order of their consumption."""
         self._spare = torch.arange(capacity, device=self._device)
@@ -35,13 +41,13 @@ class RollingBuffer:
 
     @property
     def num_left(self) -> int:
-        """Rows of the current generation that were not taken yet."""
+        """Positions of the current generation that were not taken yet."""
         return len(self._slots) - self._taken
 
     def fill(self) -> Iterator[int]:
-        """Makes the next generation the current one, which must be used up; yields the rows computed so far after each step."""
+        """Makes the next generation the current one, which must be used up; yields the positions computed so far after each step."""
         if self.num_left:
-            raise RuntimeError(f"{self.num_left} rows of the current generation are left")
+            raise RuntimeError(f"{self.num_left} positions of the current generation are left")
         coming = self._next
         if coming is None:
             raise RuntimeError("there is no further generation")
@@ -51,21 +57,29 @@ class RollingBuffer:
         num_rows = coming.num_filled
         self._slots = torch.empty_like(coming.free_slots[:num_rows])
         self._slots[coming.places] = coming.free_slots[:num_rows]
+        if self._harvester.exclusion.is_off:
+            self.left_out = LeftOut.none(self._harvester.row_shape[0])
+        else:
+            self.left_out = LeftOut.of(self._store.reasons_B[self._slots], self._store.rows.acts_BLD, self._slots)
         self._spare = coming.free_slots[num_rows:]
         self._taken = 0
         self._next = self._begin_next()
 
-    def skip(self, num_rows: int) -> None:
-        """Counts the next rows of the current generation as taken."""
-        self._taken += num_rows
+    def skip(self, num_positions: int) -> None:
+        """Counts the next positions of the current generation as taken."""
+        self._taken += num_positions
 
-    def take(self, num_rows: int) -> ActivationBatch:
-        """The next rows of the current generation, as copies; computes some of the next generation into the slots freed."""
-        if num_rows > self.num_left:
-            raise RuntimeError(f"{num_rows} rows asked for, {self.num_left} left")
-        slots = self._slots[self._taken : self._taken + num_rows]
-        taken = ActivationBatch(*(column.index_select(0, slots) for column in self._store))
-        self._taken += num_rows
+    def take(self, num_positions: int) -> ActivationBatch:
+        """The rows of the next positions, as copies: fewer where some are left out. Computes some of the next generation into the
+        slots freed."""
+        if num_positions > self.num_left:
+            raise RuntimeError(f"{num_positions} positions asked for, {self.num_left} left")
+        slots = self._slots[self._taken : self._taken + num_positions]
+        kept = self.left_out.kept_between(self._taken, self._taken + num_positions)
+        if len(kept) < num_positions:
+            slots = slots[torch.from_numpy(kept).to(self._device)]
+        taken = ActivationBatch(*(column.index_select(0, slots) for column in self._store.rows))
+        self._taken += num_positions
         if self._next is not None:
             while self._next.step(self._store, free=len(self._spare) + self._taken):
                 pass
@@ -89,13 +103,13 @@ class _Filling:
         self._rows = harvester.rows(generation)
         self._steps_done = 0
 
-    def step(self, store: ActivationBatch, *, free: int) -> bool:
+    def step(self, store: Harvested, *, free: int) -> bool:
         """Computes one more model batch if it fits into the first `free` slots; whether it did."""
         if self._steps_done == len(self._step_rows) or self.num_filled + self._step_rows[self._steps_done] > free:
             return False
-        rows = next(self._rows)
-        slots = self.free_slots[self.num_filled : self.num_filled + len(rows.tokens_B)]
-        for column, values in zip(store, rows, strict=True):
+        made = next(self._rows)
+        slots = self.free_slots[self.num_filled : self.num_filled + len(made.reasons_B)]
+        for column, values in zip((*store.rows, store.reasons_B), (*made.rows, made.reasons_B), strict=True):
             column.index_copy_(0, slots, values)
         self.num_filled += len(slots)
         self._steps_done += 1
@@ -107,13 +121,14 @@ class _Filling:
             raise RuntimeError("the harvest gave more rows than its order has")
 
 
-def _allocate(num_rows: int, harvester: Harvester) -> ActivationBatch:
+def _allocate(num_rows: int, harvester: Harvester) -> Harvested:
     device = harvester.model.device
     num_layers, d_model = harvester.row_shape
     gigabytes = num_rows * (num_layers * d_model * harvester.model.dtype.itemsize + 24) / 1e9
     try:
         acts_NLD = torch.empty((num_rows, num_layers, d_model), dtype=harvester.model.dtype, device=device)
         numbers = [torch.empty(num_rows, dtype=torch.int64, device=device) for _ in range(3)]
+        reasons_N = torch.empty(num_rows, dtype=torch.uint8, device=device)
     except RuntimeError as error:  # on a CPU there is no class of its own for it
         if "memory" not in str(error):
             raise
@@ -121,4 +136,4 @@ def _allocate(num_rows: int, harvester: Harvester) -> ActivationBatch:
             f"a generation of {num_rows:,} positions takes {gigabytes:.1f} GB, more than is free on {device}; "
             f"set contexts_per_generation below {harvester.settings.contexts_per_generation:,}"
         ) from error
-    return ActivationBatch(acts_NLD, *numbers)
+    return Harvested(ActivationBatch(acts_NLD, *numbers), reasons_N)

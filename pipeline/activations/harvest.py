@@ -10,18 +10,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.activations.layer_sums import counted
+from pipeline.activations.left_out import Exclusion
 from pipeline.activations.order import ModelBatch, Order
+from pipeline.activations.outliers import LEADING_TOKENS, limits_from, norms
 from pipeline.activations.source import ActivationBatch, Provenance
 from pipeline.activations.token_check import check_models_tokens
 from pipeline.config.activation_source import Harvest
 from pipeline.config.errors import UserError
 from pipeline.contexts import Contexts, beginning_of_text
-from pipeline.language_models import Models, hashes
+from pipeline.language_models import Models, each, hashes
 from pipeline.tokens import TokenSet
 
 
+class Harvested(NamedTuple):
+    """A model batch's positions in the order of contexts and positions."""
+
+    rows: ActivationBatch
+    """Of all positions, those to be left out among them."""
+    reasons_B: Tensor
+    """uint8: the `Reason` for which each has no row."""
+
+
 class Harvester:
-    """Computes the rows of any generation. Raises `UserError` when token set, model and settings don't fit together."""
+    """Computes the rows of any generation. Raises `UserError` when token set, model and settings don't fit together.
+
+    Where `settings` leave outliers out, `leave_out` has to say above which norms before the first row is asked for.
+    """
 
     def __init__(self, tokens: TokenSet, model: Models, settings: Harvest, check_stop: Callable[[], None]) -> None:
         model.check_use(settings.layers, settings.context_tokens)
@@ -39,17 +54,61 @@ class Harvester:
             drop_positions = [0, *drop_positions]  # it is no token of the text
         self.order = Order(self.contexts.lengths, settings, drop_positions=drop_positions)
         self.provenance = Provenance(
-            model.hash, tokens.data_id, tokens.tokenizer_hash, settings.context_tokens, drop_positions, beginning.token_id, hashes(model)
-        )
+            model.hash, tokens.data_id, tokens.tokenizer_hash, settings.context_tokens, drop_positions, beginning.token_id, hashes(model),
+            exclude_token_ids=sorted(settings.exclude_token_ids) or None,
+        )  # fmt: skip
         self._check_stop = check_stop
+        self._exclusion = Exclusion(settings.exclude_token_ids, None, model.device)
+        self._check_token_ids()
 
     @property
     def row_shape(self) -> tuple[int, int]:
         """(L, D)"""
         return len(self.layers), self.model.d_model
 
-    def rows(self, generation: int) -> Iterator[ActivationBatch]:
-        """The generation's rows in the order of contexts and positions, a model batch at a time.
+    @property
+    def exclusion(self) -> Exclusion:
+        return self._exclusion
+
+    def _check_token_ids(self) -> None:
+        num_ids = min(model.vocab_size for model in each(self.model).values())
+        for place, token_id in enumerate(self.settings.exclude_token_ids):
+            if token_id >= num_ids:
+                raise UserError(
+                    f"exclude_token_ids[{place}] is {token_id:,}, but {self.model.name} has the ids 0 to {num_ids - 1:,}; "
+                    "correct it or leave it out"
+                )
+
+    def leave_out(self, outlier_norms: list[float] | None) -> None:
+        """Leaves out positions over these norms, a layer each, from now on; None leaves out none for its norm."""
+        self.provenance = self.provenance._replace(outlier_norms=outlier_norms)
+        self._exclusion = Exclusion(self.settings.exclude_token_ids, outlier_norms, self.model.device)
+
+    def measured_norms(self) -> list[float] | None:
+        """`outlier_norm_ratio` times each layer's median norm over the order's leading contexts; None where no outliers are left out.
+
+        The median is of the positions that statistics count, excluded tokens not among them.
+        """
+        if self.settings.outlier_norm_ratio is None:
+            return None
+        found, num_positions = list[Tensor](), 0
+        exclusion = Exclusion(self.settings.exclude_token_ids, None, self.model.device)
+        for generation in range(self.order.num_generations):
+            for batch in self.order.model_batches(generation):
+                if num_positions >= LEADING_TOKENS:
+                    break
+                self._check_stop()
+                rows = self._rows_of(batch)
+                _FiniteCheck.of(rows, self.layers, batch).raise_if_not_finite()
+                norms_NL = norms(counted(rows, self.settings, exclusion.reasons(rows)))
+                found.append(norms_NL)
+                num_positions += len(norms_NL)
+        if num_positions == 0:
+            raise UserError(f"{self.settings.tokens} has no position left when those of exclude_token_ids are left out; exclude fewer ids")
+        return limits_from(found, self.settings.outlier_norm_ratio).tolist()
+
+    def rows(self, generation: int) -> Iterator[Harvested]:
+        """The generation's positions in the order of contexts and positions, a model batch at a time.
 
         Raises `UserError` at an activation that is not finite, at the latest when the iterator ends: the check of one
         model batch waits until the next is on its way, so that a GPU never runs dry.
@@ -62,7 +121,7 @@ class Harvester:
             if pending is not None:
                 pending.raise_if_not_finite()
             pending = check
-            yield rows
+            yield Harvested(rows, self._exclusion.reasons(rows))
         if pending is not None:
             pending.raise_if_not_finite()
 

@@ -18,6 +18,8 @@ MODEL_BATCH_CONTEXTS = 8
 def held_out_rows(settings: HeldOut, source: ActivationSource, run: Run, device: torch.device, *, seed: int) -> ActivationBatch:
     """The rows of `settings.positions` positions, harvested as the source's are, on `device`; fewer where the text has fewer.
 
+    What the source leaves out, for its norm or token, is left out of these, too.
+
     Raises `UserError` if the model is not the one that the source's activations are of, or the token set is the source's own.
     """
     made_from, tokens = source.provenance, TokenSet.open(settings.tokens)
@@ -35,6 +37,8 @@ def held_out_rows(settings: HeldOut, source: ActivationSource, run: Run, device:
         layers=source.layers,
         context_tokens=made_from.context_tokens,
         drop_positions=made_from.drop_positions,
+        outlier_norm_ratio=None,
+        exclude_token_ids=made_from.exclude_token_ids or [],
         beginning_of_text=made_from.beginning_of_text_id is not None,
         # One generation, so that the rows are those of contexts drawn from all of the text.
         contexts_per_generation=-(-settings.positions // max(1, made_from.context_tokens - len(made_from.drop_positions))) + 1,
@@ -42,7 +46,7 @@ def held_out_rows(settings: HeldOut, source: ActivationSource, run: Run, device:
         max_tokens=settings.positions,
         seed=seed,
     )
-    stream = ActivationStream(tokens, model, harvest, run)
+    stream = ActivationStream(tokens, model, harvest, run, outlier_norms=made_from.outlier_norms)
     return next(stream.batches(batch_positions=stream.num_positions, epoch=0, cursor=0))
 
 

@@ -50,9 +50,15 @@ class LayerSums:
         return {"num_positions": self.num_positions, **sums}
 
 
-def counted(rows: ActivationBatch, settings: Harvest) -> Tensor:
-    """The activations that statistics are of: never those at position 0, whose norm is many times the others', kept or not."""
-    return rows.acts_BLD if 0 in settings.drop_positions else rows.acts_BLD[rows.positions_B != 0]
+def counted(rows: ActivationBatch, settings: Harvest, reasons_B: Tensor | None = None) -> Tensor:
+    """The activations that statistics are of: never those at position 0, whose norm is many times the others', kept or not.
+
+    reasons_B : those for which `rows` are left out (0: for none), where they hold positions that are.
+    """
+    acts_BLD, positions_B = rows.acts_BLD, rows.positions_B
+    if reasons_B is not None:
+        acts_BLD, positions_B = acts_BLD[reasons_B == 0], positions_B[reasons_B == 0]
+    return acts_BLD if 0 in settings.drop_positions else acts_BLD[positions_B != 0]
 
 
 def statistics_of(sums: Iterable[dict[str, Any]]) -> LayerStatistics:

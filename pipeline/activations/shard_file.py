@@ -6,11 +6,13 @@
     document         uint32[N], index in the token set
     token            uint16[N] or uint32[N], as in the token set; a separator is the end-of-text id
     position         uint16[N], place in the context
+    left_out         uint32[E], only where E positions are left out for their norm or token: the places in the generation's order
+                     that have no row, ascending
 
 Three positions of two layers of width 4 in bfloat16 are 48 bytes of `act` from byte 4,096 on, then 12 of `document` from 4,144,
 6 of `token` from 4,156 and 6 of `position` from 4,162; the file ends at 4,168. Any safetensors library reads it.
 
-Shapes: N positions in the shard, B of them, L layers read, D model width.
+Shapes: N rows in the shard, B of them, E positions without one, L layers read, D model width.
 """
 
 import json
@@ -23,6 +25,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from pipeline.activations.left_out import NO_PLACES, Places, rows_between
 from pipeline.activations.source import ActivationBatch
 from pipeline.config.errors import UserError
 
@@ -37,32 +40,35 @@ _SAFETENSORS_NAMES = {
 
 
 class ShardLayout(NamedTuple):
-    """Where everything lies in a shard file; a pure function of these five."""
+    """Where everything lies in a shard file; a pure function of these six."""
 
     num_rows: int
     num_layers: int
     d_model: int
     dtype: torch.dtype
     token_dtype: torch.dtype
+    num_left_out: int = 0
 
     def columns(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each tensor, in the order of the file."""
-        return {
+        columns = {
             "act": (self.dtype, (self.num_rows, self.num_layers, self.d_model)),
             "document": (torch.uint32, (self.num_rows,)),
             "token": (self.token_dtype, (self.num_rows,)),
             "position": (torch.uint16, (self.num_rows,)),
         }
+        return columns | ({"left_out": (torch.uint32, (self.num_left_out,))} if self.num_left_out else {})
 
-    def row_bytes(self) -> dict[str, int]:
-        """Bytes of one row of each tensor."""
+    def entry_bytes(self) -> dict[str, int]:
+        """Bytes of one entry of each tensor's first dimension: of a row, or of a position left out."""
         return {name: dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64)) for name, (dtype, shape) in self.columns().items()}
 
     def header(self) -> bytes:
         """All that precedes the data."""
         entries, start = {}, 0
+        sizes = self.entry_bytes()
         for name, (dtype, shape) in self.columns().items():
-            stop = start + self.num_rows * self.row_bytes()[name]
+            stop = start + shape[0] * sizes[name]
             entries[name] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
             start = stop
         text = json.dumps(entries, separators=(",", ":")).encode()
@@ -72,14 +78,16 @@ class ShardLayout(NamedTuple):
     def offsets(self) -> dict[str, int]:
         """The first byte of each tensor in the file."""
         out, start = {}, len(self.header())
-        for name, size in self.row_bytes().items():
+        sizes = self.entry_bytes()
+        for name, (_, shape) in self.columns().items():
             out[name] = start
-            start += self.num_rows * size
+            start += shape[0] * sizes[name]
         return out
 
     def file_bytes(self) -> int:
         """Size of the whole file."""
-        return len(self.header()) + self.num_rows * sum(self.row_bytes().values())
+        sizes = self.entry_bytes()
+        return len(self.header()) + sum(shape[0] * sizes[name] for name, (_, shape) in self.columns().items())
 
 
 class ShardFileWriter:
@@ -97,16 +105,20 @@ class ShardFileWriter:
         self._write(_bytes_of(rows.acts_BLD))
         self._small.append(rows._replace(acts_BLD=rows.acts_BLD[:0]))
 
-    def finish(self) -> str:
-        """Writes the small columns; gives the xxh3-128 of the whole file."""
+    def finish(self, left_out: Places = NO_PLACES) -> str:
+        """Writes the small columns, and the places without a row; gives the xxh3-128 of the whole file."""
         num_rows = sum(len(rows.tokens_B) for rows in self._small)
         if num_rows != self._layout.num_rows:
             raise RuntimeError(f"{num_rows} rows were written, the header says {self._layout.num_rows}")
+        if len(left_out) != self._layout.num_left_out:
+            raise RuntimeError(f"{len(left_out)} positions are left out, the header says {self._layout.num_left_out}")
         columns = self._layout.columns()
         for name, field in (("document", "documents_B"), ("token", "tokens_B"), ("position", "positions_B")):
             parts = [getattr(rows, field) for rows in self._small]
             values = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
             self._write(_bytes_of(values.to(columns[name][0])))
+        if len(left_out):
+            self._write(left_out.astype("<u4").view(np.uint8))
         return self._hasher.hexdigest()
 
     def _write(self, data: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> None:
@@ -121,15 +133,24 @@ class ShardFile:
         self.path = path
         self._layout = layout
         self._offsets = layout.offsets()
-        self._row_bytes = layout.row_bytes()
+        self._entry_bytes = layout.entry_bytes()
         self._descriptor = os.open(path, os.O_RDONLY)
         header = layout.header()
         if os.pread(self._descriptor, len(header), 0) != header:
             self.close()
             raise UserError(f"{path} does not have the header that its record asks for: {_damaged(path)}")
 
+        left_out = torch.empty(layout.num_left_out, dtype=torch.uint32)
+        if layout.num_left_out:
+            self._read_into("left_out", 0, left_out)
+        self._left_out: Places = left_out.numpy().astype(np.int64)
+
     def close(self) -> None:
         os.close(self._descriptor)
+
+    def rows_between(self, start: int, stop: int) -> tuple[int, int]:
+        """The rows that stand in the places `start` to `stop` of the generation's order: the first, and one past the last."""
+        return rows_between(self._left_out, start, stop)
 
     def read(self, start: int, stop: int, into: ActivationBatch) -> None:
         """Reads rows `start` to `stop` into the tensors of `into`, which are on the CPU and have that many rows."""
@@ -142,7 +163,7 @@ class ShardFile:
 
     def _read_into(self, name: str, start: int, tensor: Tensor) -> None:
         view = memoryview(_bytes_of(tensor).data)
-        offset = self._offsets[name] + start * self._row_bytes[name]
+        offset = self._offsets[name] + start * self._entry_bytes[name]
         while len(view):
             count = os.preadv(self._descriptor, [view], offset)
             if count == 0:

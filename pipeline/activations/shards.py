@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from pipeline import records
+from pipeline.activations.left_out import added, num_left_out
 from pipeline.activations.order import Numbers, Piece, batch_pieces, generation_order
 from pipeline.activations.prefetch import prefetched
 from pipeline.activations.shard_file import ShardFile, ShardLayout
@@ -39,10 +40,12 @@ SHARED_FACTS = (
     "context_tokens",
     "drop_positions",
     "beginning_of_text_id",
+    "outlier_norms",
+    "exclude_token_ids",
     "seed",
 )
-"""What the records of all shards of a set and its manifest have in common; `beginning_of_text_id` is only there if contexts begin so,
-`language_models` if there are several."""
+"""What the records of all shards of a set and its manifest have in common. How contexts begin, several models and what is left out are
+only there where there is something to say."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "uint16": torch.uint16, "uint32": torch.uint32}
 
@@ -50,7 +53,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def layout_of(record: Record) -> ShardLayout:
     """The layout of the shard that `record` describes."""
     shape = record["num_positions"], len(record["layers"]), record["d_model"]
-    return ShardLayout(*shape, DTYPES[record["dtype"]], DTYPES[record["token_dtype"]])
+    return ShardLayout(*shape, DTYPES[record["dtype"]], DTYPES[record["token_dtype"]], num_left_out(record))
 
 
 class ActivationSet:
@@ -70,7 +73,7 @@ class ActivationSet:
         self.data_id: str = manifest["data_id"]
         self.layers: list[str] = manifest["layers"]
         self.d_model: int = manifest["d_model"]
-        self.num_positions: int = manifest["num_positions"]
+        self.num_positions: int = manifest["num_positions"] + num_left_out(manifest)
         self.dtype = DTYPES[manifest["dtype"]]
         self.seed: int = manifest["seed"]
         self.provenance = Provenance.from_facts(manifest | {"tokens_id": manifest["tokens_data_id"]})
@@ -82,7 +85,8 @@ class ActivationSet:
         self._checked = set() if check_hashes else set(range(len(shards)))
         """Shards that need no check of their hashes, any more or at all."""
         self._layouts = [layout_of(record) for record in shards.values()]
-        self._rows: Numbers = np.array([layout.num_rows for layout in self._layouts], np.int64)
+        self._rows: Numbers = np.array([layout.num_rows + layout.num_left_out for layout in self._layouts], np.int64)
+        """Positions of each shard, those left out counted: the order is theirs."""
 
     @classmethod
     def open(cls, directory: Path, device: torch.device, *, prefetch_batches: int = 4, check_hashes: bool = True) -> "ActivationSet":
@@ -124,10 +128,11 @@ class ActivationSet:
                         checks.wait_for(generation)
                         opened = ShardFile(self.directory / f"{self._stems[generation]}.safetensors", self._layouts[generation])
                         stack.callback(opened.close)
-                    count = piece.stop - piece.start
-                    opened.read(piece.start, piece.stop, ActivationBatch(*(column[filled : filled + count] for column in batch)))
+                    first, last = opened.rows_between(piece.start, piece.stop)
+                    count = last - first
+                    opened.read(first, last, ActivationBatch(*(column[filled : filled + count] for column in batch)))
                     filled += count
-                yield batch
+                yield ActivationBatch(*(column[:filled] for column in batch))
 
     def _check(self, generation: int) -> None:
         """Rehashes a shard unless that was done before."""
@@ -209,5 +214,7 @@ def seal(directory: Path, shards: Mapping[str, Record], statistics: LayerStatist
             )
     num_positions = sum(record["num_positions"] for record in shards.values())
     facts = {key: first[key] for key in SHARED_FACTS if key in first} | {"num_positions": num_positions}
+    if "left_out" in first:
+        facts |= {"left_out": added([record["left_out"] for record in shards.values()])}
     facts |= {"scale": scale_L.tolist(), "statistics": statistics.to_json()}
     return records.write_manifest(directory, SET_FORMAT, dict(shards), facts)

@@ -83,9 +83,18 @@ class Provenance(NamedTuple):
     """What every context begins with; None: with the text itself."""
     language_models: dict[str, str] | None = None
     """The hash of each model by its name; None of a single one. `language_model_hash` is over all of them then."""
+    outlier_norms: list[float] | None = None
+    """The norm of each layer above which positions are left out; None: none is."""
+    exclude_token_ids: list[int] | None = None
+    """Tokens whose positions are left out, ascending; None: none is."""
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether positions may be left out for what stands there, so that batches may have fewer rows than positions."""
+        return self.outlier_norms is not None or self.exclude_token_ids is not None
 
     def facts(self) -> dict[str, Any]:
-        """As entries of a record; there is none of what is not there, so that older identities hold."""
+        """As entries of a record; there is none of what is None, so that older identities hold."""
         return {key: value for key, value in self._asdict().items() if value is not None}
 
     @classmethod
@@ -113,7 +122,7 @@ class ActivationSource(Protocol):
 
     @property
     def num_positions(self) -> int:
-        """Positions in an epoch."""
+        """Positions in an epoch, those counted that are left out for their norm or token."""
         ...
 
     @property
@@ -122,6 +131,7 @@ class ActivationSource(Protocol):
     def batches(self, *, batch_positions: int, epoch: int, cursor: int) -> Iterator[ActivationBatch]:
         """The rest of an epoch, from the `cursor` positions on that are already consumed; the last batch may be short.
 
+        A batch is of `batch_positions` positions, and has a row for each that is not left out for its norm or token.
         Every position comes exactly once an epoch. Raises `Stopped` when the run was asked to stop while it computes.
         """
         ...

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pipeline import records
 from pipeline.activations.buffer import RollingBuffer
 from pipeline.activations.halves import AGREEMENT, Halves
 from pipeline.activations.harvest import Harvester
@@ -20,6 +21,9 @@ from pipeline.language_models import Models
 from pipeline.run import Run
 from pipeline.tokens import TokenSet
 
+OUTLIER_NORMS = "outlier_norms.json"
+"""In the run directory: above which norms positions are left out, a layer each."""
+
 
 class ActivationStream:
     """An `ActivationSource` that computes its rows; a generation is a fill of its buffer.
@@ -28,19 +32,32 @@ class ActivationStream:
     at most one generation again: the one in which the cursor lies.
     """
 
-    def __init__(self, tokens: TokenSet, model: Models, config: StreamedActivations, run: Run) -> None:
+    def __init__(
+        self, tokens: TokenSet, model: Models, config: StreamedActivations, run: Run, *, outlier_norms: list[float] | None = None
+    ) -> None:
+        """outlier_norms : above which positions are left out, a layer each, where that is fixed already; else they are measured."""
         self.settings = self._config = config
         self.models = model
         self._run = run
         self._harvester = Harvester(tokens, model, config, run.check_stop)
         for remark in self._harvester.remarks:
             run.say(remark)
+        self._leave_out(outlier_norms)
         self.provenance = self._harvester.provenance
         self.layers = config.layers
         self.d_model = model.d_model
         self.num_positions = self._harvester.order.num_positions
         for notice in notices(config.max_tokens, self.num_positions, where=config.tokens, unit="positions"):
             run.say(notice)
+
+    def _leave_out(self, norms: list[float] | None) -> None:
+        if norms is None and self._config.outlier_norm_ratio is not None:
+            # Another GPU may round otherwise: a run that goes on elsewhere keeps the limits that it began with.
+            path = self._run.directory / OUTLIER_NORMS
+            norms = records.read_json(path) if path.exists() else records.write_once(path, self._harvester.measured_norms())
+        self._harvester.leave_out(norms)
+        for line in self._harvester.exclusion.sentences(self._config):
+            self._run.say(line)
 
     @functools.cached_property
     def data_id(self) -> str:
@@ -64,8 +81,8 @@ class ActivationStream:
             for generation in range(order.num_generations)
             for pair in zip(order.model_batches(generation), self._harvester.rows(generation), strict=True)
         )
-        for batch, rows in sample:
-            halves.add(counted(rows, self._config), len(batch.contexts_B))
+        for batch, made in sample:
+            halves.add(counted(made.rows, self._config, made.reasons_B), len(batch.contexts_B))
             is_done = halves.agree() or halves.num_contexts >= limit
             self._run.report("statistics", min(halves.num_contexts, limit), limit, unit="contexts", done=is_done)
             if is_done:

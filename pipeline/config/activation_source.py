@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.config.beginning_of_text import BeginningOfTextSetting
 from pipeline.config.language_models import NeedsModels
-from pipeline.config.schema import OPERATIONAL, Config, Count, DataPath, PositiveCount
+from pipeline.config.schema import ADDED, ADDED_AS_NULL, OPERATIONAL, Config, Count, DataPath, PositiveCount
 from pipeline.config.sites import SiteName, SiteText
 
 
@@ -37,13 +37,18 @@ class Harvest(NeedsModels):
     tokenizer's own call puts it before a text. It is position 0 and no token of the text, so it is always left out."""
     drop_positions: Annotated[list[Count], AfterValidator(_distinct)] = [0]
     """Positions of every context that are left out; the norm at position 0 is many times the others'."""
+    outlier_norm_ratio: Annotated[Annotated[float, Field(gt=1.0)] | None, Field(json_schema_extra=ADDED_AS_NULL)] = 10.0
+    """Positions whose norm is over so many times the layer's median, in any of the layers, are left out at all of them: a few such
+    *sinks* can hold most of the sum of |x|^2. The median is of the order's leading contexts, 65,536 tokens. Null: none is left out."""
+    exclude_token_ids: Annotated[list[Count], AfterValidator(_distinct), Field(json_schema_extra=ADDED)] = []
+    """Token ids whose positions are left out; a separator between documents is the model's end-of-text id."""
     contexts_per_generation: PositiveCount = 1024
     """Contexts whose positions are shuffled together. Its activations are held in memory on the model's device:
     1,024 contexts of 1,024 tokens are 3.2 GB at two layers of width 768 in bfloat16."""
     model_batch_contexts: PositiveCount = 32
     """Contexts in one forward pass. Part of the identity: another batch shape may round differently."""
     max_tokens: PositiveCount | None = None
-    """Positions taken at most, dropped ones not counted; None takes all there are."""
+    """Positions taken at most; dropped ones are not counted, those left out for their norm or token are. None takes all there are."""
     seed: Count = 0
     """Of the order of contexts and positions."""
     check_hashes: Annotated[bool, Field(json_schema_extra=OPERATIONAL)] = True

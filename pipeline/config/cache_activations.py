@@ -19,6 +19,7 @@ class CacheConfig(Harvest, StageConfig):
         "data_id",
         "shards",
         "positions",
+        "left_out",
         "bytes",
         "peak_memory_gib",
     )

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 from pipeline.config import faults
 from pipeline.config.errors import UserError
@@ -33,12 +34,11 @@ class Config(pydantic.BaseModel):
         return {**values, **as_written}
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the bytes of the output, as JSON values: all but `OPERATIONAL` ones, and `ADDED` ones at a default."""
+        """The settings that decide the bytes of the output, as JSON values: all but `OPERATIONAL` and unchanged `ADDED` ones."""
         identity = {}
         for key, field in type(self).model_fields.items():
             value = getattr(self, key)
-            at_default = _is_marked(field.json_schema_extra, "added") and value == field.get_default(call_default_factory=True)
-            if not at_default and not _is_marked(field.json_schema_extra, "operational"):
+            if not _is_as_before(field, value) and not _is_marked(field.json_schema_extra, "operational"):
                 identity[key] = _identity_of(value)
         return identity
 
@@ -82,6 +82,14 @@ def _is_marked(extra: object, mark: str) -> bool:
     return isinstance(extra, dict) and bool(extra.get(mark))
 
 
+def _is_as_before(field: FieldInfo, value: object) -> bool:
+    """Whether the setting came later than identities that were recorded without it, and `value` stands for what was done before."""
+    extra = field.json_schema_extra
+    if not isinstance(extra, dict) or not extra.get("added"):
+        return False
+    return bool(value == extra.get("before", field.get_default(call_default_factory=True)))
+
+
 def _identity_of(value: Any) -> Any:
     if isinstance(value, Config):
         return value.identity()
@@ -97,6 +105,9 @@ OPERATIONAL: dict[str, Any] = {"operational": True}
 
 ADDED: dict[str, Any] = {"added": True}
 """Marks a setting that came after identities had been recorded without it: at its default it leaves them as they were."""
+
+ADDED_AS_NULL: dict[str, Any] = {**ADDED, "before": None}
+"""The same for one whose default is something new: null leaves identities as they were."""
 
 RUN: dict[str, Any] = {**OPERATIONAL, "run": True}
 """The same for a path of a run, which may also be given as `train/demo`: the stage and name under the root of runs."""

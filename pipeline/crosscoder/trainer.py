@@ -110,12 +110,13 @@ class Trainer:
         self.log.seconds_waited += time.monotonic() - began
         wanted = self.state.plan.positions_in(self.state.step + 1)
         found = 0 if batch is None else batch.acts_BLD.shape[0]
-        if batch is None or found < wanted:
+        if batch is None or (found < wanted and not self.source.provenance.leaves_out):
             place = self.state.plan.place_after(self.state.step)
             raise UserError(
                 f"the activations gave {found:,} positions at {place.cursor:,} of epoch {place.epoch}, expected {wanted:,}: the source "
                 f"is shorter than the {self.state.plan.epoch_positions:,} positions it announced; check it with `crosscoder verify`"
             )
+        self.state.num_left_out += max(wanted - found, 0)
         return batch.acts_BLD[:wanted].to(self.state.device, non_blocking=True)
 
     def _after_step(self, raw_BLD: Tensor) -> None:
@@ -144,6 +145,10 @@ class Trainer:
         """Forward, backward, update and counters of one batch of raw activations."""
         state, config = self.state, self.config
         step, num_steps, num_tokens = state.step + 1, state.plan.num_steps, raw_BLD.shape[0]
+        if num_tokens == 0:  # an epoch can end with a batch of which every position is left out
+            state.recent_l0.add(torch.zeros(1, device=state.device), step, 0)
+            state.step, self.log.last_step = step, None
+            return
         self._look_up_dead_features(step)
         acts_BLD = state.normalizer.normalize(raw_BLD)
         numbers = schedules.scheduled_numbers(config, step, num_steps)
@@ -161,7 +166,7 @@ class Trainer:
         state.window.add(outcome, gradient_norm, clipped, step=step, num_tokens=num_tokens)
         if state.overfit is not None:
             state.overfit.add(outcome, step)
-        state.recent_l0.add(outcome.firings_F, step)
+        state.recent_l0.add(outcome.firings_F, step, num_tokens)
         if state.feature_window is not None:
             state.feature_window.add(outcome, num_tokens)
         state.step = step
@@ -238,6 +243,9 @@ class Trainer:
     def _result(self, checkpoint: Path, seconds: float, tokens_per_second: float) -> dict[str, Any]:
         state = self.state
         result: dict[str, Any] = {"steps": state.step, "tokens": state.tokens, "epochs": state.tokens / state.plan.epoch_positions}
+        if self.source.provenance.leaves_out:
+            self.run.say(f"{state.num_left_out:,} of {state.tokens:,} positions were left out for their norm or token")
+            result |= {"left_out": state.num_left_out}
         result |= {"dead_window_tokens": state.plan.dead_window_tokens, **self.log.results()}
         if state.overfit is not None:
             self.run.say(state.overfit.sentence(state.plan.num_steps))

@@ -44,9 +44,11 @@ class TrainingLog:
         self._row_first_tokens = state.tokens
 
     def write_row(self) -> None:
-        """Logs the window since the last row and begins the next. Waits for the device, once."""
+        """Logs the window since the last row, if it has any rows of activations, and begins the next. Waits for the device, once."""
+        if self.state.window.num_tokens == 0:
+            return  # nothing but a batch of which every position was left out
         row = {"step": self.state.step, "tokens": self.state.tokens, "epoch": self.state.plan.place_after(self.state.step - 1).epoch}
-        row |= self.state.window.metrics() | self.state.recent_l0.metrics(self.state.step) | _state_metrics(self.state)
+        row |= self.state.window.metrics() | self.state.recent_l0.metrics() | _state_metrics(self.state)
         row |= {} if self.last_step is None else self.last_step.metrics()
         if self.held_out is not None:
             row |= self.held_out.measure(self.state.crosscoder, self.state.normalizer).metrics

@@ -46,6 +46,8 @@ class TrainingState:
         self.layers = list(source.layers)
         self.device = device
         self.step = 0
+        self.num_left_out = 0
+        """Of `tokens`, positions that had no row."""
         self.normalizer = Normalizer.from_statistics(source.statistics, config.crosscoder.normalization).to(device)
         self.crosscoder = self._first_crosscoder(source)
         self.clipping = Clipping(config.optimizer.clipping).to(device)
@@ -83,7 +85,7 @@ class TrainingState:
 
     @property
     def tokens(self) -> int:
-        """Positions trained on so far."""
+        """Positions trained on so far, those without a row counted."""
         return self.plan.tokens_after(self.step)
 
     def crosscoder_part(self) -> Part:
@@ -96,7 +98,7 @@ class TrainingState:
         place = self.plan.place_after(self.step)
         facts: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "epoch": place.epoch, "cursor": place.cursor}
         facts |= {"activations_id": self.activations_id, "settings": self.config.identity()}
-        facts |= {"best_step": self.best_step, "best_explained": self.best_explained}
+        facts |= {"best_step": self.best_step, "best_explained": self.best_explained, "left_out": self.num_left_out}
         facts |= {"window_steps": self.window.num_steps, "window_tokens": self.window.num_tokens}
         return {
             "crosscoder": self.crosscoder_part(),
@@ -111,10 +113,9 @@ class TrainingState:
     def _counters(self) -> dict[str, Tensor]:
         dead_J = self.dead_J if self.dead_J is not None else torch.zeros(0, dtype=torch.int64)
         clipping = {f"clipping.{name}": buffer for name, buffer in self.clipping.named_buffers()}
-        recent_l0 = {"l0.firings": self.recent_l0.firings_W, "l0.epoch_firings": self.recent_l0.epoch_firings}
         overfit = {} if self.overfit is None else self.overfit.state
         features = {} if self.feature_window is None else self.feature_window.state
-        return {"window.sums": self.window.sums, "dead_features": dead_J, **recent_l0, **overfit, **features, **clipping}
+        return {"window.sums": self.window.sums, "dead_features": dead_J, **self.recent_l0.state, **overfit, **features, **clipping}
 
     def _random_states(self) -> dict[str, Tensor]:
         states = {"random.cpu": torch.get_rng_state()}
@@ -136,8 +137,7 @@ class TrainingState:
         dead_J = training.tensors["dead_features"].to(self.device)
         self.dead_J = dead_J if dead_J.numel() > 0 else None
         self.window.sums.copy_(training.tensors["window.sums"])
-        self.recent_l0.firings_W.copy_(training.tensors["l0.firings"])
-        self.recent_l0.epoch_firings.copy_(training.tensors["l0.epoch_firings"])
+        self.recent_l0.restore(training.tensors)
         if self.overfit is not None:
             self.overfit.restore(training.tensors)
         if self.feature_window is not None:
@@ -148,6 +148,7 @@ class TrainingState:
         if self.device.type == "cuda" and "random.cuda" in training.tensors:
             torch.cuda.set_rng_state(training.tensors["random.cuda"], self.device)
         self.best_step, self.best_explained = training.facts["best_step"], training.facts["best_explained"]
+        self.num_left_out = training.facts.get("left_out", 0)  # no version before 0.2 left any out
         self.step = training.facts["step"]
 
     def _restore_optimizer(self, tensors: dict[str, Tensor]) -> None:

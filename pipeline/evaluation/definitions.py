@@ -19,6 +19,7 @@ DEFINITIONS = {
     "outliers": "positions whose norm is over `norm_limit` in any of the crosscoder's layers. They are left out of every figure but those "
     "named `with_outliers`, of what baselines are fitted on and of what is counted as firing; like position 0 they are never replaced, "
     "and no prediction made at them counts",
+    "excluded_positions": "positions of tokens that training left out (`exclude_token_ids`): in no figure, never replaced",
     "norm_limit": "norm at this layer above which a position is an outlier: that of the training where the crosscoder has one "
     "(`limits_from`: training), else `outlier_norm_ratio` times the median over the leading held-out contexts (held_out)",
     "share_of_squared_norm": "share of the outliers in the sum of |x|^2 over all positions, themselves included",

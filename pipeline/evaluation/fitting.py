@@ -6,6 +6,7 @@ Shapes: N positions that count in a batch, L layers, D model width.
 import torch
 from torch import Tensor
 
+from pipeline.activations.outliers import OutlierLimits
 from pipeline.config.errors import UserError
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder
 from pipeline.crosscoder.metrics import FiringCounts
@@ -13,7 +14,6 @@ from pipeline.evaluation.approximations import FEATURES_AT_A_TIME
 from pipeline.evaluation.baselines import Fit
 from pipeline.evaluation.covariances import Covariances
 from pipeline.evaluation.held_out import HeldOut
-from pipeline.evaluation.outliers import OutlierLimits
 from pipeline.language_model import LanguageModel
 from pipeline.run import Run
 

@@ -1,6 +1,7 @@
 """The parts of a token set that an evaluation reads, and which of their positions and predictions count.
 
-- A position is encoded, compared and replaced if it is not position 0 of its context and not padding: as in training, where
+- A position is encoded, compared and replaced if it is not position 0 of its context, not padding and its token was not left out of
+  training (`exclude_token_ids`): as in training, where
   the end-of-text id that stands for a separator is a position like any other. Outliers are taken away from these later.
 - A prediction counts if it is made at such a position and the token that follows is of the same document. So the end of a
   document is to be predicted from its last token, and the first token of the next document is not: nothing before it tells.
@@ -25,14 +26,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pipeline.activations.outliers import LEADING_TOKENS
 from pipeline.config.errors import UserError
 from pipeline.contexts import Contexts
 from pipeline.interventions import replaceable
 from pipeline.permutation import Permutation
-
-LEADING_TOKENS = 65_536
-"""A layer's median norm is taken over so many held-out tokens; it then differs from another sample's by far less than a norm over
-ten medians does from the rest."""
 
 Indices = npt.NDArray[np.int64]
 
@@ -47,12 +45,18 @@ class HeldOutBatch(NamedTuple):
     """The predictions that count."""
     indices_B: Indices
     """Numbers of the contexts in the token set, on the CPU."""
+    num_excluded: int
+    """Positions that don't count for their token alone."""
 
 
 class HeldOut:
     """Some contexts of a token set, in the order of `indices`, whatever the batches are."""
 
-    def __init__(self, contexts: Contexts, indices: Indices, *, batch_contexts: int, device: torch.device) -> None:
+    def __init__(
+        self, contexts: Contexts, indices: Indices, *, batch_contexts: int, device: torch.device, exclude_token_ids: list[int] | None = None
+    ) -> None:
+        """exclude_token_ids : tokens whose positions don't count, since training left them out."""
+        self._excluded = torch.tensor(exclude_token_ids or [], dtype=torch.int64)
         self._contexts = contexts
         self._batch_contexts = batch_contexts
         self._device = device
@@ -68,12 +72,14 @@ class HeldOut:
         longest = int(read.lengths_B.max())
         tokens_BS = torch.from_numpy(read.tokens_BS[:, :longest])
         documents_BS = torch.from_numpy(read.documents_BS[:, :longest].astype(np.int64))
-        replaced_BS = replaceable(torch.from_numpy(read.lengths_B), longest)
+        text_BS = replaceable(torch.from_numpy(read.lengths_B), longest)
+        replaced_BS = text_BS & ~torch.isin(tokens_BS, self._excluded)
+        num_excluded = int(text_BS.sum() - replaced_BS.sum())
         counted_BS = torch.zeros_like(replaced_BS)
-        counted_BS[:, :-1] = replaced_BS[:, :-1] & replaced_BS[:, 1:] & (documents_BS[:, :-1] == documents_BS[:, 1:])
+        counted_BS[:, :-1] = replaced_BS[:, :-1] & text_BS[:, 1:] & (documents_BS[:, :-1] == documents_BS[:, 1:])
         tensors = (tokens_BS, replaced_BS, tokens_BS.roll(-1, dims=1), counted_BS)
         tokens_BS, replaced_BS, targets_BS, counted_BS = (tensor.to(self._device) for tensor in tensors)
-        return HeldOutBatch(tokens_BS, replaced_BS, targets_BS, counted_BS, indices_B)
+        return HeldOutBatch(tokens_BS, replaced_BS, targets_BS, counted_BS, indices_B, num_excluded)
 
 
 class Parts(NamedTuple):
@@ -97,6 +103,7 @@ def divide(
     seed: int,
     batch_contexts: int,
     device: torch.device,
+    exclude_token_ids: list[int] | None = None,
 ) -> Parts:
     """Draws the contexts that are measured, and those that baselines are fitted on: of the training text, else of the same set.
 
@@ -115,7 +122,7 @@ def divide(
             f"{(training or contexts).tokens.directory} gives no context of at most {contexts.context_tokens:,} tokens for "
             f"fit_tokens {fit_tokens:,}: baselines could not be fitted; allow more tokens, or name training_tokens"
         )
-    settings = {"batch_contexts": batch_contexts, "device": device}
+    settings = {"batch_contexts": batch_contexts, "device": device, "exclude_token_ids": exclude_token_ids}
     return Parts(
         HeldOut(contexts, np.sort(measured), **settings),  # type: ignore[arg-type]
         HeldOut(contexts, leading(contexts, measured), **settings),  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.activations.outliers import OutlierLimits
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder
 from pipeline.crosscoder.metrics import (
     FiringCounts,
@@ -30,7 +31,7 @@ from pipeline.evaluation.approximations import Approximation
 from pipeline.evaluation.as_trained import EncodingAsTrained
 from pipeline.evaluation.driving import Driving
 from pipeline.evaluation.held_out import HeldOutBatch
-from pipeline.evaluation.outliers import FEW, HeldOutMoments, LayerOutliers, OutlierLimits
+from pipeline.evaluation.outliers import FEW, HeldOutMoments, LayerOutliers
 from pipeline.evaluation.predictions import ReplacedPredictions, Stand
 from pipeline.interventions import clean_run, put
 from pipeline.language_model import LanguageModel
@@ -62,8 +63,10 @@ class Measurements(NamedTuple):
     layers: list[str]
     """Those that the crosscoder reconstructs: all, unless no group of features writes some."""
     num_positions: int
-    """Outliers not counted."""
+    """Outliers and excluded tokens not counted."""
     num_outliers: int
+    num_excluded: int
+    """Positions that don't count because training left their tokens out."""
     num_predictions: int
     firing: FiringCounts
     l0_as_trained: float | None
@@ -109,7 +112,7 @@ class Measurement:
         self._driving = Driving(trained, moments.inliers.mean_LD)
         self._distances = Medians(len(self._layers), device)
         self._predictions = ReplacedPredictions(language_model)
-        self._num_outliers = 0
+        self._num_outliers = self._num_excluded = 0
         others = [*self._of_runs(trained, compared), *approximations.ablations(moments.inliers.mean_LD)]
         baselines = [approximations.only_at(baseline, self._targets) for baseline in baselines]
         self._approximations = [*(approximations.only_at(other, self._targets) for other in others), *baselines]
@@ -154,6 +157,7 @@ class Measurement:
         splicing = Splicing(self._language_model, self._predictions, batch, replaced_BS, run)
         splicing.begin(clean.hidden_BSD)
         self._num_outliers += len(outliers_MXD)
+        self._num_excluded += batch.num_excluded
         self._as_trained.add(acts_NXD[:, : len(self._layers)])
         norms = squared_norms(acts_NXD[:, : len(self._layers)], self._moments.inliers.mean_LD)
         self._distances.add(norms.centered_BL.sqrt())
@@ -202,6 +206,7 @@ class Measurement:
             layers=[self._layers[layer] for layer in self._targets],
             num_positions=self._firing.num_positions,
             num_outliers=self._num_outliers,
+            num_excluded=self._num_excluded,
             num_predictions=self._predictions.clean.num_predictions,
             firing=self._firing,
             l0_as_trained=self._as_trained.l0(),

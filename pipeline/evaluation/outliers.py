@@ -1,7 +1,4 @@
-"""Positions whose activations are so large that a handful of them would decide every pooled figure.
-
-In many models the residual stream has *sinks* besides position 0: in SmolLM2-135M after block 14 one position in 20,000 has a
-norm over ten medians, and they hold about 30 % to 60 % of the sum of |x|^2.
+"""What outliers hold of a held-out set, and above which norm a position is one there (see `pipeline.activations.outliers`).
 
 Shapes: N positions, L layers, D model width.
 """
@@ -11,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.activations.outliers import OutlierLimits, limits_from, norms
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder
-from pipeline.crosscoder.metrics import LayerMoments, Medians
+from pipeline.crosscoder.metrics import LayerMoments
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.language_model import LanguageModel
 from pipeline.run import Run
@@ -21,22 +19,6 @@ FEW = 0.001
 """So small a share of the positions is called few."""
 MUCH = 0.2
 """So large a share of the variance is called much. Of Gaussian activations 0.1 % of the positions hold little more than 0.1 %."""
-
-
-class OutlierLimits(NamedTuple):
-    """Above which norm a position counts as an outlier."""
-
-    norms_L: Tensor | None
-    """float64; None where no position does."""
-    source: str
-    """Where the norms come from: `training`, `held_out` or `off`."""
-
-    def are_outliers(self, acts_NLD: Tensor) -> Tensor:
-        """[N] bool: whether the norm is over the limit in any of the layers."""
-        if self.norms_L is None:
-            return torch.zeros(len(acts_NLD), dtype=torch.bool, device=acts_NLD.device)
-        norms_NL: Tensor = torch.linalg.vector_norm(acts_NLD, dim=-1, dtype=torch.float32)
-        return (norms_NL > self.norms_L).any(1)
 
 
 class LayerOutliers(NamedTuple):
@@ -50,12 +32,6 @@ class LayerOutliers(NamedTuple):
     """Of the variance without outliers, what the `FEW` positions farthest from the mean hold."""
 
 
-def limits_of_training(trained: TrainedCrosscoder) -> list[float] | None:
-    """The norms, a layer each, above which positions were left out of training; None of a crosscoder that has none."""
-    found: list[float] | None = getattr(trained, "outlier_norms", None)
-    return found
-
-
 @torch.inference_mode()
 def outlier_limits(
     trained: TrainedCrosscoder, language_model: LanguageModel, leading: HeldOut, ratio: float | None, run: Run
@@ -63,18 +39,17 @@ def outlier_limits(
     """Those of the training, else `ratio` times each layer's median norm over the leading held-out contexts."""
     if ratio is None:
         return OutlierLimits(None, "off")
-    known = limits_of_training(trained)
+    known = trained.provenance.outlier_norms
     if known is not None:
         return OutlierLimits(torch.tensor(known, dtype=torch.float64, device=language_model.device), "training")
-    medians, done = Medians(len(trained.layers), language_model.device), 0
+    found, done = list[Tensor](), 0
     for batch in leading.batches():
         run.check_stop()
         acts_NLD = language_model.activations(batch.tokens_BS, trained.layers)[batch.replaced_BS]
-        medians.add(torch.linalg.vector_norm(acts_NLD, dim=-1, dtype=torch.float32))
+        found.append(norms(acts_NLD))
         done += len(batch.tokens_BS)
         run.report("norms", done, len(leading.indices), unit="contexts")
-    norms_L = ratio * torch.tensor(medians.values(), dtype=torch.float64, device=language_model.device)
-    return OutlierLimits(norms_L, "held_out")
+    return OutlierLimits(limits_from(found, ratio), "held_out")
 
 
 class HeldOutMoments(NamedTuple):

@@ -4,6 +4,7 @@ import math
 import textwrap
 from typing import Any, NamedTuple
 
+from pipeline.activations.outliers import OutlierLimits
 from pipeline.config.errors import UserError
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder
 from pipeline.crosscoder.metrics import DENSE_FRACTION
@@ -14,7 +15,7 @@ from pipeline.evaluation.definitions import DEFINITIONS
 from pipeline.evaluation.fitting import FEW_POSITIONS_A_DIMENSION
 from pipeline.evaluation.held_out import Parts
 from pipeline.evaluation.measurements import JOINT, MEAN_OVER_LAYERS, SPLIT, Compared, Measurements
-from pipeline.evaluation.outliers import FEW, MUCH, OutlierLimits
+from pipeline.evaluation.outliers import FEW, MUCH
 from pipeline.evaluation.predictions import Stand
 
 METRICS_FORMAT = "crosscoder-metrics/2"
@@ -65,6 +66,7 @@ def as_json(evaluation: Evaluation, inputs: dict[str, str]) -> Json:
             "positions": found.num_positions,
             "predictions": found.num_predictions,
             "outliers": found.num_outliers,
+            "excluded_positions": found.num_excluded,
             "limits_from": evaluation.limits.source,
             "by_layer": [row._asdict() for row in found.outliers],
         },
@@ -200,7 +202,8 @@ def _summary(evaluation: Evaluation) -> list[str]:
 
 
 def _outliers(found: Measurements) -> str:
-    return f"{found.num_outliers:,} {'outlier' if found.num_outliers == 1 else 'outliers'} left out"
+    excluded = f", {found.num_excluded:,} of excluded tokens" if found.num_excluded else ""
+    return f"{found.num_outliers:,} {'outlier' if found.num_outliers == 1 else 'outliers'}{excluded} left out"
 
 
 def warnings(evaluation: Evaluation) -> list[str]:

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.activations.outliers import OutlierLimits
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder
 from pipeline.evaluation.driving import Driving
-from pipeline.evaluation.outliers import OutlierLimits
 from pipeline.features.best_firings import BestFirings, sample_keys, strongest_keys
 
 NUMBERS_AT_A_TIME = 1 << 26

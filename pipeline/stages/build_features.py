@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 from pipeline import records
+from pipeline.activations.outliers import OutlierLimits
 from pipeline.config.build_features import FeaturesConfig
 from pipeline.config.errors import UserError
 from pipeline.config.token_limit import notices, short_of
@@ -23,7 +24,7 @@ from pipeline.crosscoder.checkpoint import TrainedCrosscoder, load_crosscoder
 from pipeline.crosscoder.metrics import DENSE_FRACTION
 from pipeline.evaluation.belonging import check_inputs, find_run
 from pipeline.evaluation.held_out import HeldOut, Indices, check_measurable, draw, leading
-from pipeline.evaluation.outliers import OutlierLimits, outlier_limits
+from pipeline.evaluation.outliers import outlier_limits
 from pipeline.features import store
 from pipeline.features.best_firings import NUM_PLACES
 from pipeline.features.firings import Firings, Kept
@@ -167,4 +168,6 @@ class _Pass:
         return outlier_limits(self._trained, self._language_model, few, self._config.outlier_norm_ratio, self._run)
 
     def _held_out(self, indices: Indices) -> HeldOut:
-        return HeldOut(self._contexts, indices, batch_contexts=self._config.batch_contexts, device=self._language_model.device)
+        excluded = self._trained.provenance.exclude_token_ids
+        device = self._language_model.device
+        return HeldOut(self._contexts, indices, batch_contexts=self._config.batch_contexts, device=device, exclude_token_ids=excluded)

@@ -16,6 +16,7 @@ from pipeline.activations import shards
 from pipeline.activations.buffer import RollingBuffer
 from pipeline.activations.harvest import Harvester
 from pipeline.activations.layer_sums import LayerSums, counted, statistics_of
+from pipeline.activations.left_out import LeftOut, left_out_sentences, num_left_out
 from pipeline.activations.prefetch import prefetched
 from pipeline.activations.shard_file import ShardFileWriter
 from pipeline.activations.source import ActivationBatch
@@ -50,7 +51,12 @@ def run(config: CacheConfig, run: Run) -> dict[str, Any]:
     inputs: dict[str, Any] = {"tokens": tokens.data_id, **identities(model)}
     inputs |= _as_far_as_there(beginning_of_text_id=harvester.provenance.beginning_of_text_id)
     settings = {key: value for key, value in config.identity().items() if key != "beginning_of_text"}
-    records.claim(config.output, {"stage": "cache", "settings": settings, "inputs": inputs})
+    norms = _norms_of(config.output) or harvester.measured_norms()
+    measured = {} if norms is None else {"outlier_norms": norms}
+    decided = records.claim(config.output, {"stage": "cache", "settings": settings, "inputs": inputs}, measured=measured)
+    harvester.leave_out(decided.get("outlier_norms"))
+    for line in harvester.exclusion.sentences(config):
+        run.say(line)
     cache = _Cache(config, harvester, run)
     cache.write_missing()
     return cache.seal_if_complete() | short_of(config.max_tokens, harvester.order.num_positions) | model.memory_used()
@@ -59,6 +65,14 @@ def run(config: CacheConfig, run: Run) -> dict[str, Any]:
 def _as_far_as_there(**facts: Any) -> Record:
     """Entries of a record; there is none of what is None."""
     return {key: value for key, value in facts.items() if value is not None}
+
+
+def _norms_of(directory: Path) -> list[float] | None:
+    """The norms of outliers that the recipe in `directory` names, if there is one that does."""
+    if not (directory / records.RECIPE).exists():
+        return None
+    norms: list[float] | None = records.read_recipe(directory)["inputs"].get("outlier_norms")
+    return norms
 
 
 class _Cache:
@@ -98,24 +112,24 @@ class _Cache:
 
     def _write_shard(self, generation: int, buffer: RollingBuffer, done: int, total: int) -> int:
         """Writes and commits one shard from a full buffer; gives the positions done with it."""
-        facts = self._facts(generation)
-        sums = LayerSums(*self._harvester.row_shape)
+        facts = self._facts(generation, buffer.left_out)
+        sums, written = LayerSums(*self._harvester.row_shape), 0
         name = f"{_stem(generation)}.safetensors"
         with records.atomic_file(self._directory / name) as file:
             writer = ShardFileWriter(file, shards.layout_of(facts))
             # The model computes in the thread that reads ahead, while this one hashes and writes.
             for rows in prefetched(self._taken(buffer, sums), READ_AHEAD):
                 writer.append(rows)
-                done += len(rows.tokens_B)
-                self._run.report("activations", done, total, unit="positions")
+                written += len(rows.tokens_B)
+                self._run.report("activations", done + written, total, unit="positions")
                 self._run.check_stop()
-            content_hash = writer.finish()
+            content_hash = writer.finish(buffer.left_out.places)
         facts |= {"sums": sums.to_json()}
         provenance = {"language_model": self._harvester.model.name, "tokens": str(self._config.tokens), "torch": torch.__version__}
         provenance |= {"device": _device_name(self._harvester.model.device), "run": str(self._run.directory)}
         hashes = {name: content_hash}
         records.commit_shard(self._directory, _stem(generation), shards.SHARD_FORMAT, [name], facts, provenance, hashes)
-        return done
+        return done + int(self._order.rows[generation])
 
     def _taken(self, buffer: RollingBuffer, sums: LayerSums) -> Iterator[ActivationBatch]:
         """The rows of the buffer's current generation, on the CPU, added to `sums` on the way."""
@@ -124,14 +138,14 @@ class _Cache:
             sums.add(counted(rows, self._config))
             yield ActivationBatch(*(column.cpu() for column in rows))
 
-    def _facts(self, generation: int) -> Record:
-        """What the record says of the shard's content."""
+    def _facts(self, generation: int, left_out: LeftOut | None = None) -> Record:
+        """What the record says of the shard's content; without `left_out` as if nothing were."""
         config, harvester = self._config, self._harvester
         return {
             "tokens_data_id": harvester.tokens.data_id,
             "tokenizer_hash": harvester.tokens.tokenizer_hash,
             "contexts": list(self._order.context_range(generation)),
-            "num_positions": int(self._order.rows[generation]),
+            "num_positions": int(self._order.rows[generation]) - (0 if left_out is None else len(left_out.places)),
             "language_model_hash": harvester.model.hash,
             "layers": config.layers,
             "d_model": harvester.model.d_model,
@@ -145,6 +159,9 @@ class _Cache:
             **_as_far_as_there(
                 beginning_of_text_id=harvester.provenance.beginning_of_text_id,
                 language_models=harvester.provenance.language_models,
+                outlier_norms=harvester.provenance.outlier_norms,
+                exclude_token_ids=harvester.provenance.exclude_token_ids,
+                left_out=None if harvester.exclusion.is_off or left_out is None else left_out.facts(),
             ),
         }
 
@@ -176,8 +193,11 @@ class _Cache:
         statistics = statistics_of(record["sums"] for record in made.values())
         manifest = shards.seal(self._directory, made, statistics)
         size = sum(described["bytes"] for record in made.values() for described in record["files"].values())
+        for line in left_out_sentences(manifest.get("left_out"), statistics, manifest["layers"]):
+            self._run.say(line)
         self._run.say(f"{manifest['num_positions']:,} positions  {_gigabytes(size)}  data id {manifest['data_id'][:12]}  {self._directory}")
         result = {"complete": True, "output": str(self._directory), "data_id": manifest["data_id"], "shards": len(made)}
+        result |= {"left_out": num_left_out(manifest)} if "left_out" in manifest else {}
         return result | {"positions": manifest["num_positions"], "bytes": size, "scale": manifest["scale"]}
 
 

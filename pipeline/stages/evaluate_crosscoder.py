@@ -168,6 +168,7 @@ def divided(trained: TrainedCrosscoder, tokens: TokenSet, training: TokenSet | N
         seed=config.seed,
         batch_contexts=config.batch_contexts,
         device=device,
+        exclude_token_ids=trained.provenance.exclude_token_ids,
     )
 
 
