@@ -69,6 +69,8 @@ def _left_out(directory: Path, names: Sequence[str]) -> list[str]:
 def fault(path: Path) -> str | None:
     """Why the file of weights at `path` can't be read, as far as its beginning and its size tell; None if nothing speaks against it."""
     size = path.stat().st_size
+    if size == 0:
+        return "is empty; copy it again"
     with open(path, "rb") as file:
         head = file.read(8)
         if head == b"version " and size < LFS_POINTER_BYTES:
@@ -80,6 +82,8 @@ def fault(path: Path) -> str | None:
         stated = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError):
         return "does not begin as a safetensors file does; copy it again"
+    if not header:
+        return "holds no weights; save the model with save_pretrained, or name another directory"
     return None if size == stated else f"holds {size:,} bytes, its header says {stated:,}; copy it again"
 
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_gpt2
 
+from pipeline import model_kinds
 from pipeline.config import load
 from pipeline.config.language_model import LanguageModelConfig
 from pipeline.config.site_file import Site
@@ -22,6 +23,7 @@ def model(name: str, revision: str | None = None) -> LanguageModelConfig:
 def put_in_cache(cache: Path, folder: str, commit: str, branch: str | None = None) -> None:
     (cache / folder / "snapshots" / commit).mkdir(parents=True)
     (cache / folder / "snapshots" / commit / "config.json").write_text("{}")
+    (cache / folder / "snapshots" / commit / "pytorch_model.bin").write_bytes(b"PK")
     if branch:
         (cache / folder / "refs").mkdir()
         (cache / folder / "refs" / branch).write_text(commit)
@@ -53,7 +55,8 @@ def test_weights_that_are_no_weights_are_named_with_what_they_are(tmp_path: Path
         (whole[:-100], f"holds {len(whole) - 100:,} bytes, its header says {len(whole):,}; copy it again"),
         (whole + b"0", f"holds {len(whole) + 1:,} bytes, its header says {len(whole):,}; copy it again"),
         (whole[:100], "does not begin as a safetensors file does"),
-        (b"", "does not begin as a safetensors file does"),
+        (b"", "is empty; copy it again"),
+        (b"\x02\0\0\0\0\0\0\0{}", "holds no weights; save the model with save_pretrained"),
         (b"\xff" * 100, "does not begin as a safetensors file does"),
         (b"<html>404 not found</html>", "does not begin as a safetensors file does"),
         (b"\x02\0\0\0\0\0\0\0[]", "does not begin as a safetensors file does"),
@@ -147,3 +150,63 @@ def test_a_tokenizer_whose_ids_are_drawn_at_random_is_refused_at_submission(tmp_
     assert [f"{tmp_path / 'tokenizer_config.json'} has sp_model_kwargs.enable_sampling" in found for found in faults()] == (
         [] if name else [True]
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "fault"),
+    [
+        ({"model_type": "bert"}, "whose model_type is 'bert', an encoder, which sees the future; use a causal language model"),
+        ({"model_type": "roberta", "is_decoder": False}, "whose model_type is 'roberta', an encoder, which sees the future"),
+        ({"model_type": "distilbert", "is_decoder": True}, "whose model_type is 'distilbert', an encoder, which sees the future"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "whose model_type is 't5', an encoder with a decoder, no causal language model"),
+        ({"model_type": "bert", "is_decoder": True}, None),
+        ({"model_type": "bart", "is_encoder_decoder": True}, None),
+        ({"model_type": "gpt2"}, None),
+        ({"model_type": 7}, None),
+    ],
+)
+def test_an_encoder_is_refused_by_its_config_in_a_directory_and_in_the_cache(tmp_path: Path, said: object, fault: str | None) -> None:
+    put_in_cache(tmp_path, "models--some--model", "abc", branch="main")
+    directory = tmp_path / "models--some--model/snapshots/abc"
+    (directory / "config.json").write_text(json.dumps(said))
+    for name in (str(directory), "some/model"):
+        for random_weights in (False, True):
+            config = LanguageModelConfig(model=name, random_weights=random_weights)
+            found = model_preflight.faults_of(config, {"HF_HUB_CACHE": str(tmp_path)})
+            assert [entry[: len(f"language_model.model is {name}, {fault}")] for entry in found] == (
+                [f"language_model.model is {name}, {fault}"] if fault else []
+            )
+
+
+def test_no_kind_that_is_refused_by_its_name_is_a_causal_language_model_to_transformers() -> None:
+    from transformers.models.auto import modeling_auto as known
+
+    causal = set(known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert (model_kinds.ENCODERS | model_kinds.ENCODER_DECODERS).isdisjoint(causal)
+    assert causal >= model_kinds.ENCODERS_UNLESS_DECODER
+
+
+def test_a_model_in_the_cache_without_weights_is_refused_where_none_can_be_downloaded(tmp_path: Path) -> None:
+    put_in_cache(tmp_path, "models--some--model", "abc", branch="main")
+    (tmp_path / "models--some--model/snapshots/abc/pytorch_model.bin").unlink()
+    online = {"HF_HUB_CACHE": str(tmp_path)}
+    assert model_preflight.faults_of(model("some/model"), online) == []
+    (fault,) = model_preflight.faults_of(model("some/model"), online | {"HF_HUB_OFFLINE": "1"})
+    assert "holds neither model.safetensors nor pytorch_model.bin: it is not a saved model" in fault
+
+
+def test_a_mistyped_path_is_not_taken_for_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mymodels/llama").mkdir(parents=True)
+    variables = {"HF_HUB_CACHE": str(tmp_path / "cache")}
+    said = "and the local cache of the hub has no such name"
+    (fault,) = model_preflight.faults_of(model("mymodels/lama"), variables)
+    assert fault == (
+        f"language_model.model is mymodels/lama, but there is nothing at {tmp_path}/mymodels/lama, {said}; did you mean "
+        "`mymodels/llama`? Of a name on the hub, run `hf download mymodels/lama` first"
+    )
+    (fault,) = model_preflight.tokenizer_faults(TokenizerConfig(name="mymodels/x"), variables)
+    assert fault.startswith(f"tokenizer.name is mymodels/x, but there is nothing at {tmp_path}/mymodels/x, {said}; give a path that is")
+    assert model_preflight.faults_of(model("other/lama"), variables) == model_preflight.faults_of(model("lama"), variables) == []
+    put_in_cache(tmp_path / "cache", "models--mymodels--lama", "abc", branch="main")
+    assert model_preflight.faults_of(model("mymodels/lama"), variables) == []

@@ -10,11 +10,28 @@ import pytest
 import shipped
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["config", "records", "weight_files", "model_files", "run", "tokens", "text", "contexts", "blocks", "sublayers", "model_trial"]
-ORDER += ["sublayer_trial", "model_loading", "prediction_head", "language_model", "language_models", "activations", "crosscoder"]
+ORDER = ["config", "records", "weight_files", "model_kinds", "model_files", "run", "tokens", "text", "contexts", "blocks"]
+ORDER += [
+    "sublayers",
+    "model_trial",
+    "sublayer_trial",
+    "model_loading",
+    "prediction_head",
+    "language_model",
+    "language_models",
+    "activations",
+    "crosscoder",
+]
 ORDER += ["exchange", "interventions", "evaluation", "features", "stages"]
 SLURM_ORDER = ["client", "cluster", "record", "execution", "submission", "watching", "changing", "commands"]
-TORCH_FREE = {"pipeline.config", "pipeline.records", "pipeline.weight_files", "pipeline.model_files", "pipeline.run"}
+TORCH_FREE = {
+    "pipeline.config",
+    "pipeline.records",
+    "pipeline.weight_files",
+    "pipeline.model_kinds",
+    "pipeline.model_files",
+    "pipeline.run",
+}
 PYTHON_FILES = shipped.files("pipeline/**/*.py", "slurm/**/*.py")
 EMPTY_NAMES = {"utils", "util", "common", "helpers", "misc", "manager", "base"}
 

@@ -3,12 +3,13 @@
 Without transformers, which takes seconds to be imported.
 """
 
+import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline import weight_files
+from pipeline import model_kinds, weight_files
 from pipeline.config.errors import UserError
 from pipeline.config.language_model import LanguageModelConfig
 from pipeline.config.pretrained import Pretrained, pretrained_in
@@ -33,15 +34,19 @@ def faults_of(config: LanguageModelConfig, variables: Mapping[str, str] = os.env
         return [f"{field}.model is {config.model}, {there}; give a model's directory, or its name on the hub"]
     if not telling_file(config, variables):
         return [f"{field}.model is {config.model}, a directory without a config.json"]
-    return [] if config.random_weights else [f"{field}.model: {fault}" for fault in _weights_faults(path)]
+    return _directory_faults(field, config, path)
 
 
-def _weights_faults(directory: Path) -> list[str]:
+def _directory_faults(field: str, config: LanguageModelConfig, directory: Path) -> list[str]:
+    """What speaks against the kind and the weights of the model in `directory`, which has a config.json."""
     try:
-        config = read_config(directory)
+        said = read_config(directory)
     except UserError as error:
-        return [str(error)]
-    return weight_files.faults(directory, config)
+        return [f"{field}.model: {error}"]
+    if (kind := model_kinds.fault(said)) is not None:
+        return [f"{field}.model is {config.model}, whose {kind}"]
+    faults = [] if config.random_weights else weight_files.faults(directory, said)
+    return [f"{field}.model: {fault}" for fault in faults]
 
 
 def tokenizer_faults(config: TokenizerConfig, variables: Mapping[str, str] = os.environ) -> list[str]:
@@ -60,11 +65,36 @@ def tokenizer_faults(config: TokenizerConfig, variables: Mapping[str, str] = os.
 def _hub_faults(field: str, name: str, config: Pretrained, variables: Mapping[str, str]) -> list[str]:
     if not HUB_NAME.fullmatch(name):
         return [f"{field} is {name!r}, neither a directory here nor a name on the hub, such as EleutherAI/pythia-70m"]
+    found = telling_file(config, variables)
+    if found is None and (mistyped := _mistyped_path(name)) is not None:
+        return [f"{field} is {name}, {mistyped}"]
     offline = next((key for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if variables.get(key, "").lower() in TRUE), None)
-    if offline is None or telling_file(config, variables):
+    if found is not None and isinstance(config, LanguageModelConfig):
+        return _cached_faults(field.removesuffix(".model"), config, found.parent, offline)
+    if offline is None or found is not None:
         return []
-    found = f"{field} is {name}, which is not in the local cache {hub_cache(variables)}, and {offline} forbids to download it"
-    return [f"{found}; check the name, or run `hf download {name}` where there is a network"]
+    absent = f"{field} is {name}, which is not in the local cache {hub_cache(variables)}, and {offline} forbids to download it"
+    return [f"{absent}; check the name, or run `hf download {name}` where there is a network"]
+
+
+def _mistyped_path(name: str) -> str | None:
+    """A phrase if `name`, which is no path here, begins with a directory that is: `models/lama` beside `models/llama/`."""
+    path = Path(name)
+    if len(path.parts) < 2 or not path.parent.is_dir():
+        return None
+    near = difflib.get_close_matches(path.name, sorted(entry.name for entry in path.parent.iterdir()), n=1)
+    hint = f"did you mean `{path.parent / near[0]}`?" if near else "give a path that is there."
+    return (
+        f"but there is nothing at {path.absolute()}, and the local cache of the hub has no such name; {hint} Of a name on the hub, "
+        f"run `hf download {name}` first"
+    )
+
+
+def _cached_faults(field: str, config: LanguageModelConfig, directory: Path, offline: str | None) -> list[str]:
+    """What speaks against the kind of a model in the cache; and against its weights, where none can be downloaded any more."""
+    if offline is not None:
+        return _directory_faults(field, config, directory)
+    return _directory_faults(field, config.model_copy(update={"random_weights": True}), directory)  # the job downloads what lacks
 
 
 def notices(configs: Sequence[StageConfig], variables: Mapping[str, str] = os.environ) -> list[str]:
