@@ -23,7 +23,7 @@ ORDER += [
     "crosscoder",
 ]
 ORDER += ["exchange", "interventions", "evaluation", "features", "stages"]
-SLURM_ORDER = ["client", "cluster", "record", "execution", "submission", "watching", "changing", "commands"]
+SLURM_ORDER = ["client", "cluster", "record", "execution", "submission", "watching", "changing", "reporting", "commands"]
 TORCH_FREE = {
     "pipeline.config",
     "pipeline.records",

@@ -30,6 +30,7 @@ COMMAND_MODULES = (
     "slurm.commands.changing_commands",
     "slurm.commands.feature_commands",
     "slurm.commands.exchange_commands",
+    "slurm.commands.report_commands",
 )
 
 

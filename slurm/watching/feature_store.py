@@ -19,6 +19,7 @@ class FeatureStore:
 
     def __init__(self, directory: Path, manifest: records.Record) -> None:
         self.directory = directory
+        self.data_id: str = manifest["data_id"]
         self.num_features: int = manifest["features"]
         self.num_positions: int = manifest["positions"]
         self.layers: list[str] = manifest["layers"]
@@ -34,6 +35,11 @@ class FeatureStore:
         """These columns of every feature."""
         rows: list[Row] = self._file("features").read(columns=list(columns)).to_pylist()
         return rows
+
+    def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
+        """These columns of every feature, each as a list."""
+        found: dict[str, list[Any]] = self._file("features").read(columns=list(names)).to_pydict()
+        return found
 
     def features(self, wanted: Sequence[int]) -> list[Row]:
         """All that is known of these features. Raises `UserError` for one that there is not."""
@@ -88,5 +94,11 @@ def newest_of(stage: str, trained: Path, runs: Path) -> RunDirectory | None:
 
 
 def _reads(run: RunDirectory, trained: Path) -> bool:
-    path = Path(str(run.inputs().get("crosscoder", {}).get("path", "")))
-    return path == trained or path.is_relative_to(trained / "checkpoints")
+    path = crosscoder_path(run)
+    return path is not None and (path == trained or path.is_relative_to(trained / "checkpoints"))
+
+
+def crosscoder_path(run: RunDirectory) -> Path | None:
+    """The run of training, the task of a sweep or the checkpoint that a run was given; None of one that reads no crosscoder."""
+    path = run.inputs().get("crosscoder", {}).get("path")
+    return None if path is None else Path(str(path))

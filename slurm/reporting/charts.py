@@ -1,0 +1,220 @@
+"""The charts of a report, as specifications of Vega-Lite (https://vega.github.io/vega-lite/docs/) with their data in them.
+
+Each has a width of "container" and no colors or fonts of its own: the page gives those, light or dark.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from slurm.record.run_directory import Json
+from slurm.reporting.words import stand_name
+
+Spec = dict[str, Any]
+
+MOST_ROWS = 400
+"""Of metrics.jsonl that a curve shows, evenly spread."""
+FAR = 3.0
+"""Bars that are longer than all but the mean's and the zeros' by so much would leave those no room: they are named in words."""
+DENSITY_BINS, SHARE_BINS = 40, 40
+
+
+# -- held-out measures --------------------------------------------------------------------------------------------------
+
+
+def costs(metrics: Json) -> tuple[Spec, list[Json]]:
+    """What each stand-in for a layer costs in nats; and the rows left out, as they would dwarf the others."""
+    rows = [_bar(row, row["difference"]) for row in metrics["replaced"] if row["layer"] in metrics["layers"] and row["by"] != "dense_path"]
+    near = [abs(row["value"]) for row in rows if row["by"] not in ("mean", "zero")]
+    limit = FAR * max(near, default=math.inf)
+    far = [row for row in rows if row["by"] in ("mean", "zero") and row["value"] > limit]
+    shown = [row for row in rows if row not in far]
+    return _bars(shown, "cross-entropy cost [nats]", ".4f"), far
+
+
+def explained(metrics: Json) -> Spec:
+    """The explained variance of each stand-in, by layer."""
+    known = [row for row in metrics["reconstruction"] if row["layer"] in metrics["layers"] and row["explained_variance"] is not None]
+    rows = [_bar(row, row["explained_variance"]) for row in known if row["by"] not in ("zero", "mean", "dense_path")]
+    return _bars(rows, "explained variance", ".4f", domain=[0, 1])
+
+
+def _bar(row: Json, value: float) -> Json:
+    return {"layer": row["layer"], "by": row["by"], "name": stand_name(row["by"], row["source"], is_short=True), "value": value}
+
+
+def _bars(rows: Sequence[Json], title: str, number: str, domain: list[float] | None = None) -> Spec:
+    names = list(dict.fromkeys(row["name"] for row in sorted(rows, key=lambda row: row["by"] != "crosscoder")))
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    scale: Json = {} if domain is None else {"scale": {"domain": domain}}
+    return {
+        "width": "container",
+        "height": {"step": 18 if len(layers) > 1 else 26},
+        "data": {"values": list(rows)},
+        "mark": {"type": "bar", "clip": True},
+        "encoding": {
+            "y": {"field": "name", "type": "nominal", "sort": names, "title": None, "axis": {"labelLimit": 240}},
+            "yOffset": {"field": "layer", "sort": layers},
+            "x": {"field": "value", "type": "quantitative", "title": title, **scale},
+            "color": {"field": "layer", "type": "nominal", "sort": layers, "title": "layer", "legend": _legend()},
+            "tooltip": [
+                {"field": "name", "title": "stand-in"},
+                {"field": "layer"},
+                {"field": "value", "title": title, "format": number},
+            ],
+        },
+    }
+
+
+def _legend() -> Json:
+    return {"orient": "bottom", "labelLimit": 300, "columns": 2}
+
+
+# -- training -----------------------------------------------------------------------------------------------------------
+
+
+def training_curves(rows: Sequence[Json], layers: Sequence[str]) -> list[tuple[str, Spec]]:
+    """A heading and a chart for the loss, the explained variance, L0 and dead features, as far as rows of metrics have them."""
+    thinned = thin(rows)
+    names = list(dict.fromkeys(name for row in thinned for name in row))
+    loss = {name: {"loss": "total"}.get(name, name.removeprefix("loss_")) for name in names if name == "loss" or name.startswith("loss_")}
+    panels = [
+        ("Loss", "loss", loss),
+        ("Explained variance", "explained variance", _by_layer("explained_variance", layers)),
+        ("L0", "features that fire at a position", {"l0": "in training", "held_out_l0": "held out"}),
+        ("Dead features", "share of all features", {"dead_fraction": "dead"}),
+    ]
+    charts = [(heading, curve(_points(thinned, series), title)) for heading, title, series in panels]
+    return [(heading, chart) for heading, chart in charts if chart["data"]["values"]]
+
+
+def _by_layer(name: str, layers: Sequence[str]) -> dict[str, str]:
+    """What is drawn of a quantity that rows hold by layer and, where it was measured so, of held-out positions."""
+    return {f"{name}_by_layer": "", name: "all layers, in training", f"held_out_{name}": "all layers, held out"} | {
+        f"{name}_by_layer.{number}": layer for number, layer in enumerate(layers)
+    }
+
+
+def _points(rows: Sequence[Json], series: dict[str, str]) -> list[Json]:
+    points = []
+    for row in rows:
+        for name, value in row.items():
+            of_layer = value if isinstance(value, list) else [value]
+            for number, one in enumerate(of_layer):
+                label = series.get(f"{name}.{number}", f"layer {number}") if isinstance(value, list) else series.get(name)
+                if name in series and label and isinstance(one, int | float) and math.isfinite(one):
+                    points.append({"tokens": row["tokens"], "series": label, "value": one})
+    return points
+
+
+def thin(rows: Sequence[Json]) -> list[Json]:
+    """At most `MOST_ROWS` of the rows that tell their tokens, evenly spread, the first and the last among them."""
+    known = [row for row in rows if isinstance(row.get("tokens"), int | float)]
+    if len(known) <= MOST_ROWS:
+        return known
+    return [known[round(place * (len(known) - 1) / (MOST_ROWS - 1))] for place in range(MOST_ROWS)]
+
+
+def curve(points: list[Json], title: str) -> Spec:
+    """Lines over training tokens; the point nearest to the pointer tells its value."""
+    encoding = {
+        "x": {"field": "tokens", "type": "quantitative", "title": "training tokens", "axis": {"format": "~s", "tickCount": 5}},
+        "y": {"field": "value", "type": "quantitative", "title": title, "scale": {"zero": False}},
+        "color": {"field": "series", "type": "nominal", "sort": None, "title": None, "legend": _legend()},
+    }
+    hover = {"name": "near", "select": {"type": "point", "on": "pointerover", "nearest": True, "clear": "pointerout"}}
+    tooltip = [
+        {"field": "series", "title": "curve"},
+        {"field": "tokens", "format": ","},
+        {"field": "value", "title": title, "format": ".5~g"},
+    ]
+    return {
+        "width": "container",
+        "height": 220,
+        "data": {"values": points},
+        "encoding": encoding,
+        "layer": [
+            {"mark": {"type": "line", "strokeWidth": 1.8}},
+            {
+                "params": [hover],
+                "mark": {"type": "point", "filled": True, "size": 60},
+                "encoding": {"tooltip": tooltip, "opacity": {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0}},
+            },
+        ],
+    }
+
+
+# -- features -----------------------------------------------------------------------------------------------------------
+
+
+def density_histogram(densities: Sequence[float]) -> Spec:
+    """How often features fire; those that never do are left out."""
+    import numpy as np
+
+    logs = np.log10([density for density in densities if density > 0] or [1.0])
+    low, high = math.floor(float(logs.min())), 0.0
+    counts, edges = np.histogram(logs, bins=DENSITY_BINS, range=(min(low, -1), high))
+    bars = [{"from": 10.0**a, "to": 10.0**b, "count": n} for a, b, n in _bins(counts, edges)]
+    chart = _histogram(bars, "share of positions on which a feature fires", ".2~e")
+    chart["encoding"]["x"]["scale"] = {"type": "log"}
+    chart["encoding"]["x"]["axis"] = {"format": "~g", "tickCount": 6}
+    return chart
+
+
+def share_histogram(values_by_layer: Mapping[str, Sequence[float]], title: str) -> Spec:
+    """Shares between 0 and 1 of all features, a step line a layer."""
+    import numpy as np
+
+    bars = []
+    for layer, values in values_by_layer.items():
+        counts, edges = np.histogram(np.asarray(values, np.float64), bins=SHARE_BINS, range=(0.0, 1.0))
+        bars += [{"layer": layer, "from": a, "to": b, "count": n} for a, b, n in _bins(counts, edges)]
+    chart = _histogram(bars, title, ".3~f")
+    if len(values_by_layer) > 1:
+        chart["mark"] |= {"opacity": 0.55}
+        chart["encoding"]["color"] = {"field": "layer", "type": "nominal", "sort": None, "title": "layer", "legend": _legend()}
+        chart["encoding"]["y"]["stack"] = None
+        chart["encoding"]["tooltip"].insert(0, {"field": "layer"})
+    return chart
+
+
+def _bins(counts: Any, edges: Any) -> Iterator[tuple[float, float, int]]:
+    """Of numpy's counts and edges, from where to where and how many."""
+    ends = edges.tolist()
+    return zip(ends[:-1], ends[1:], counts.tolist(), strict=True)
+
+
+def _histogram(bars: list[Json], title: str, number: str) -> Spec:
+    return {
+        "width": "container",
+        "height": 220,
+        "data": {"values": bars},
+        "mark": {"type": "bar", "binSpacing": 0},
+        "encoding": {
+            "x": {"field": "from", "type": "quantitative", "title": title, "bin": {"binned": True}},
+            "x2": {"field": "to"},
+            "y": {"field": "count", "type": "quantitative", "title": "features"},
+            "tooltip": [
+                {"field": "from", "format": number},
+                {"field": "to", "format": number},
+                {"field": "count", "title": "features", "format": ","},
+            ],
+        },
+    }
+
+
+def layer_profile() -> Spec:
+    """One feature by layer; the page puts rows of `layer`, `measure` and `value` in."""
+    return {
+        "width": "container",
+        "height": {"step": 14},
+        "data": {"values": []},
+        "mark": "bar",
+        "encoding": {
+            "y": {"field": "layer", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 240}},
+            "yOffset": {"field": "measure", "sort": None},
+            "x": {"field": "value", "type": "quantitative", "title": "share", "scale": {"domain": [0, 1]}},
+            "color": {"field": "measure", "type": "nominal", "sort": None, "title": None, "legend": _legend()},
+            "tooltip": [{"field": "layer"}, {"field": "measure"}, {"field": "value", "format": ".3f"}],
+        },
+    }

@@ -1,0 +1,107 @@
+"""What a report is of: a trained crosscoder, with the evaluation and the feature store that were made of it."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline import records
+from pipeline.config.errors import UserError
+from slurm.record.run_directory import Json, RunDirectory, read_lines
+from slurm.record.run_reference import Named, find
+from slurm.watching.feature_store import FeatureStore, crosscoder_path, newest_of
+
+METRICS_FORMAT = "crosscoder-metrics/2"
+
+
+class Evaluation(NamedTuple):
+    """A finished run of `evaluate`."""
+
+    run: RunDirectory
+    metrics: Json
+    """Of metrics.json."""
+    headline: Json
+    """The numbers by which runs are compared, of result.json."""
+
+
+class Subject(NamedTuple):
+    """A trained crosscoder; what nobody made of it yet is None."""
+
+    named: Named
+    config: Json
+    rows: list[Json]
+    """Of metrics.jsonl, oldest first."""
+    result: Json
+    """What training returned; empty until it has finished."""
+    evaluation: Evaluation | None
+    store: FeatureStore | None
+    store_run: RunDirectory | None
+
+    @property
+    def directory(self) -> Path:
+        """The task directory that training wrote to."""
+        return self.named.run.task_directory(self.named.task or 0)
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the layers that it reads."""
+        if self.evaluation is not None:
+            return list(self.evaluation.metrics["layers"])
+        return [] if self.store is None else self.store.layers
+
+
+def find_subject(reference: str, runs: Path) -> Subject:
+    """The crosscoder that a run of `train`, a task of a sweep, or a run of `evaluate` or `features` names.
+
+    The newest finished evaluation and feature store are taken; of a run of `evaluate` or `features`, that one itself.
+    """
+    named = find(reference, runs)
+    given = named.run
+    if given.stage in ("evaluate", "features"):
+        _check_finished(given)
+        named = _trained_by(given, runs)
+    elif named.record.config_values().get("stage", named.run.stage) != "train":
+        raise UserError(f"{named.reference} trains no crosscoder; name a run of train, evaluate or features, or a task of a sweep of train")
+    return subject_of(named, runs, given)
+
+
+def subject_of(named: Named, runs: Path, given: RunDirectory | None = None) -> Subject:
+    """Of the run or task `named`; `given` is a run of `evaluate` or `features` to take rather than the newest."""
+    directory = named.run.task_directory(named.task or 0)
+
+    def maker(stage: str) -> RunDirectory | None:
+        return given if given is not None and given.stage == stage else newest_of(stage, directory, runs)
+
+    evaluated, stored = maker("evaluate"), maker("features")
+    result = named.run.result(named.task or 0) or {}
+    return Subject(
+        named=named,
+        config=named.record.config_values(),
+        rows=read_lines(directory / "metrics.jsonl"),
+        result=result.get("result") or {},
+        evaluation=None if evaluated is None else read_evaluation(evaluated),
+        store=None if stored is None else FeatureStore.open(stored.path / "features"),
+        store_run=stored,
+    )
+
+
+def read_evaluation(run: RunDirectory) -> Evaluation:
+    """Raises `UserError` for numbers of another format."""
+    path = run.path / "metrics.json"
+    metrics = records.read_json(path)
+    if not isinstance(metrics, dict) or metrics.get("format") != METRICS_FORMAT:
+        found = metrics.get("format") if isinstance(metrics, dict) else type(metrics).__name__
+        raise UserError(f"{path} is of format {found!r}, this version reads {METRICS_FORMAT!r}; evaluate the crosscoder again")
+    return Evaluation(run, metrics, (run.result() or {}).get("result") or {})
+
+
+def _check_finished(run: RunDirectory) -> None:
+    if run.state() != "finished":
+        raise UserError(f"{run.reference} is {run.state()}; a report can be made of it once it has finished")
+
+
+def _trained_by(run: RunDirectory, runs: Path) -> Named:
+    path = crosscoder_path(run)
+    if path is not None and path.parent.name == "checkpoints":
+        path = path.parents[1]
+    if path is None or not path.is_dir():
+        raise UserError(f"{run.reference} has read the crosscoder in {path}, which is gone: there is nothing to report on")
+    return find(str(path), runs)

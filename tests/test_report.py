@@ -1,0 +1,200 @@
+"""`crosscoder report`: what the page of a trained crosscoder says, that text in it is text, and how large it is."""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.testing
+import vl_convert
+from markupsafe import Markup, escape
+from report_pieces import CONFIG, COSTS, evaluated, make_run, stored, trained, write_large_store
+
+from pipeline.config.errors import UserError
+from slurm.commands.command_line import build_app
+from slurm.reporting import charts, feature_parts, page, words
+from slurm.reporting.subject import find_subject
+from slurm.watching.feature_store import FeatureStore
+
+BAD = "</script><script>document.title='owned'</script><!--<b>&amp;\u202e\x1b[2J"
+
+
+@pytest.fixture(scope="module")
+def library() -> str:
+    return page.chart_library()
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str) -> Path:
+    """The root of runs; the charts' library is taken from its package once for all tests."""
+    (tmp_path / "site.yaml").write_text(f"runs: {tmp_path / 'runs'}\n")
+    monkeypatch.setenv("CROSSCODER_SITE", str(tmp_path / "site.yaml"))
+    monkeypatch.setattr(page, "chart_library", lambda: Markup("/* " + str(len(library)) + " */"))
+    return tmp_path / "runs"
+
+
+def report(*arguments: str) -> str:
+    result = typer.testing.CliRunner().invoke(build_app(), ["report", *arguments])
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def embedded(html: str, name: str) -> Any:
+    """The JSON of a script of the page."""
+    found = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', html, re.S)
+    assert found is not None, name
+    return json.loads(found[1])
+
+
+def test_the_verdict_stands_first_with_the_cost_in_nats_beside_the_baseline(site: Path) -> None:
+    run = trained(site)
+    evaluation = evaluated(site, run.path)
+    first, second, third = report(run.reference).splitlines()
+    assert first == "A crosscoder of 3 features (relu) over h.0, h.1, trained on 2000 positions of /data/activations/demo."
+    assert second == (
+        "By cross-entropy it is better at 1 of 2 layers than the strongest baselines: in a layer's place it costs "
+        "0.2500 nats at h.0 (affine map from h.9: 0.1250); 0.1250 nats at h.1 (affine map from h.9: 0.2500)."
+    )
+    assert third == f"Look at it in a browser: {run.path}/report.html"
+    html = (run.path / "report.html").read_text()
+    order = [
+        escape(second),
+        "0.1875",
+        "strongest baseline 0.1875",
+        "In words",
+        "the crosscoder costs 0.2500.",
+        "What was trained",
+        "Training",
+    ]
+    main = html[html.index("<main") :]
+    places = [main.index(text) for text in order]
+    assert places == sorted(places)
+    assert evaluation.reference in html
+    assert 'id="browser"' not in html
+    assert report(evaluation.reference).splitlines()[:2] == [first, second]
+
+
+def test_what_dwarfs_the_other_costs_is_named_and_not_drawn() -> None:
+    replaced = [{"layer": "h.0", "by": by, "source": None, "difference": value} for by, value in COSTS["h.0"].items()]
+    chart, far = charts.costs({"layers": ["h.0"], "replaced": replaced})
+    assert [row["value"] for row in chart["data"]["values"]] == [0.25, 0.125, 0.5]
+    assert [(row["by"], row["value"]) for row in far] == [("mean", 4.0), ("zero", 8.0)]
+
+
+def test_a_run_that_nobody_evaluated_says_so(site: Path) -> None:
+    run = trained(site)
+    assert report(run.reference).splitlines()[1].startswith("Nobody evaluated it yet")
+    html = (run.path / "report.html").read_text()
+    assert "explained variance" in html
+    assert 'id="reconstruction"' not in html
+
+
+def test_what_trains_nothing_and_what_is_unfinished_is_refused(site: Path) -> None:
+    run = trained(site)
+    count = make_run(site, "tokenize", {"stage": "tokenize", "name": "demo", "crosscoder": ""})
+    with pytest.raises(UserError, match="trains no crosscoder; name a run of train"):
+        find_subject(count.reference, site)
+    evaluation = evaluated(site, run.path)
+    (evaluation.path / "result.json").unlink()
+    with pytest.raises(UserError, match="a report can be made of it once it has finished"):
+        find_subject(evaluation.reference, site)
+
+
+def test_every_chart_is_one_that_vega_lite_accepts(site: Path) -> None:
+    run = trained(site)
+    evaluated(site, run.path)
+    stored(site, run.path)
+    report(run.reference)
+    specs = embedded((run.path / "report.html").read_text(), "specs")
+    assert list(specs) == ["costs", "explained", "curve-0", "curve-1", "curve-2", "density", "norms", "alone", "profile"]
+    for spec in specs.values():
+        svg = vl_convert.vegalite_to_svg({**spec, "width": 300}, page.VEGALITE_VERSION)
+        assert svg.startswith("<svg")
+
+
+def test_no_text_of_a_document_becomes_part_of_the_page(site: Path) -> None:
+    run = trained(site, CONFIG | {"activations": {"kind": "disk", "path": f"/data/{BAD}"}})
+    evaluated(site, run.path)
+    stored(site, run.path, [BAD, BAD, BAD])
+    report(run.reference, "--inside", "1")
+    html = (run.path / "report.html").read_text()
+    assert html.lower().count("</script") == html.lower().count("<script") == 7
+    assert "<!--" not in html
+    assert "<b>" not in html
+    assert "&lt;/script&gt;" in html  # of the configuration
+    shown = feature_parts.shown(BAD)
+    assert embedded(html, "index")["top"][0] == [shown]
+    assert embedded(html, "inside")["tokens"] == ["a b", shown, "⏎"]
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", html)
+    (part,) = (run.path / "report.files").rglob("*.js")
+    assert "<" not in part.read_text()
+
+
+def test_a_feature_is_the_same_in_the_page_and_in_its_part_beside_it(site: Path) -> None:
+    run = trained(site)
+    features = stored(site, run.path)
+    report(features.reference, "--inside", "1")
+    html = (run.path / "report.html").read_text()
+    inside, beside = embedded(html, "inside"), embedded(html, "beside")
+    (file,) = (run.path / beside["folder"]).iterdir()
+    call = re.fullmatch(r'crosscoderPart\("([0-9a-f]+)", (\d+), (.*)\);\n', file.read_text())
+    assert call is not None
+    assert (call[1], call[2], file.name) == (beside["data"], "0", "00000.js")
+    part = json.loads(call[3])
+    assert list(part["features"]) == ["0", "1", "2"]
+    assert list(inside["features"]) == ["0"]
+    assert part["features"]["0"] == inside["features"]["0"]
+    first = inside["features"]["0"]["contexts"][0]
+    assert first[:5] == [None, 3, 5, 1, 2.0]
+    assert [inside["tokens"][place] for place in first[5]] == ["a b", "zero", "⏎"]
+    assert first[6] == [0, 1000, 250]
+    index = embedded(html, "index")
+    assert (index["density"], index["dead"], index["norms"][1]) == ([0.25, 0.5, 0], [2], [0.5, 0.4, 0.3])
+    assert index["promoted"] == [["up0"], ["up1"], ["up2"]]
+
+
+def test_a_page_written_again_leaves_no_features_of_another_store(site: Path) -> None:
+    run = trained(site)
+    stored(site, run.path)
+    report(run.reference)
+    old = run.path / embedded((run.path / "report.html").read_text(), "beside")["folder"]
+    stored(site, run.path, ["other", "words", "here"])
+    report(stored(site, run.path, ["other", "words", "here"]).reference)
+    new = run.path / embedded((run.path / "report.html").read_text(), "beside")["folder"]
+    assert old != new
+    assert [path.name for path in old.parent.iterdir()] == [new.name]
+
+
+def test_a_page_of_12288_features_stays_under_5_mb_and_holds_the_strongest(tmp_path: Path, library: str) -> None:
+    write_large_store(tmp_path / "features", 12_288, with_contexts=256)
+    store = FeatureStore.open(tmp_path / "features")
+    index, inside = feature_parts.index(store), page.inside(store, 128)
+    assert list(inside["features"]) == [str(feature) for feature in range(128)]
+    assert len(inside["features"]["0"]["contexts"]) == feature_parts.MOST_STRONGEST + 5 * feature_parts.MOST_OF_A_GROUP
+    size = sum(len(text.encode()) for text in (library, feature_parts.script_json(index), feature_parts.script_json(inside)))
+    assert size < 4_500_000  # charts, tables and the record need the rest
+    assert len(page.inside(store, 12_288)["features"]) < 1000  # however many are wished for
+
+
+def test_rows_are_thinned_evenly_with_both_ends() -> None:
+    rows = [{"tokens": number} for number in range(1001)]
+    thinned = [row["tokens"] for row in charts.thin(rows)]
+    assert (len(thinned), thinned[0], thinned[-1]) == (charts.MOST_ROWS, 0, 1000)
+    assert {b - a for a, b in itertools.pairwise(thinned)} == {2, 3}
+
+
+def test_the_cheapest_baseline_is_the_one_to_beat() -> None:
+    replaced = [{"layer": "h.0", "by": by, "source": "h.1", "difference": value} for by, value in COSTS["h.0"].items()]
+    (cost,) = words.layer_costs({"layers": ["h.0"], "replaced": replaced})
+    assert (cost.own, cost.baseline, cost.baseline_cost, cost.is_better) == (0.25, "affine map from h.1", 0.125, False)
+
+
+def test_the_command_is_cheap_until_it_is_used() -> None:
+    program = "import slurm.__main__, slurm.commands.report_commands, slurm.reporting.run_page, sys; "
+    program += "print(sorted({'torch', 'pyarrow', 'numpy', 'jinja2', 'vl_convert'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
