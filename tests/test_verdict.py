@@ -3,10 +3,12 @@
 from typing import Any
 
 import pytest
+import torch
 
-from pipeline.crosscoder.metrics import ReconstructionMetrics
+from pipeline.crosscoder.metrics import FiringCounts, ReconstructionMetrics
 from pipeline.evaluation.measurements import Loss, Measurements
 from pipeline.evaluation.predictions import Stand
+from pipeline.evaluation.threshold_sweep import SweepPoint
 from pipeline.evaluation.verdict import best_of_baselines, compare, number, verdict
 
 RANKS = {"pca": 32, "pca_joint": 40}
@@ -14,21 +16,27 @@ COSTS = {"crosscoder": 0.147, "affine": 0.044, "other_layer": 0.21, "pca": 0.5, 
 EXPLAINED = {"crosscoder": 0.916, "affine": 0.939, "other_layer": 0.79, "pca": 0.92, "random_dictionary": 0.3, "mean": 0.0, "zero": -0.3}
 
 
-def found(costs: dict[str, float], explained: dict[str, float | None]) -> Measurements:
+SWEEP = [SweepPoint(factor, l0, {"h.2": share}) for factor, l0, share in ((1.0, 30.0, 0.916), (0.5, 40.0, 0.936), (0.2, 60.0, 0.946))]
+
+
+def found(costs: dict[str, float], explained: dict[str, float | None], sweep: list[SweepPoint] = SWEEP) -> Measurements:
     """Figures of one layer, `h.2`; what is taken from another is from `h.3`."""
 
     def stand(by: str) -> Stand:
-        return Stand("h.2", by, "h.3" if by.startswith(("affine", "other_layer")) else None)
+        return Stand("h.2", by, "h.3" if by.startswith(("affine", "other_layer")) else "one-each" if by == "compared" else None)
 
     losses = {stand(by): Loss(1.8 + cost, cost, cost, None, None) for by, cost in costs.items()}
     empty = ReconstructionMetrics(*[None] * len(ReconstructionMetrics._fields))
     rows = {stand(by): empty._replace(explained_variance=value) for by, value in explained.items()}
     others: dict[str, Any] = dict.fromkeys(Measurements._fields)
+    firing = FiringCounts(2, torch.device("cpu"))
+    firing.add(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    others |= {"compared_firing": {"one-each": firing}, "compared_kinds": {"one-each": "sparse autoencoders a layer"}, "sweep": sweep}
     return Measurements(**{**others, "layers": ["h.2"], "losses": losses, "reconstruction": rows})
 
 
 def test_the_verdict_names_the_strongest_baseline_and_what_is_beaten() -> None:
-    first, second, third = verdict(found(COSTS, EXPLAINED), ranks=RANKS, ranks_needed=[105])
+    first, second, third, fourth = verdict(found(COSTS, EXPLAINED), ranks=RANKS, ranks_needed=[105])
     assert first == (
         "h.2: WORSE than the strongest baseline by nats: the crosscoder costs 0.1470, an affine map from h.3 0.0440. It beats h.3 as it "
         "is, PCA of rank 32, the mean and zeros; not an affine map from h.3."
@@ -38,6 +46,29 @@ def test_the_verdict_names_the_strongest_baseline_and_what_is_beaten() -> None:
         "random dictionary, the mean and zeros; not an affine map from h.3 and PCA of rank 32."
     )
     assert third == "  A PCA explains as much from rank 105 on."
+    # 0.939 is 0.3 of the way from 0.936 at 40 to 0.946 at 60.
+    assert fourth == "  With its thresholds moved it would explain more than an affine map from h.3 (0.9390) at L0 46.0."
+
+
+def test_at_which_l0_it_would_be_better_or_that_it_would_be_at_none() -> None:
+    def last(sweep: list[SweepPoint], affine: float = 0.95) -> str:
+        return verdict(found(COSTS, EXPLAINED | {"affine": affine}, sweep), ranks=RANKS, ranks_needed=[None])[-1]
+
+    falling = [*SWEEP, SweepPoint(0.1, 90.0, {"h.2": 0.7})]
+    assert last(falling) == (
+        "  With its thresholds lowered it explains more than an affine map from h.3 (0.9500) at no L0 up to 90.0: it explains most, "
+        "0.9460, at L0 60.0."
+    )
+    own = last(SWEEP[:1])
+    assert own == "  It has no thresholds to lower, so it explains more than an affine map from h.3 at no L0 up to its own, 30.0."
+    assert last(SWEEP, 0.0).endswith("than PCA of rank 32 (0.9200) at L0 32.0."), "another is the strongest then"
+
+
+def test_another_run_is_named_as_what_it_is() -> None:
+    explained = EXPLAINED | {"compared": 0.95}
+    first, second, *_ = verdict(found(COSTS | {"compared": 0.01}, explained), ranks=RANKS, ranks_needed=[None])
+    assert "costs 0.1470, one-each (sparse autoencoders a layer, L0 1.50) 0.0100." in first
+    assert "that of one-each (sparse autoencoders a layer, L0 1.50) 0.9500." in second
 
 
 def test_a_crosscoder_that_beats_all_is_called_better() -> None:
@@ -58,7 +89,7 @@ def test_nats_and_explained_variance_may_name_different_baselines() -> None:
 
 
 def test_one_that_beats_nothing_says_so() -> None:
-    first, second = verdict(found(COSTS | {"crosscoder": 9.0}, EXPLAINED | {"crosscoder": -1.0}), ranks=RANKS, ranks_needed=[None])
+    first, second, _ = verdict(found(COSTS | {"crosscoder": 9.0}, EXPLAINED | {"crosscoder": -1.0}), ranks=RANKS, ranks_needed=[None])
     assert first.endswith("It beats none.")
     assert second.endswith("It beats none.")
 

@@ -42,6 +42,9 @@ class InferenceForm(NamedTuple):
 class ActivationFunction(nn.Module):
     """One kind, with the parameters and buffers that it owns."""
 
+    has_thresholds = False
+    """Whether its inference form has positive thresholds, whose size decides how many features fire."""
+
     def fire(self, pre_BF: Tensor, norms_F: Tensor, b_enc_F: Tensor, values: StepValues, smallest_rank: Tensor | None) -> Fired:
         """The features as in training.
 
@@ -82,6 +85,7 @@ class ReluFunction(ActivationFunction):
 class RankedFunction(ActivationFunction):
     """Features compete by rank in training; a running average of the smallest rank that fired is the threshold at inference."""
 
+    has_thresholds = True
     threshold: Tensor
     num_threshold_updates: Tensor
 
@@ -144,6 +148,8 @@ class BatchTopkFunction(RankedFunction):
 
 
 class JumpReluFunction(ActivationFunction):
+    has_thresholds = True
+
     def __init__(self, settings: JumpRelu, num_features: int) -> None:
         super().__init__()
         # The logarithm keeps thresholds positive.

@@ -87,9 +87,13 @@ class Crosscoder(nn.Module):
 
     def encode(self, acts_BLD: Tensor) -> Tensor:
         """features_BF at inference: each position alone, by the thresholds that training learned or estimated."""
-        gain_F, shift_F, threshold_F = self.inference_form()
-        value_BF = self.pre_activations(acts_BLD, self.W_enc_LDF) * gain_F + shift_F
+        value_BF, threshold_F = self.values_and_thresholds(acts_BLD)
         return torch.where(value_BF > threshold_F, value_BF, 0.0)
+
+    def values_and_thresholds(self, acts_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, F] and [F]: each feature's activation if it fires, and what that must be above for it to fire, at inference."""
+        gain_F, shift_F, threshold_F = self.inference_form()
+        return self.pre_activations(acts_BLD, self.W_enc_LDF) * gain_F + shift_F, threshold_F
 
     def encode_as_trained(self, acts_BLD: Tensor) -> Tensor:
         """features_BF as they fire in training: where features compete, against the rest of this batch, `k` as it is at the end."""

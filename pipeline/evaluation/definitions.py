@@ -67,7 +67,8 @@ DEFINITIONS = {
     # -- what stands in
     "crosscoder": "a layer's activations replaced by their reconstructions, from one encode of all layers of the clean run",
     "dense_path": "the crosscoder's dense path and bias alone, every feature at zero",
-    "compared": "another trained crosscoder (`source`), encoded from its own layers",
+    "compared": "another trained crosscoder (`source`), encoded from its own layers, on the same positions; one whose groups each read "
+    "and write a single layer is a sparse autoencoder for each, whose L0 is counted over all of them",
     "mean": "the layer's mean over the held-out positions in place of its activations",
     "zero": "zeros in place of a layer's activations",
     "affine": "x_hat = W x_m + b from another layer m (`source`): least squares on the fitting rows with a ridge of "
@@ -90,6 +91,10 @@ DEFINITIONS = {
     "pca_rank_needed": "the least rank at which the layer's principal directions explain as much on the fitting rows as the crosscoder "
     "on the held-out ones",
     "forward_passes": "runs of the language model a batch",
+    # -- at other L0s
+    "threshold_factor": "what the crosscoder's thresholds are multiplied by, all else as it is; 1 is the crosscoder as it was trained. "
+    "L0 and explained variance of each point are of the same held-out positions. There is no other factor where there are no thresholds "
+    "(ReLU, gated)",
     # -- what drives features
     "features": "features that fire on the held-out text and that some layer drives",
     "drop": "share of a feature's activation, summed over its firings, that goes when this layer's mean stands in place of its activation "

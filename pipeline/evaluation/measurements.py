@@ -33,6 +33,7 @@ from pipeline.evaluation.driving import Driving
 from pipeline.evaluation.held_out import HeldOutBatch
 from pipeline.evaluation.outliers import FEW, HeldOutMoments, LayerOutliers
 from pipeline.evaluation.predictions import ReplacedPredictions, Stand
+from pipeline.evaluation.threshold_sweep import SweepPoint, ThresholdSweep
 from pipeline.interventions import clean_run, put
 from pipeline.language_model import LanguageModel
 from pipeline.run import Run
@@ -58,6 +59,21 @@ class Compared(NamedTuple):
     label: str
     trained: TrainedCrosscoder
 
+    @property
+    def kind(self) -> str:
+        """What it is, by what its features read and write."""
+        groups = self.trained.crosscoder.groups
+        if len(self.trained.layers) == 1:
+            return "a sparse autoencoder"
+        if groups is None:
+            return "a crosscoder"
+        reads_FL, writes_FL = groups.reads_FL, groups.writes_FL
+        if bool((writes_FL.sum(1) == 1).all()) and torch.equal(reads_FL, writes_FL):
+            return "sparse autoencoders a layer"
+        if not bool((reads_FL * writes_FL).any()):
+            return "a transcoder"
+        return "a crosscoder in groups"
+
 
 class Measurements(NamedTuple):
     layers: list[str]
@@ -71,6 +87,9 @@ class Measurements(NamedTuple):
     firing: FiringCounts
     l0_as_trained: float | None
     compared_firing: dict[str, FiringCounts]
+    compared_kinds: dict[str, str]
+    sweep: list[SweepPoint]
+    """Of the crosscoder at other thresholds, from the lowest L0 on."""
     outliers: list[LayerOutliers]
     reconstruction: dict[Stand, ReconstructionMetrics]
     clean_cross_entropy: float
@@ -86,6 +105,7 @@ class Measurement:
     moments : from a pass over the same contexts.
     baselines : fitted on other contexts.
     compared : other crosscoders of the same model; what they read beyond this one's layers is read too.
+    fit_sample_NLD : rows of the crosscoder's layers that baselines were fitted on; the sweep's factors are chosen on them.
     spliced_baselines : so many of the baselines are spliced in at each layer.
     seed : of the division of positions among layers.
     """
@@ -99,6 +119,7 @@ class Measurement:
         baselines: list[Approximation],
         compared: list[Compared],
         *,
+        fit_sample_NLD: Tensor,
         spliced_baselines: int,
         seed: int,
     ) -> None:
@@ -108,6 +129,8 @@ class Measurement:
         device = language_model.device
         self._firing = FiringCounts(trained.num_features, device)
         self._compared_firing = {run.label: FiringCounts(run.trained.num_features, device) for run in compared}
+        self._compared_kinds = {run.label: run.kind for run in compared}
+        self._sweep = ThresholdSweep(trained, self._targets, fit_sample_NLD)
         self._as_trained = EncodingAsTrained(trained, trained.batch_positions, device)
         self._driving = Driving(trained, moments.inliers.mean_LD)
         self._distances = Medians(len(self._layers), device)
@@ -161,6 +184,7 @@ class Measurement:
         self._as_trained.add(acts_NXD[:, : len(self._layers)])
         norms = squared_norms(acts_NXD[:, : len(self._layers)], self._moments.inliers.mean_LD)
         self._distances.add(norms.centered_BL.sqrt())
+        self._sweep.add(acts_NXD[:, : len(self._layers)], norms.centered_BL)
         parts_BS = self._parts(batch)
         strongest: dict[str, Tensor] = {}
         for index, (approximation, sums) in enumerate(zip(self._approximations, self._sums, strict=True)):
@@ -211,6 +235,8 @@ class Measurement:
             firing=self._firing,
             l0_as_trained=self._as_trained.l0(),
             compared_firing=self._compared_firing,
+            compared_kinds=self._compared_kinds,
+            sweep=self._sweep.results(),
             outliers=self._moments.by_layer(self._layers, self._limits, self._distances.share_of_greatest(FEW)),
             reconstruction=reconstruction,
             clean_cross_entropy=self._predictions.clean.cross_entropy,

@@ -77,9 +77,12 @@ def as_json(evaluation: Evaluation, inputs: dict[str, str]) -> Json:
         "replaced": [{**stand._asdict(), **loss._asdict()} for stand, loss in found.losses.items()],
         "baselines": _baselines(evaluation),
         "driving": _driving(evaluation),
+        "threshold_sweep": [point._asdict() for point in found.sweep],
         "compared": [
-            {"source": run.label, "identity": run.trained.identity, "layers": run.trained.layers, "num_features": run.trained.num_features,
-             "l0": found.compared_firing[run.label].l0}
+            {
+                "source": run.label, "kind": run.kind, "identity": run.trained.identity, "layers": run.trained.layers,
+                "num_features": run.trained.num_features, "l0": found.compared_firing[run.label].l0,
+            }
             for run in evaluation.compared
         ],
         "definitions": DEFINITIONS,
@@ -196,8 +199,7 @@ def _summary(evaluation: Evaluation) -> list[str]:
     if numbers["functional_coherence"] is not None:
         lines.append(f"a feature is driven by {numbers['layers_driving']:.2f} of {len(trained.layers)} layers (mean over those that fire)")
     if found.compared_firing:
-        firing = ", ".join(f"{label} {counts.l0 or 0:.2f}" for label, counts in found.compared_firing.items())
-        lines.append(f"compared with other crosscoders, of L0 {firing}")
+        lines.append(f"compared with {', '.join(verdict.compared_run(found, label) for label in found.compared_firing)}")
     return [part for line in lines for part in _wrapped(line)]
 
 

@@ -12,7 +12,7 @@ from pipeline.evaluation.driving import DrivingLayers
 from pipeline.evaluation.measurements import JOINT, MEAN_OVER_LAYERS, SPLIT, Loss, Measurements
 from pipeline.evaluation.outliers import FEW, LayerOutliers
 from pipeline.evaluation.predictions import Stand
-from pipeline.evaluation.verdict import ORDER, number
+from pipeline.evaluation.verdict import ORDER, compared_run, number
 
 WIDTH = 100
 
@@ -68,7 +68,8 @@ def _reconstruction(found: Measurements, layers: list[str]) -> str:
     for name, heading in {JOINT: "all layers jointly", MEAN_OVER_LAYERS: "mean over layers"}.items():
         rows = {stand: row for stand, row in found.reconstruction.items() if stand.layer == name and stand.by in _IN_ALL_LAYERS}
         _section(table, heading, rows, _RECONSTRUCTION_COLUMNS)
-    return _text(table) + _NOTES
+    runs = [f"{compared_run(found, label)}: another run\n" for label in found.compared_firing]
+    return _text(table) + _NOTES + "".join(runs)
 
 
 def _cross_entropy(found: Measurements, layers: list[str]) -> str:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from pipeline.evaluation.measurements import Measurements
 from pipeline.evaluation.predictions import Stand
+from pipeline.evaluation.threshold_sweep import crossing
 
 ORDER = ["crosscoder", "dense_path", "compared", "affine_all", "affine", "other_layer_matched", "other_layer"]
 ORDER += ["pca", "pca_joint", "random_dictionary", "strongest_baseline", "mean", "zero"]
@@ -37,28 +38,36 @@ def verdict(found: Measurements, *, ranks: dict[str, int], ranks_needed: list[in
         sentences += [_cost(layer, by_nats), _variance(by_variance)]
         if needed is not None:
             sentences.append(f"  A PCA explains as much from rank {needed:,} on.")
+        if by_variance.best is not None and not by_variance.is_better:
+            sentences += _at_other_l0(found, layer, by_variance.best)
     return sentences
 
 
 def compare(found: Measurements, layer: str, ranks: dict[str, int]) -> tuple[LayerVerdict, LayerVerdict]:
     """By what the replacement costs in nats, and by explained variance."""
     losses = {stand: loss for stand, loss in found.losses.items() if stand.layer == layer}
-    nats = _compare({stand: loss.difference for stand, loss in losses.items()}, layer, ranks, lambda own, other: own < other)
+
+    def phrase(stand: Stand) -> str:
+        return name(stand, ranks) if stand.by != "compared" else compared_run(found, str(stand.source))
+
+    nats = _compare({stand: loss.difference for stand, loss in losses.items()}, layer, phrase, lambda own, other: own < other)
     explained = {stand: row.explained_variance for stand, row in found.reconstruction.items() if stand.layer == layer}
     known = {stand: value for stand, value in explained.items() if value is not None}
-    return nats, _compare(known, layer, ranks, lambda own, other: own > other)
+    return nats, _compare(known, layer, phrase, lambda own, other: own > other)
 
 
-def _compare(figures: dict[Stand, float], layer: str, ranks: dict[str, int], beats: Callable[[float, float], bool]) -> LayerVerdict:
+def _compare(
+    figures: dict[Stand, float], layer: str, phrase: Callable[[Stand], str], beats: Callable[[float, float], bool]
+) -> LayerVerdict:
     own = figures.get(Stand(layer, "crosscoder"), 0.0)
     others = [(stand, value) for stand, value in figures.items() if stand.by not in ("crosscoder", "dense_path")]
     others.sort(key=lambda item: ORDER.index(item[0].by))
     best: tuple[str, float] | None = None
     for stand, value in others:
         if best is None or beats(value, best[1]):
-            best = (name(stand, ranks), value)
-    beaten = [name(stand, ranks) for stand, value in others if beats(own, value)]
-    not_beaten = [name(stand, ranks) for stand, value in others if not beats(own, value)]
+            best = (phrase(stand), value)
+    beaten = [phrase(stand) for stand, value in others if beats(own, value)]
+    not_beaten = [phrase(stand) for stand, value in others if not beats(own, value)]
     return LayerVerdict(own, best, beaten, not_beaten)
 
 
@@ -77,6 +86,21 @@ def _variance(found: LayerVerdict) -> str:
     return start + _list(found)
 
 
+def _at_other_l0(found: Measurements, layer: str, best: tuple[str, float]) -> list[str]:
+    """At what L0 the crosscoder would explain more than the strongest baseline, by the sweep over its thresholds."""
+    met, (phrase, share) = crossing(found.sweep, layer, best[1]), best
+    if met is None:
+        return []
+    if len(found.sweep) == 1:
+        return [f"  It has no thresholds to lower, so it explains more than {phrase} at no L0 up to its own, {met.highest_l0:.1f}."]
+    if met.l0 is None:
+        most = f"it explains most, {number(met.best)}, at L0 {met.best_l0:.1f}"
+        return [
+            f"  With its thresholds lowered it explains more than {phrase} ({number(share)}) at no L0 up to {met.highest_l0:.1f}: {most}."
+        ]
+    return [f"  With its thresholds moved it would explain more than {phrase} ({number(share)}) at L0 {met.l0:.1f}."]
+
+
 def _list(found: LayerVerdict) -> str:
     if not found.beaten:
         return "It beats none."
@@ -89,8 +113,13 @@ def _and(names: list[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
+def compared_run(found: Measurements, label: str) -> str:
+    """`per-layer (sparse autoencoders a layer, L0 31.40)`."""
+    return f"{label} ({found.compared_kinds[label]}, L0 {found.compared_firing[label].l0 or 0:.2f})"
+
+
 def name(stand: Stand, ranks: dict[str, int]) -> str:
-    """A stand-in as a phrase."""
+    """A stand-in that is no other run, as a phrase."""
     phrases = {
         "affine": f"an affine map from {stand.source}",
         "affine_all": "an affine map from all other layers",
@@ -101,7 +130,6 @@ def name(stand: Stand, ranks: dict[str, int]) -> str:
         "random_dictionary": "a random dictionary",
         "mean": "the mean",
         "zero": "zeros",
-        "compared": f"{stand.source}",
     }
     return phrases[stand.by]
 

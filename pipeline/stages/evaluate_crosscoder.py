@@ -194,6 +194,7 @@ def evaluate(
         moments,
         baselines,
         compared,
+        fit_sample_NLD=fitted.sample_NLD,
         spliced_baselines=config.spliced_baselines,
         seed=config.seed,
     )
