@@ -156,6 +156,18 @@ def test_a_stream_that_goes_on_keeps_the_limits_that_it_began_with(inputs, tmp_p
     assert_same(read(streamed(inputs, tmp_path)), read(first))
 
 
+def test_a_stream_that_goes_on_has_the_statistics_that_it_began_with_and_computes_none(inputs, tmp_path, monkeypatch):
+    first = streamed(inputs, tmp_path).statistics
+    others = {"seed": 8}, {"outlier_norm_ratio": None}
+    recomputed = [streamed(inputs, tmp_path / f"other-{number}", **change).statistics for number, change in enumerate(others)]
+    monkeypatch.setattr(Harvester, "rows", lambda *_: pytest.fail("the model was run"))
+    again = streamed(inputs, tmp_path).statistics
+    assert again.to_json() == first.to_json()
+    assert all(statistics.to_json() != first.to_json() for statistics in recomputed)
+    with pytest.raises(pytest.fail.Exception, match="the model was run"):  # what lies there is of other rows
+        _ = streamed(inputs, tmp_path, seed=8).statistics
+
+
 def test_settings_of_what_is_left_out_are_part_of_the_identity(inputs, tmp_path):
     changes = [{}, {"outlier_norm_ratio": 9.0}, {"outlier_norm_ratio": None}, {"exclude_token_ids": [1]}]
     ids = {streamed(inputs, tmp_path / str(number), **change).data_id for number, change in enumerate(changes)}

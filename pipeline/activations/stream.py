@@ -23,6 +23,8 @@ from pipeline.tokens import TokenSet
 
 OUTLIER_NORMS = "outlier_norms.json"
 """In the run directory: above which norms positions are left out, a layer each."""
+STATISTICS = "statistics.json"
+"""The same of the layers' moments, and what they are of."""
 
 
 class ActivationStream:
@@ -72,7 +74,21 @@ class ActivationStream:
 
     @functools.cached_property
     def statistics(self) -> LayerStatistics:
-        """Of the leading contexts of the order, as many as it takes for two halves to agree; computed when first asked for."""
+        """Of the leading contexts of the order, as many as it takes for two halves to agree; computed when first asked for.
+
+        A run that goes on has them from the run directory.
+        """
+        path = self._run.directory / STATISTICS
+        made_from = {"activations_id": self.data_id, "statistics_contexts": self._config.statistics_contexts}
+        if path.exists():
+            saved = records.read_json(path)
+            if {key: saved.get(key) for key in made_from} == made_from:
+                return LayerStatistics.from_json(saved["statistics"])
+        statistics = self._estimated()
+        records.write_json(path, {**made_from, "statistics": statistics.to_json()})
+        return statistics
+
+    def _estimated(self) -> LayerStatistics:
         order = self._harvester.order
         limit = min(self._config.statistics_contexts, order.num_contexts)
         halves = Halves(*self._harvester.row_shape)

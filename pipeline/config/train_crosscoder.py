@@ -146,6 +146,7 @@ class TrainConfig(StageConfig):
         "peak_memory_gib",
         "checkpoint",
         "activations_id",
+        "left_out",
     )
     stage: Literal["train"] = "train"
     activations: ActivationSourceConfig
