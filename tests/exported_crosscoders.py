@@ -41,10 +41,12 @@ def activations(num_positions: int = 300) -> Tensor:
     return random_activations(num_positions) * torch.tensor([1.0, 10.0])[:, None]
 
 
-def write_run(directory: Path, kind: str, change: Callable[[Crosscoder], object] = lambda crosscoder: None) -> Path:
+def write_run(
+    directory: Path, kind: str, change: Callable[[Crosscoder], object] = lambda crosscoder: None, *, layers: list[str] = LAYERS
+) -> Path:
     """A run directory with one checkpoint of a crosscoder of that kind, every weight drawn, then changed; gives the run directory."""
     config = build(CrosscoderConfig, {"num_features": NUM_FEATURES, **KINDS[kind]}, "test")
-    crosscoder = Crosscoder(config, layers=LAYERS, d_model=6, seed=0)
+    crosscoder = Crosscoder(config, layers=layers, d_model=6, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in crosscoder.parameters():
@@ -55,8 +57,8 @@ def write_run(directory: Path, kind: str, change: Callable[[Crosscoder], object]
             if name.endswith("log_threshold_F"):
                 tensor.sub_(1.0)
         change(crosscoder)
-    normalizer = Normalizer.from_statistics(MemorySource(activations()).statistics, config.normalization)
+    normalizer = Normalizer.from_statistics(MemorySource(activations()[:, : len(layers)]).statistics, config.normalization)
     since_F = torch.zeros(NUM_FEATURES, dtype=torch.int64)
-    part = crosscoder_part(crosscoder, normalizer, since_F, config, {"layers": LAYERS, **FACTS})
+    part = crosscoder_part(crosscoder, normalizer, since_F, config, {"layers": layers, **FACTS})
     checkpoint_files.write(directory / "checkpoints", 7, {"crosscoder": part, "training": Part({"counter": torch.zeros(1)}, {})})
     return directory

@@ -1,4 +1,4 @@
-"""Run by an interpreter that has dictionary_learning: reads an export as its card says, and writes what the library computes.
+"""Run by an interpreter that has sae-lens and dictionary_learning: reads an export as its card says, and writes what the library computes.
 
 python read_in_their_libraries.py LAYOUT DIRECTORY ACTIVATIONS.safetensors OUTPUT.safetensors
 """
@@ -23,7 +23,13 @@ def by_dictionary_learning(directory: str, acts_NLD: torch.Tensor) -> tuple[torc
     return features_NF / scale_F, x_NLD
 
 
-READERS = {"dictionary_learning": by_dictionary_learning}
+def by_sae_lens(directory: str, acts_NLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    sae = importlib.import_module("sae_lens").SAE.load_from_disk(f"{directory}/crosscoder")
+    features_NF = sae.encode(acts_NLD.flatten(-2))
+    return features_NF, sae(acts_NLD.flatten(-2)).unflatten(-1, acts_NLD.shape[1:])
+
+
+READERS = {"sae_lens": by_sae_lens, "dictionary_learning": by_dictionary_learning}
 
 
 if __name__ == "__main__":

@@ -62,6 +62,28 @@ def by_plain_tensors(directory: Path, acts_NLD: Array) -> tuple[Array, Array]:
     return features_NF, x_NLD
 
 
+def by_sae_lens(directory: Path, acts_NLD: Array) -> tuple[Array, Array]:
+    """What its autoencoders and transcoders compute of vectors that are the layers one after another."""
+    config = json.loads((directory / "crosscoder/cfg.json").read_text())
+    weights = safetensors.numpy.load_file(directory / "crosscoder/sae_weights.safetensors")
+    t = {name: tensor.astype(np.float64) for name, tensor in weights.items()}
+    assert ("jumprelu" in config["architecture"], "skip" in config["architecture"]) == ("threshold" in t, "W_skip" in t)
+    assert (config["d_in"], config["d_sae"], config["apply_b_dec_to_input"]) == (*t["W_enc"].shape, False)
+    x_NC = np.concatenate([acts_NLD[:, layer] for layer in range(acts_NLD.shape[1])], axis=1)
+    value_NF = x_NC @ t["W_enc"] + t["b_enc"]
+    features_NF = np.maximum(value_NF, 0.0) * (value_NF > t.get("threshold", 0.0))
+    found_NC = features_NF @ t["W_dec"] + t["b_dec"] + (x_NC @ t["W_skip"].T if "W_skip" in t else 0.0)
+    return features_NF, np.stack(np.split(found_NC, acts_NLD.shape[1], axis=1), axis=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sae_lens_files_compute_what_the_crosscoder_does(kind: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", kind)
+    acts_NLD, features_NF, x_NLD = expected(run)
+    export(run, tmp_path / "out", to="sae_lens")
+    check_same(by_sae_lens(tmp_path / "out", acts_NLD), features_NF, x_NLD)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_tensors_compute_what_the_crosscoder_does(kind: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", kind)
@@ -161,6 +183,25 @@ def test_the_card_tells_the_hub_and_a_reader_what_it_is_but_no_path(tmp_path: Pa
         assert identity in text
     assert "/home" not in text
     assert str(tmp_path) not in text
+
+
+def test_a_crosscoder_of_one_layer_names_the_place_that_sae_lens_hooks_into(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "jump_relu", layers=["transformer.h.7.mlp_output"])
+    (run / "config.yaml").write_text(yaml.safe_dump({"activations": {"language_model": {"model": "gpt2"}}}))
+    export(run, tmp_path / "out", to="sae_lens")
+    metadata = json.loads((tmp_path / "out/crosscoder/cfg.json").read_text())["metadata"]
+    assert (metadata["hook_name"], metadata["model_name"]) == ("blocks.7.hook_mlp_out", "gpt2")
+    assert "from_pretrained_no_processing" in card_of(tmp_path / "out")[1]
+
+
+def test_a_card_of_several_models_names_them_all(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "relu", layers=["base/transformer.h.2", "chat/transformer.h.2"])
+    models = {"base": {"model": "org/base"}, "chat": {"model": "org/chat", "revision": "v1"}}
+    (run / "config.yaml").write_text(yaml.safe_dump({"activations": {"language_models": models}}))
+    export(run, tmp_path / "out", to="sae_lens")
+    front, text = card_of(tmp_path / "out")
+    assert front["base_model"] == ["org/base", "org/chat"]
+    assert "`base/transformer.h.2`, `chat/transformer.h.2` of org/base and org/chat@v1" in text
 
 
 def test_a_card_names_no_language_model_that_is_a_directory_and_no_license_that_nobody_gave(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from exported_crosscoders import write_run
 
 from pipeline import records
 from pipeline.config.errors import UserError
+from pipeline.exchange.export_crosscoder import LAYOUTS
 from slurm.commands.command_line import build_app
+from slurm.commands.exchange_commands import Layout
 from slurm.record import run_directory
 from slurm.record.run_directory import RunDirectory
 
@@ -62,6 +64,10 @@ def test_what_can_t_be_exported_is_said_in_a_sentence(tmp_path: Path, monkeypatc
     found = exported(runs, monkeypatch, "evaluate/demo", str(tmp_path / "out"), "--to", "safetensors").exception
     assert isinstance(found, UserError)
     assert "is a run of evaluate, which leaves no crosscoder; name a run of train" in str(found)
+
+
+def test_the_command_offers_every_layout() -> None:
+    assert sorted(Layout) == sorted(LAYOUTS)
 
 
 def test_the_command_loads_no_torch() -> None:

@@ -1,7 +1,7 @@
 """Exports read by the real libraries, in an interpreter that has them; left out where there is none.
 
 To run it: a virtual environment with torch, and in it
-    pip install git+https://github.com/science-of-finetuning/dictionary_learning
+    pip install sae-lens git+https://github.com/science-of-finetuning/dictionary_learning
 then `PYTEST_THEIR_LIBRARIES=path/to/venv/bin/python pytest tests/test_their_libraries.py`.
 """
 
@@ -19,9 +19,11 @@ from pipeline.exchange.export_crosscoder import export
 
 INTERPRETER = os.environ.get("PYTEST_THEIR_LIBRARIES")
 READER = Path(__file__).parent / "read_in_their_libraries.py"
-CASES = [("dictionary_learning", kind) for kind in KINDS if kind not in ("dense", "gated")]
+CASES = [("dictionary_learning", kind) for kind in KINDS if kind not in ("dense", "gated")] + [("sae_lens", kind) for kind in KINDS]
 
-pytestmark = pytest.mark.skipif(INTERPRETER is None, reason="PYTEST_THEIR_LIBRARIES names no interpreter with dictionary_learning")
+pytestmark = pytest.mark.skipif(
+    INTERPRETER is None, reason="PYTEST_THEIR_LIBRARIES names no interpreter with sae-lens and dictionary_learning"
+)
 
 
 @pytest.mark.parametrize(("layout", "kind"), CASES)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline import records
 from pipeline.config.errors import UserError
-from pipeline.crosscoder.folding import Folded
+from pipeline.exchange.exported import Exported
 from pipeline.exchange.tensor_file import write_tensors
 
 NO_NORMALIZATION = 4
@@ -27,18 +27,18 @@ UNREACHED = 1e-30
 features are ranked by its norm."""
 
 
-def write(directory: Path, folded: Folded, k: int | None) -> list[str]:
+def write(directory: Path, exported: Exported) -> list[str]:
     """Writes the two files; gives sentences that whoever reads them has to know.
 
-    folded : in float64.
-    k : features that fire at a position in training, which the library uses only where it is told to ignore the threshold.
-    Raises `UserError` for what the layout can't hold: a dense path, and thresholds of which only some are 0.
+    k, which the library uses only where it is told to ignore the threshold, is 0 where training had none. Raises `UserError` for what
+    the layout can't hold: a dense path, and thresholds of which only some are 0.
     """
+    folded, k = exported.folded, exported.k
     if folded.dense_read_CR is not None:
         rank = folded.dense_read_CR.shape[1]
         raise UserError(
             f"this crosscoder has a dense path of rank {rank} beside its features, which dictionary_learning has no place for; "
-            "export it to safetensors"
+            "export it to sae_lens or safetensors"
         )
     num_layers, d_model, num_features = folded.W_enc_LDF.shape
     arguments = {"activation_dim": d_model, "dict_size": num_features, "num_layers": num_layers, "code_normalization": "NONE"}
@@ -73,15 +73,10 @@ def write(directory: Path, folded: Folded, k: int | None) -> list[str]:
     return remarks
 
 
-def class_of(folded: Folded) -> str:
-    """The library's class that reads the files."""
-    return "BatchTopKCrossCoder" if bool((folded.threshold_F > 0).any()) else "CrossCoder"
-
-
-def loading(folded: Folded) -> str:
+def loading(exported: Exported) -> str:
     """How to load the files, as Python."""
-    name = class_of(folded)
-    num_layers, d_model, _ = folded.W_enc_LDF.shape
+    name = "CrossCoder" if exported.fires_from_0 else "BatchTopKCrossCoder"
+    num_layers, d_model, _ = exported.folded.W_enc_LDF.shape
     return f"""\
 # pip install git+https://github.com/science-of-finetuning/dictionary_learning
 # (the package of that name on PyPI has no crosscoders)
@@ -101,7 +96,7 @@ def _one_threshold(threshold_F: Tensor) -> tuple[float | None, Tensor]:
         some, none = int(positive_F.nonzero()[0]), int((~positive_F).nonzero()[0])
         raise UserError(
             f"feature {none} fires from 0 on and feature {some} from {threshold_F[some].item():.4g}, but dictionary_learning has one "
-            "threshold for all features; export this crosscoder to safetensors"
+            "threshold for all features; export this crosscoder to sae_lens or safetensors"
         )
     # The median: a number that float32 has, and most features keep their order of magnitude.
     chosen = threshold_F.float().median()

@@ -21,8 +21,9 @@ from pipeline import records
 from pipeline.config import yaml_file
 from pipeline.config.errors import UserError
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder, load_crosscoder
-from pipeline.crosscoder.folding import Folded, fold
-from pipeline.exchange import dictionary_learning, plain_tensors
+from pipeline.crosscoder.folding import fold
+from pipeline.exchange import dictionary_learning, plain_tensors, sae_lens
+from pipeline.exchange.exported import Exported
 from pipeline.exchange.model_card import Card, model_card
 
 EXPORT_FORMAT = "exported-crosscoder/1"
@@ -33,14 +34,15 @@ class Layout(NamedTuple):
 
     library: str
     """As the hub names it."""
-    write: Callable[[Path, Folded, int | None], list[str]]
+    write: Callable[[Path, Exported], list[str]]
     """Writes them into a directory; gives sentences that whoever reads them has to know."""
-    loading: Callable[[Folded], str]
+    loading: Callable[[Exported], str]
     """Python that loads them."""
 
 
 LAYOUTS = {
     "dictionary_learning": Layout("dictionary_learning", dictionary_learning.write, dictionary_learning.loading),
+    "sae_lens": Layout("saelens", sae_lens.write, sae_lens.loading),
     "safetensors": Layout("safetensors", plain_tensors.write, plain_tensors.loading),
 }
 
@@ -54,16 +56,17 @@ def export(checkpoint: Path, output: Path, *, to: str, evaluation: Path | None =
     trained = load_crosscoder(checkpoint)
     layout = LAYOUTS[to]
     folded = fold(trained.crosscoder, trained.normalizer, torch.float64)
+    exported = Exported(trained, folded, _language_models(_run_of(checkpoint), evaluation))
     with _new_directory(output) as directory:
-        remarks = [*layout.write(directory, folded, getattr(trained.config.activation_function, "k", None)), *_of_layers(trained)]
+        remarks = [*layout.write(directory, exported), *_of_layers(trained)]
         records.write_json(directory / "export.json", _facts(trained, to))
         card = Card(
             library=layout.library,
-            loading=layout.loading(folded),
+            loading=layout.loading(exported),
             remarks=remarks,
             training=_configuration(_run_of(checkpoint)),
             metrics=None if evaluation is None else records.read_json(evaluation / "metrics.json"),
-            language_model=_language_model(_run_of(checkpoint), evaluation),
+            language_models=list(exported.language_models.values()),
             license=license,
         )
         (directory / "README.md").write_text(model_card(trained, card), encoding="utf-8")
@@ -101,20 +104,24 @@ def _configuration(run: Path) -> dict[str, Any]:
     return yaml_file.read(path) if path.exists() else {}
 
 
-def _language_model(run: Path, evaluation: Path | None) -> str | None:
-    """The name on the hub of the language model in the configuration of either run; None where they name a directory, or none."""
+def _language_models(run: Path, evaluation: Path | None) -> dict[str, str]:
+    """Of `Exported`: what the configuration of either run names; empty where that is a directory, or nothing."""
     configurations = [_configuration(directory) for directory in (run, evaluation) if directory is not None]
-    groups = [c.get(key) for c in configurations for key in ("activations", "held_out")] + configurations
-    for group in groups:
-        named = group.get("language_model") if isinstance(group, dict) else None
-        if isinstance(named, dict) and _is_on_the_hub(str(named.get("model", ""))):
-            revision = named.get("revision")
-            return f"{named['model']}@{revision}" if revision else str(named["model"])
-    return None
+    for group in [c.get(key) for c in configurations for key in ("activations", "held_out")] + configurations:
+        if not isinstance(group, dict):
+            continue
+        named = group.get("language_models") or {"": group.get("language_model")}
+        found = {name: _on_the_hub(model) for name, model in named.items() if isinstance(model, dict)}
+        if known := {name: model for name, model in found.items() if model is not None}:
+            return known
+    return {}
 
 
-def _is_on_the_hub(name: str) -> bool:
-    return bool(name) and not name.startswith(("/", ".", "~")) and name != "demo"
+def _on_the_hub(model: dict[str, Any]) -> str | None:
+    name, revision = str(model.get("model", "")), model.get("revision")
+    if not name or name.startswith(("/", ".", "~")) or name == "demo":
+        return None
+    return f"{name}@{revision}" if revision else name
 
 
 @contextlib.contextmanager

@@ -30,8 +30,8 @@ class Card:
     """The configuration of the run that trained it; empty where it is not known."""
     metrics: Json | None
     """`metrics.json` of an evaluation of it."""
-    language_model: str | None
-    """Its name on the hub, with the revision behind an `@` where one was given."""
+    language_models: list[str]
+    """Names on the hub, with the revision behind an `@` where one was given."""
     license: str | None
     """Of the weights, as the hub abbreviates it."""
 
@@ -46,15 +46,16 @@ def model_card(trained: TrainedCrosscoder, card: Card) -> str:
 
 def _front_matter(card: Card) -> str:
     values: Json = {"library_name": card.library, "tags": ["crosscoder", "sparse-autoencoder", "mechanistic-interpretability"]}
-    if card.language_model is not None:
-        values["base_model"] = card.language_model.partition("@")[0]
+    if card.language_models:
+        names = list(dict.fromkeys(model.partition("@")[0] for model in card.language_models))
+        values["base_model"] = names[0] if len(names) == 1 else names
     if card.license is not None:
         values["license"] = card.license
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
 
 
 def _what(trained: TrainedCrosscoder, card: Card) -> str:
-    of = f" of {card.language_model}" if card.language_model is not None else ""
+    of = f" of {' and '.join(card.language_models)}" if card.language_models else ""
     layers = ", ".join(f"`{layer}`" for layer in trained.layers)
     return (
         f"# A crosscoder of {trained.num_features:,} features\n\n"

@@ -9,17 +9,15 @@ L layers, D model width, F features, R rank of the dense path. On activations as
 
 from pathlib import Path
 
-from pipeline.crosscoder.folding import Folded
+from pipeline.exchange.exported import Exported
 from pipeline.exchange.tensor_file import write_tensors
 
 FILE = "crosscoder.safetensors"
 
 
-def write(directory: Path, folded: Folded, k: int | None) -> list[str]:
-    """Writes the file; gives sentences that whoever reads it has to know: none.
-
-    folded : in float64.
-    """
+def write(directory: Path, exported: Exported) -> list[str]:
+    """Writes the file; gives sentences that whoever reads it has to know: none."""
+    folded = exported.folded
     tensors = {"W_enc": folded.W_enc_LDF, "b_enc": folded.b_enc_F, "threshold": folded.threshold_F}
     tensors |= {"W_dec": folded.W_dec_FLD, "b_dec": folded.b_dec_LD}
     if folded.dense_read_CR is not None and folded.dense_write_RC is not None:
@@ -28,8 +26,9 @@ def write(directory: Path, folded: Folded, k: int | None) -> list[str]:
     return []
 
 
-def loading(folded: Folded) -> str:
+def loading(exported: Exported) -> str:
     """How to load the file, as Python."""
+    folded = exported.folded
     num_layers, d_model, _ = folded.W_enc_LDF.shape
     dense = " + (x @ t['dense_read']) @ t['dense_write']" if folded.dense_read_CR is not None else ""
     return f"""\

@@ -13,6 +13,7 @@ from slurm.record.printable import print
 class Layout(StrEnum):
     """Whose files are written."""
 
+    sae_lens = "sae_lens"
     dictionary_learning = "dictionary_learning"
     safetensors = "safetensors"
 
