@@ -13,7 +13,7 @@ CLUSTER  ?=
 # More words for pytest; CI says --require-slurm, which makes a Slurm test that is left out an error.
 PYTEST   ?=
 CROSSCODER := $(BIN)/crosscoder
-DEMO := $(foreach stage,tokenize count cache train evaluate,configs/demo/$(stage).yaml)
+DEMO := $(foreach stage,tokenize count cache train evaluate features,configs/demo/$(stage).yaml)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast end-to-end check format lint types tokenize count cache train evaluate features chain jobs accelerators tensorboard cluster cluster-stop sweep clean
@@ -38,8 +38,8 @@ $(VENV)/installed: requirements.txt pyproject.toml
 demo: install  ## the whole pipeline on real text, on this machine, in under five minutes
 	@$(BIN)/python -m pipeline.demo.standard_library_text '{data}/text/demo'
 	@$(CROSSCODER) submit --executor debug $(DEMO)
-	@echo; echo "Look next at the figures and numbers named above, at the training curves (make tensorboard), at configs/demo/train.yaml,"
-	@echo "and at what a run records: $(CROSSCODER) show train/demo"
+	@echo
+	@$(CROSSCODER) report train/demo
 
 # Files are dealt out in the order of tests/conftest.py: those that wait for Slurm first.
 # Twenty times in a row, until one fails, in a shell: for i in `seq 20`; do make test || break; done
@@ -73,7 +73,7 @@ format: install  ## rewrite the code in the project's format
 tokenize count cache train evaluate features: install  ## submit one stage, tokenize, count, cache, train, evaluate or features: CONFIG=file.yaml
 	@$(CROSSCODER) submit $(or $(CONFIG),configs/demo/$@.yaml) --executor $(EXECUTOR) $(SET)
 
-chain: install  ## submit several, each waiting for what it reads: CONFIG="a.yaml b.yaml"; else the demo's five
+chain: install  ## submit several, each waiting for what it reads: CONFIG="a.yaml b.yaml"; else the demo's six
 	@$(if $(CONFIG),,$(BIN)/python -m pipeline.demo.standard_library_text --if-missing '{data}/text/demo')
 	@$(CROSSCODER) submit $(or $(CONFIG),$(DEMO)) --executor $(EXECUTOR) $(SET)
 

@@ -17,6 +17,8 @@ MOST_ROWS = 400
 FAR = 3.0
 """Bars that are longer than all but the mean's and the zeros' by so much would leave those no room: they are named in words."""
 DENSITY_BINS, SHARE_BINS = 40, 40
+_IS_OWN = {"condition": {"test": "datum.value == 'crosscoder'", "value": "bold"}, "value": "normal"}
+_NAMES = {"labelLimit": 170, "labelFontWeight": _IS_OWN}
 
 
 # -- held-out measures --------------------------------------------------------------------------------------------------
@@ -53,9 +55,9 @@ def _bars(rows: Sequence[Json], title: str, number: str, domain: list[float] | N
         "data": {"values": list(rows)},
         "mark": {"type": "bar", "clip": True},
         "encoding": {
-            "y": {"field": "name", "type": "nominal", "sort": names, "title": None, "axis": {"labelLimit": 240}},
+            "y": {"field": "name", "type": "nominal", "sort": names, "title": None, "axis": _NAMES},
             "yOffset": {"field": "layer", "sort": layers},
-            "x": {"field": "value", "type": "quantitative", "title": title, **scale},
+            "x": {"field": "value", "type": "quantitative", "title": title, "axis": {"tickCount": 6}, **scale},
             "color": {"field": "layer", "type": "nominal", "sort": layers, "title": "layer", "legend": _legend()},
             "tooltip": [
                 {"field": "name", "title": "stand-in"},
@@ -67,7 +69,7 @@ def _bars(rows: Sequence[Json], title: str, number: str, domain: list[float] | N
 
 
 def _legend() -> Json:
-    return {"orient": "bottom", "labelLimit": 300, "columns": 2}
+    return {"orient": "bottom", "labelLimit": 300}
 
 
 # -- training -----------------------------------------------------------------------------------------------------------
@@ -118,7 +120,12 @@ def thin(rows: Sequence[Json]) -> list[Json]:
 def curve(points: list[Json], title: str) -> Spec:
     """Lines over training tokens; the point nearest to the pointer tells its value."""
     encoding = {
-        "x": {"field": "tokens", "type": "quantitative", "title": "training tokens", "axis": {"format": "~s", "tickCount": 5}},
+        "x": {
+            "field": "tokens",
+            "type": "quantitative",
+            "title": "training tokens",
+            "axis": {"labelExpr": "datum.value == 0 ? '0' : format(datum.value, '~s')", "tickCount": 5},
+        },
         "y": {"field": "value", "type": "quantitative", "title": title, "scale": {"zero": False}},
         "color": {"field": "series", "type": "nominal", "sort": None, "title": None, "legend": _legend()},
     }
@@ -191,7 +198,7 @@ def _histogram(bars: list[Json], title: str, number: str) -> Spec:
         "data": {"values": bars},
         "mark": {"type": "bar", "binSpacing": 0},
         "encoding": {
-            "x": {"field": "from", "type": "quantitative", "title": title, "bin": {"binned": True}},
+            "x": {"field": "from", "type": "quantitative", "title": title, "bin": {"binned": True}, "axis": {"tickCount": 5}},
             "x2": {"field": "to"},
             "y": {"field": "count", "type": "quantitative", "title": "features"},
             "tooltip": [
@@ -211,9 +218,9 @@ def layer_profile() -> Spec:
         "data": {"values": []},
         "mark": "bar",
         "encoding": {
-            "y": {"field": "layer", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 240}},
+            "y": {"field": "layer", "type": "nominal", "sort": None, "title": None, "axis": _NAMES},
             "yOffset": {"field": "measure", "sort": None},
-            "x": {"field": "value", "type": "quantitative", "title": "share", "scale": {"domain": [0, 1]}},
+            "x": {"field": "value", "type": "quantitative", "title": "share", "axis": {"tickCount": 6}, "scale": {"domain": [0, 1]}},
             "color": {"field": "measure", "type": "nominal", "sort": None, "title": None, "legend": _legend()},
             "tooltip": [{"field": "layer"}, {"field": "measure"}, {"field": "value", "format": ".3f"}],
         },

@@ -15,7 +15,8 @@ from slurm.reporting.feature_parts import FEATURES_A_PART, Contents, script_json
 from slurm.watching.feature_store import FeatureStore
 
 TEMPLATES = Path(__file__).parent / "templates"
-VEGALITE_VERSION = "6.4"
+VEGALITE_VERSION = "6.1"
+"""The newest but one that vl-convert-python 1.9 has: in 6.4 the tooltip nearest to the pointer says `undefined` for the name of a curve."""
 INSIDE_BYTES = 1_500_000
 """Of the features in the page itself, at most: beside an index of 12,288 features and 0.9 MB of Vega the page stays under 5 MB."""
 

@@ -118,10 +118,8 @@ def _features(subject: Subject, specs: Specs) -> Json:
     norms, alone = by_layer("relative_norms"), by_layer("survives_alone")
     specs["density"] = charts.density_histogram(table["density"])
     shown = {store.layers[-1]: norms[store.layers[-1]]} if len(store.layers) == 2 else norms
-    specs["norms"] = charts.share_histogram(
-        shown, "share of a feature's decoder norms" + (f" in {store.layers[-1]}" if len(shown) == 1 else "")
-    )
-    specs["alone"] = charts.share_histogram(alone, "share of a feature's firings left when one layer alone is encoded")
+    specs["norms"] = charts.share_histogram(shown, "relative decoder norm")
+    specs["alone"] = charts.share_histogram(alone, "share of firings left on one layer alone")
     specs["profile"] = charts.layer_profile()
     silent = store.num_features - len(alive)
     drawn = [
@@ -137,7 +135,7 @@ def _features(subject: Subject, specs: Specs) -> Json:
 
 def _norms_caption(layers: list[str]) -> str:
     if len(layers) == 2:
-        return f"Near 0 a feature writes {layers[0]} alone, near 1 {layers[1]} alone, at 0.5 both alike."
+        return f"Norm in {layers[1]} over the sum of both: near 0 a feature writes {layers[0]} alone, near 1 {layers[1]} alone."
     return "Of each layer, how much of a feature's decoder norms is its own."
 
 

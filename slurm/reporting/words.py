@@ -32,10 +32,10 @@ def stand_name(by: str, source: str | None, *, is_short: bool = False) -> str:
     phrases = {
         "crosscoder": "crosscoder",
         "dense_path": "its dense path alone",
-        "affine": f"affine map from {origin}",
-        "affine_all": "affine map from all other layers",
+        "affine": f"affine map of {origin}",
+        "affine_all": "affine map of all others",
         "other_layer": f"{origin} as it is",
-        "other_layer_matched": f"{origin} matched in mean and scale",
+        "other_layer_matched": f"{origin}, matched" if is_short else f"{origin} matched in mean and scale",
         "pca": "PCA of rank L0",
         "pca_joint": "PCA of rank L0, all layers",
         "random_dictionary": "random dictionary",
@@ -126,7 +126,7 @@ def tiles(subject: Subject) -> list[Tile]:
             _number(get("cross_entropy_difference")), "nats more, mean over layers", _baseline(get("cross_entropy_difference_of_baseline"))
         ),
         Tile(_number(get("explained_variance")), "explained variance", _baseline(get("explained_variance_of_baseline"))),
-        Tile(figure(get("l0")), "L0", f"of {subject.evaluation.metrics['num_features']:,} features"),
+        Tile(_tenths(get("l0")), "L0", f"of {subject.evaluation.metrics['num_features']:,} features"),
         Tile(share(get("dead_eval_fraction")), "silent on the held-out text", f"{share(get('dead_fraction'))} dead in training"),
         Tile(share(get("dense_fraction")), "dense", "fire on over 10 % of positions"),
     ]
@@ -134,6 +134,10 @@ def tiles(subject: Subject) -> list[Tile]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _tenths(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f}"
 
 
 def _baseline(value: float | None) -> str:

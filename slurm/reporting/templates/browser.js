@@ -21,7 +21,9 @@ const shares = (columns, feature) => {
   return layers.length <= 3 ? values.map((value) => value.toFixed(2)).join(" / ") : `${layers[values.indexOf(most)]} ${most.toFixed(2)}`;
 };
 const token = (text) => element("span", { className: "token", textContent: text });
-const tokens = (texts) => element("span", { className: "tokens" }, ...texts.map(token));
+// Alone, a token of blanks would look like nothing, or like a gap.
+const chip = (text) => token(text.replace(/ {3,}/g, (blanks) => `·×${blanks.length}`).replaceAll(" ", "·"));
+const tokens = (texts) => element("span", { className: "tokens" }, ...texts.map(chip));
 const kind = (feature) => dead.has(feature) ? "silent" : dense.has(feature) ? "dense" : "";
 const link = (feature, text = String(feature)) => element("a", { href: `#feature-${feature}`, textContent: text });
 
@@ -132,7 +134,7 @@ function contexts(detail, names, greatest) {
   const groups = new Map();
   for (const context of detail.contexts) groups.set(context[0], [...(groups.get(context[0]) ?? []), context]);
   const last = Math.max(...[...groups.keys()].map((quantile) => quantile ?? 0));
-  return [...groups].flatMap(([quantile, members]) => [
+  return [...groups].map(([quantile, members]) => [
     element("h4", { textContent: quantile === null ? "Strongest firings" : `From a random sample, group ${quantile + 1} of ${last + 1} from the weakest` }),
     element("ol", { className: "contexts" }, ...members.map((context) => contextLine(context, names, greatest))),
   ]);
@@ -140,7 +142,7 @@ function contexts(detail, names, greatest) {
 
 function layerTable(feature, detail) {
   const head = ["layer", "decoder norm", "share", "fires on it alone", "activation lost without it", "promotes", "suppresses"];
-  const lens = (pairs) => element("span", { className: "tokens" }, ...(pairs ?? []).map(([text, logit]) => Object.assign(token(text), { title: `logit ${number(logit)}` })));
+  const lens = (pairs) => element("span", { className: "tokens" }, ...(pairs ?? []).map(([text, logit]) => Object.assign(chip(text), { title: `logit ${number(logit)}` })));
   const rows = layers.map((layer, place) => element("tr", {},
     element("th", { scope: "row", textContent: layer }),
     ...[number(detail.decoder_norms[place]), index.norms[place][feature].toFixed(3), percent(index.alone[place][feature]), percent(detail.drop_by_layer[place])]
@@ -173,8 +175,9 @@ function fill(feature, part) {
   const near = element("p", {}, "Nearest by decoder (cosine): ");
   detail.neighbors.forEach((other, place) => near.append(place ? ", " : "", link(other), ` (${detail.neighbor_cosines[place].toFixed(2)})`));
   const cosines = detail.layer_cosines.length ? [element("p", { textContent: `Cosine between the layers' decoders: ${detail.layer_cosines.map((value) => value.toFixed(2)).join(", ")}.` })] : [];
-  article.replaceChildren(steps, heading, facts, element("h4", { textContent: "Layers" }), layerTable(feature, detail), profile(feature, detail), ...cosines,
-    element("h4", { textContent: "Neighbors" }), near, ...contexts(detail, part.tokens, index.max[feature]));
+  const [strongest, ...sample] = contexts(detail, part.tokens, index.max[feature]);
+  article.replaceChildren(steps, heading, facts, near, ...(strongest ?? []), element("h4", { textContent: "Layers" }), layerTable(feature, detail), ...cosines,
+    profile(feature, detail), ...sample.flat());
   return heading;
 }
 

@@ -3,7 +3,7 @@
 const specs = JSON.parse(document.getElementById("specs").textContent);
 const darkness = matchMedia("(prefers-color-scheme: dark)");
 
-function theme() {
+function theme(width) {
   const style = getComputedStyle(document.documentElement);
   const color = (name) => style.getPropertyValue(name).trim();
   const font = getComputedStyle(document.body).fontFamily;
@@ -12,16 +12,16 @@ function theme() {
   return {
     background: null, font, view: { stroke: null },
     axis: { ...words, domainColor: color("--line"), tickColor: color("--line"), gridColor: color("--grid") },
-    legend: words, bar: { color: series[0] }, line: { color: series[0] }, point: { color: series[0] }, rule: { color: color("--quiet") },
+    legend: { ...words, columns: width < 480 ? 1 : 3 }, bar: { color: series[0] }, line: { color: series[0] }, point: { color: series[0] }, rule: { color: color("--quiet") },
     range: { category: series },
   };
 }
 
 async function drawChart(place, spec, description) {
   place.drawn?.finalize();
-  const full = { autosize: { type: "fit-x", contains: "padding" }, description, ...spec };
+  const full = { description, ...spec };
   const tooltip = { theme: darkness.matches ? "dark" : "light" };
-  place.drawn = await vegaEmbed(place, full, { mode: "vega-lite", renderer: "svg", actions: false, config: theme(), tooltip });
+  place.drawn = await vegaEmbed(place, full, { mode: "vega-lite", renderer: "svg", actions: false, config: theme(place.clientWidth), tooltip });
   place.redraw = () => drawChart(place, spec, description);
 }
 
