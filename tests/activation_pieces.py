@@ -11,6 +11,8 @@ from pipeline.run import Run
 from pipeline.stages import cache_activations
 
 CPU = torch.device("cpu")
+SHUFFLE = {"shuffle_generations": 3, "shuffle_positions": 40}
+"""Blocks of three rows, pools of a few dozen."""
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +43,8 @@ def pair(inputs, tmp_path, request):
     sizes = {"contexts_per_generation": contexts_per_generation, "model_batch_contexts": model_batch_contexts}
     settings = harvest_settings(inputs, **sizes)
     cache_activations.run(CacheConfig(name="test", output=tmp_path / "set", **settings), Run(tmp_path / "cache"))
-    disk = open_source(DiskActivations(path=tmp_path / "set"), Run(tmp_path / "disk"), CPU)
-    streamed = open_source(StreamedActivations(kind="stream", **settings), Run(tmp_path / "stream"), CPU)
+    disk = open_source(DiskActivations(path=tmp_path / "set", **SHUFFLE), Run(tmp_path / "disk"), CPU)
+    streamed = open_source(StreamedActivations(kind="stream", **settings, **SHUFFLE), Run(tmp_path / "stream"), CPU)
     return disk, streamed
 
 

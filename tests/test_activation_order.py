@@ -1,4 +1,4 @@
-"""Where each row of an activation set lies: shuffled over many contexts, every epoch anew."""
+"""Where each row of an activation set lies: shuffled over many contexts."""
 
 import activation_pieces
 import numpy as np
@@ -6,7 +6,7 @@ import safetensors.torch
 import torch
 from activation_pieces import CPU, harvest_settings, order_of
 
-from pipeline.activations.order import Order, batch_pieces, generation_order
+from pipeline.activations.order import Order
 from pipeline.config.activation_source import Harvest
 from pipeline.contexts import Contexts
 from pipeline.permutation import Permutation
@@ -43,17 +43,3 @@ def test_rows_lie_where_the_order_puts_them(pair, tmp_path, inputs):
         columns = [stored[name].tolist() for name in ("document", "position", "token")]
         on_disk = list(zip(*columns, strict=True))
         assert [on_disk[place] for place in order.places(generation, CPU).tolist()] == harvested
-
-
-def test_pieces_worked_by_hand():
-    rows = np.array([3, 0, 4, 2])
-    pieces = batch_pieces(rows, seed=0, epoch=0, cursor=2, batch_positions=4)
-    assert [[tuple(piece) for piece in batch] for batch in pieces] == [[(0, 2, 3), (2, 0, 3)], [(2, 3, 4), (3, 0, 2)]]
-    assert list(batch_pieces(rows, seed=0, epoch=0, cursor=9, batch_positions=4)) == []
-
-
-def test_later_epochs_take_the_generations_in_other_orders():
-    orders = [generation_order(20, seed=3, epoch=epoch) for epoch in range(4)]
-    assert orders[0] == list(range(20))
-    assert len({tuple(order) for order in orders}) == 4
-    assert all(sorted(order) == orders[0] for order in orders)

@@ -81,7 +81,10 @@ def test_a_buffer_that_does_not_fit_is_refused(inputs, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch, "empty", full)
-    with pytest.raises(UserError, match=r"a generation of [0-9]+ positions takes .* set contexts_per_generation below 6"):
+    with pytest.raises(
+        UserError,
+        match=r"a buffer of [0-9]+ positions, [0-9] generations, takes .* set shuffle_generations below [0-9], or .* below 6",
+    ):
         list(source.batches(batch_positions=10, epoch=0, cursor=0))
 
 
@@ -104,7 +107,7 @@ def flip_a_bit(path, place):
 
 def test_no_row_of_a_shard_with_a_flipped_bit_is_given(pair, tmp_path):
     flip_a_bit(tmp_path / "set" / "000002.safetensors", 5000)
-    source = open_source(DiskActivations(path=tmp_path / "set"), Run(tmp_path / "again"), CPU)
+    source = open_source(DiskActivations(path=tmp_path / "set", shuffle_generations=1), Run(tmp_path / "again"), CPU)
     given = []
     with pytest.raises(UserError, match=r"000002\.safetensors does not have the bytes that were written .* delete .*000002\.json"):
         given.extend(source.batches(batch_positions=1, epoch=0, cursor=0))

@@ -9,8 +9,9 @@ import activation_pieces
 import numpy as np
 import pytest
 import torch
-from activation_pieces import CPU, harvest_settings, order_of, read
+from activation_pieces import CPU, SHUFFLE, harvest_settings, order_of, read
 
+from pipeline.activations.epoch_order import EpochOrder
 from pipeline.activations.opening import open_source
 from pipeline.config.activation_source import DiskActivations, StreamedActivations
 from pipeline.config.cache_activations import CacheConfig
@@ -104,22 +105,24 @@ def count_passes(monkeypatch):
 
 
 @pytest.mark.parametrize("pair", [(6, 1)], ids=["a-context-a-pass"], indirect=True)
-def test_the_stream_computes_the_next_generation_while_this_one_is_consumed(pair, monkeypatch):
+def test_the_stream_computes_the_next_strip_while_this_one_is_consumed(pair, monkeypatch):
     passes = count_passes(monkeypatch)
     counts = [len(passes) for _ in pair[1].batches(batch_positions=10, epoch=0, cursor=0)]
-    # A generation is 6 contexts of up to 15 kept positions, in 6 passes: the first fill; then 10 rows leave room for one or two.
-    assert 6 <= counts[0] <= 8
+    # A strip is at most 3 generations of 6 contexts of up to 15 kept positions, in 6 passes each; here 2 strips of 2 and 3 of them.
+    # The buffer has room for the larger strip; then 10 rows leave room for one or two passes.
+    assert 12 <= counts[0] <= 20
     steps = [after - before for before, after in itertools.pairwise(counts)]
     assert max(steps) <= 3
     assert counts[-1] == order_of(pair[1]).num_contexts
 
 
-def test_resuming_the_stream_computes_at_most_one_generation_again(pair, monkeypatch):
-    source = pair[1]
-    rows = order_of(source).rows
+def test_resuming_the_stream_computes_at_most_one_strip_again(pair, monkeypatch):
+    source, order = pair[1], order_of(pair[1])
+    last = EpochOrder(order.rows, source.settings, seed=7, epoch=0).strips[-1]
+    assert last.first > 0
     passes = count_passes(monkeypatch)
-    list(source.batches(batch_positions=1000, epoch=0, cursor=int(rows[:-1].sum()) + 1))
-    assert len(passes) == len(order_of(source).model_batches(len(rows) - 1))
+    list(source.batches(batch_positions=1000, epoch=0, cursor=last.first + 1))
+    assert len(passes) == sum(len(order.model_batches(generation)) for generation in last.generations)
 
 
 def test_the_identity_of_a_stream_follows_what_decides_its_rows(inputs, tmp_path):
@@ -165,6 +168,6 @@ def test_on_a_gpu_too_disk_and_stream_give_the_same_batches(inputs, tmp_path):
     settings = harvest_settings(inputs, language_model={"model": str(inputs / "model"), "dtype": "bfloat16"})
     cache_activations.run(CacheConfig(name="test", output=tmp_path / "set", **settings), Run(tmp_path / "cache"))
     gpu = torch.device("cuda")
-    disk = open_source(DiskActivations(path=tmp_path / "set"), Run(tmp_path / "disk"), gpu)
-    streamed = open_source(StreamedActivations(kind="stream", **settings), Run(tmp_path / "stream"), gpu)
+    disk = open_source(DiskActivations(path=tmp_path / "set", **SHUFFLE), Run(tmp_path / "disk"), gpu)
+    streamed = open_source(StreamedActivations(kind="stream", **settings, **SHUFFLE), Run(tmp_path / "stream"), gpu)
     assert_same(read(disk, batch_positions=33, epoch=1), read(streamed, batch_positions=33, epoch=1))

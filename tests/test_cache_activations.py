@@ -157,7 +157,7 @@ def test_other_dtypes_are_stored_as_they_are_computed(inputs, tmp_path, dtype):
     batch = next(iter(ActivationSet.open(tmp_path / "set", CPU).batches(batch_positions=100, epoch=0, cursor=0)))
     assert batch.acts_BLD.dtype == getattr(torch, dtype)
     stored = safetensors.torch.load_file(tmp_path / "set" / "000000.safetensors")["act"]
-    assert batch.acts_BLD.equal(stored[:100])
+    assert sorted(batch.acts_BLD.flatten(1).tolist()) == sorted(stored.flatten(1).tolist())
 
 
 @pytest.mark.parametrize("max_tokens", [2, 15, 16, 100, 180, 181])

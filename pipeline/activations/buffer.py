@@ -1,56 +1,75 @@
-"""A buffer on the device that is refilled, row by row, with the next generation while the current one is consumed.
+"""A buffer on the device that is refilled, row by row, with the next fills while the current ones are consumed.
 
 Shapes: N rows that fit, L layers read, D model width.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.activations.harvest import Harvested, Harvester
 from pipeline.activations.left_out import LeftOut
+from pipeline.activations.order import Order
 from pipeline.activations.source import ActivationBatch
 from pipeline.config.errors import UserError
 
 
-class RollingBuffer:
-    """Gives the rows of `generations`, one generation after the other, each in its own shuffled order.
+class Fill(NamedTuple):
+    """What the buffer holds at a time."""
 
-    Only the first generation is waited for. A row that was taken frees its slot, and as soon as there are free slots for a
-    model batch of the next generation, one is computed into them; so memory holds one generation, never two.
+    generations: Sequence[int]
+    places: Callable[[torch.device], Tensor]
+    """When each position is taken, as its place among all of the fill's; positions generation by generation as they are stored."""
+
+    def num_positions(self, order: Order) -> int:
+        return sum(int(order.rows[generation]) for generation in self.generations)
+
+
+def one_generation(generation: int, order: Order) -> Fill:
+    """A fill whose positions are taken as they are stored."""
+    return Fill([generation], lambda device: torch.arange(int(order.rows[generation]), device=device))
+
+
+class RollingBuffer:
+    """Gives the rows of `fills`, one fill after the other, each in its own shuffled order.
+
+    Only the first fill is waited for. A row that was taken frees its slot, and as soon as there are free slots for a model
+    batch of the next fill, one is computed into them; so memory holds one fill, never two.
 
     Positions are counted with those that are left out: these lie in the buffer, too, and are passed over when rows are taken, so
     that filling it never waits to learn which they are.
     """
 
-    def __init__(self, harvester: Harvester, generations: Sequence[int]) -> None:
+    def __init__(self, harvester: Harvester, fills: Sequence[Fill]) -> None:
         self._harvester = harvester
-        self._queue = list(generations)
+        self._queue = list(fills)
         self._device = harvester.model.device
-        capacity = max((int(harvester.order.rows[generation]) for generation in generations), default=0)
-        self._store = _allocate(capacity, harvester)
+        capacity = max((fill.num_positions(harvester.order) for fill in fills), default=0)
+        self._store = _allocate(capacity, max((len(fill.generations) for fill in fills), default=0), harvester)
         self.left_out = LeftOut.none(harvester.row_shape[0])
-        """Of the current generation."""
+        """Of the current fill."""
         self._slots = torch.empty(0, dtype=torch.int64, device=self._device)
-        """Where the current generation's rows lie, in the order of their consumption."""
+        """Where the current fill's rows lie, in the order of their consumption."""
         self._spare = torch.arange(capacity, device=self._device)
-        """Slots that the current generation does not use."""
+        """Slots that the current fill does not use."""
         self._taken = 0
         self._next = self._begin_next()
 
     @property
     def num_left(self) -> int:
-        """Positions of the current generation that were not taken yet."""
+        """Positions of the current fill that were not taken yet."""
         return len(self._slots) - self._taken
 
     def fill(self) -> Iterator[int]:
-        """Makes the next generation the current one, which must be used up; yields the positions computed so far after each step."""
+        """Makes the next fill the current one, which must be used up; yields the positions computed so far after each step."""
         if self.num_left:
-            raise RuntimeError(f"{self.num_left} positions of the current generation are left")
+            raise RuntimeError(f"{self.num_left} positions of the current fill are left")
         coming = self._next
         if coming is None:
-            raise RuntimeError("there is no further generation")
+            raise RuntimeError("there is no further fill")
         while coming.step(self._store, free=len(coming.free_slots)):
             yield coming.num_filled
         coming.finish()
@@ -66,11 +85,11 @@ class RollingBuffer:
         self._next = self._begin_next()
 
     def skip(self, num_positions: int) -> None:
-        """Counts the next positions of the current generation as taken."""
+        """Counts the next positions of the current fill as taken."""
         self._taken += num_positions
 
     def take(self, num_positions: int) -> ActivationBatch:
-        """The rows of the next positions, as copies: fewer where some are left out. Computes some of the next generation into the
+        """The rows of the next positions, as copies: fewer where some are left out. Computes some of the next fill into the
         slots freed."""
         if num_positions > self.num_left:
             raise RuntimeError(f"{num_positions} positions asked for, {self.num_left} left")
@@ -93,14 +112,14 @@ class RollingBuffer:
 
 
 class _Filling:
-    """A generation on its way into the buffer: its k-th row as harvested goes to the k-th slot that becomes free."""
+    """A fill on its way into the buffer: its k-th position as harvested goes to the k-th slot that becomes free."""
 
-    def __init__(self, harvester: Harvester, generation: int, free_slots: Tensor) -> None:
+    def __init__(self, harvester: Harvester, fill: Fill, free_slots: Tensor) -> None:
         self.free_slots = free_slots
         self.num_filled = 0
-        self.places = harvester.order.places(generation, free_slots.device)
-        self._step_rows = [batch.num_rows for batch in harvester.order.model_batches(generation)]
-        self._rows = harvester.rows(generation)
+        self.places = _places_of_harvested(harvester.order, fill, free_slots.device)
+        self._step_rows = [batch.num_rows for generation in fill.generations for batch in harvester.order.model_batches(generation)]
+        self._rows = itertools.chain.from_iterable(harvester.rows(generation) for generation in fill.generations)
         self._steps_done = 0
 
     def step(self, store: Harvested, *, free: int) -> bool:
@@ -121,7 +140,17 @@ class _Filling:
             raise RuntimeError("the harvest gave more rows than its order has")
 
 
-def _allocate(num_rows: int, harvester: Harvester) -> Harvested:
+def _places_of_harvested(order: Order, fill: Fill, device: torch.device) -> Tensor:
+    """When each position of the fill is taken, as its place among all of them; positions as they are harvested."""
+    places_as_stored, first = fill.places(device), 0
+    places = []
+    for generation in fill.generations:
+        places.append(places_as_stored[first : first + int(order.rows[generation])][order.places(generation, device)])
+        first += int(order.rows[generation])
+    return torch.cat(places)
+
+
+def _allocate(num_rows: int, num_generations: int, harvester: Harvester) -> Harvested:
     device = harvester.model.device
     num_layers, d_model = harvester.row_shape
     gigabytes = num_rows * (num_layers * d_model * harvester.model.dtype.itemsize + 24) / 1e9
@@ -132,8 +161,11 @@ def _allocate(num_rows: int, harvester: Harvester) -> Harvested:
     except RuntimeError as error:  # on a CPU there is no class of its own for it
         if "memory" not in str(error):
             raise
+        smaller = f"contexts_per_generation below {harvester.settings.contexts_per_generation:,}"
+        if num_generations > 1:
+            smaller = f"shuffle_generations below {num_generations}, or {smaller}"
         raise UserError(
-            f"a generation of {num_rows:,} positions takes {gigabytes:.1f} GB, more than is free on {device}; "
-            f"set contexts_per_generation below {harvester.settings.contexts_per_generation:,}"
+            f"a buffer of {num_rows:,} positions, {num_generations} generations, takes {gigabytes:.1f} GB, more than is free on "
+            f"{device}; set {smaller}"
         ) from error
     return Harvested(ActivationBatch(acts_NLD, *numbers), reasons_N)

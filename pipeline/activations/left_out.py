@@ -94,12 +94,17 @@ class LeftOut(NamedTuple):
 
     def kept_between(self, start: int, stop: int) -> Places:
         """Of the places `start` to `stop`, those with a row, counted from `start`."""
-        first, last = np.searchsorted(self.places, [start, stop])
-        return np.delete(np.arange(stop - start), self.places[first:last] - start)
+        return kept_between(self.places, start, stop)
 
     def facts(self) -> dict[str, Any]:
         """As an entry of a record."""
         return {"by_token": self.num_by_token, "by_norm": self.num_by_norm, "sum_squared_norm": self.sum_squared_norm_L}
+
+
+def kept_between(places: Places, start: int, stop: int) -> Places:
+    """Of the places `start` to `stop`, those with a row where `places` have none; counted from `start`."""
+    first, last = np.searchsorted(places, [start, stop])
+    return np.delete(np.arange(stop - start), places[first:last] - start)
 
 
 def rows_between(places: Places, start: int, stop: int) -> tuple[int, int]:

@@ -17,7 +17,8 @@ def open_source(config: DiskActivations | StreamedActivations, run: Run, device:
     Raises `UserError` for an input that is missing, damaged or not the one that the run began with.
     """
     if isinstance(config, DiskActivations):
-        activations = ActivationSet.open(config.path, device, prefetch_batches=config.prefetch_batches, check_hashes=config.check_hashes)
+        ahead, is_checked = config.prefetch_batches, config.check_hashes
+        activations = ActivationSet.open(config.path, device, shuffle=config, prefetch_batches=ahead, check_hashes=is_checked)
         run.bind_input("activations", activations.data_id)
         return activations
     tokens = TokenSet.open(config.tokens)

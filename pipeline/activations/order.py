@@ -1,12 +1,11 @@
-"""Which row comes when: the order of activations on disk and streamed, from a few numbers and without storing it.
+"""Which rows a generation has, and where in it each lies, on disk and streamed: from a few numbers and without storing it.
 
 All contexts of a token set stand in one computed permutation. `contexts_per_generation` of them in a row form a generation;
 its kept positions, context by context, are its rows as harvested, and a permutation of its own gives each its place in the
-generation. Epoch 0 takes the generations in order, a later epoch in an order of its own. For example, contexts 2 0 3 1 in
-generations of two, three kept positions each: generation 0 is the six positions of contexts 2 and 0, shuffled.
+generation; `epoch_order` says when an epoch takes which of them. For example, contexts 2 0 3 1 in generations of two, three
+kept positions each: generation 0 is the six positions of contexts 2 and 0, shuffled.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -95,42 +94,3 @@ def _take(lengths: Numbers, dropped: Numbers, settings: Harvest) -> tuple[Number
         kept.append(counts[:needed])
         left -= int(counts.sum())
     return np.concatenate(contexts), np.concatenate(kept)
-
-
-class Piece(NamedTuple):
-    """Rows `start` to `stop` of a generation."""
-
-    generation: int
-    start: int
-    stop: int
-
-
-def generation_order(num_generations: int, *, seed: int, epoch: int) -> list[int]:
-    """The order in which an epoch takes the generations; epoch 0 takes them as they are numbered."""
-    if epoch == 0:
-        return list(range(num_generations))
-    order: list[int] = Permutation(num_generations, seed=seed, stream=2 * epoch).all().tolist()
-    return order
-
-
-def batch_pieces(rows: Numbers, *, seed: int, epoch: int, cursor: int, batch_positions: int) -> Iterator[list[Piece]]:
-    """What each batch of an epoch consists of, from `cursor` positions on; batches cross from generation to generation."""
-    total = int(rows.sum())
-    if not 0 <= cursor <= total:
-        raise UserError(f"the position in the data is {cursor:,}, but an epoch has {total:,} positions: the state is of other activations")
-    batch: list[Piece] = []
-    room = batch_positions
-    skip = cursor
-    for generation in generation_order(len(rows), seed=seed, epoch=epoch):
-        num_rows = int(rows[generation])
-        start, skip = min(skip, num_rows), max(skip - num_rows, 0)
-        while start < num_rows:
-            stop = min(start + room, num_rows)
-            batch.append(Piece(generation, start, stop))
-            room -= stop - start
-            start = stop
-            if room == 0:
-                yield batch
-                batch, room = [], batch_positions
-    if batch:
-        yield batch

@@ -25,7 +25,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from pipeline.activations.left_out import NO_PLACES, Places, rows_between
+from pipeline.activations.left_out import NO_PLACES, Places, kept_between, rows_between
 from pipeline.activations.source import ActivationBatch
 from pipeline.config.errors import UserError
 
@@ -151,6 +151,10 @@ class ShardFile:
     def rows_between(self, start: int, stop: int) -> tuple[int, int]:
         """The rows that stand in the places `start` to `stop` of the generation's order: the first, and one past the last."""
         return rows_between(self._left_out, start, stop)
+
+    def kept_between(self, start: int, stop: int) -> Places:
+        """Of the places `start` to `stop` of the generation's order, those with a row; counted from `start`."""
+        return kept_between(self._left_out, start, stop)
 
     def read(self, start: int, stop: int, into: ActivationBatch) -> None:
         """Reads rows `start` to `stop` into the tensors of `into`, which are on the CPU and have that many rows."""

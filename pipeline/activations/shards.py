@@ -1,4 +1,4 @@
-"""Activation sets on disk: shards of shuffled rows that training reads from front to back.
+"""Activation sets on disk: shards of shuffled rows, which training mixes as it reads (see `epoch_order`).
 
     activations/demo/
       000000.safetensors  000000.json      a generation of the order (see `order`), and its record
@@ -8,22 +8,22 @@
 Shapes: B positions in a batch, L layers read, D model width.
 """
 
-import contextlib
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from pipeline import records
+from pipeline.activations.block_reader import BlockReader
+from pipeline.activations.epoch_order import EpochOrder
 from pipeline.activations.left_out import added, num_left_out
-from pipeline.activations.order import Numbers, Piece, batch_pieces, generation_order
+from pipeline.activations.order import Numbers
 from pipeline.activations.prefetch import prefetched
 from pipeline.activations.shard_file import ShardFile, ShardLayout
 from pipeline.activations.source import ActivationBatch, LayerStatistics, Provenance
+from pipeline.config.activation_source import Shuffle
 from pipeline.config.errors import UserError
 from pipeline.records import Record
 
@@ -47,6 +47,7 @@ SHARED_FACTS = (
 """What the records of all shards of a set and its manifest have in common. How contexts begin, several models and what is left out are
 only there where there is something to say."""
 
+DEFAULT_SHUFFLE = Shuffle()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "uint16": torch.uint16, "uint32": torch.uint32}
 
 
@@ -66,6 +67,7 @@ class ActivationSet:
         shards: Mapping[str, Record],
         device: torch.device,
         *,
+        shuffle: Shuffle,
         prefetch_batches: int,
         check_hashes: bool,
     ) -> None:
@@ -79,6 +81,7 @@ class ActivationSet:
         self.provenance = Provenance.from_facts(manifest | {"tokens_id": manifest["tokens_data_id"]})
         self.statistics = LayerStatistics.from_json(manifest["statistics"])
         self._device = device
+        self._shuffle = shuffle
         self._prefetch_batches = prefetch_batches
         self._records = list(shards.values())
         self._stems = list(shards)
@@ -89,7 +92,15 @@ class ActivationSet:
         """Positions of each shard, those left out counted: the order is theirs."""
 
     @classmethod
-    def open(cls, directory: Path, device: torch.device, *, prefetch_batches: int = 4, check_hashes: bool = True) -> "ActivationSet":
+    def open(
+        cls,
+        directory: Path,
+        device: torch.device,
+        *,
+        shuffle: Shuffle = DEFAULT_SHUFFLE,
+        prefetch_batches: int = 4,
+        check_hashes: bool = True,
+    ) -> "ActivationSet":
         """The set in `directory`, its batches to be on `device`, with formats, sizes and data id checked.
 
         With `check_hashes` a shard's rows come only after its hash was found right. `UserError` names what is wrong.
@@ -103,36 +114,23 @@ class ActivationSet:
                 f"{directory / records.MANIFEST} says {manifest['num_positions']:,} positions, its shards hold {found:,}: the manifest is "
                 "damaged; delete it and run the cache stage again, it writes the manifest anew"
             )
-        return cls(directory, manifest, shards, device, prefetch_batches=prefetch_batches, check_hashes=check_hashes)
+        return cls(directory, manifest, shards, device, shuffle=shuffle, prefetch_batches=prefetch_batches, check_hashes=check_hashes)
 
     def batches(self, *, batch_positions: int, epoch: int, cursor: int) -> Iterator[ActivationBatch]:
-        """See `ActivationSource`. Batches are read ahead by a thread and, for a GPU, copied to it beside the computation."""
-        pieces = batch_pieces(self._rows, seed=self.seed, epoch=epoch, cursor=cursor, batch_positions=batch_positions)
-        read = self._read(pieces, generation_order(len(self._rows), seed=self.seed, epoch=epoch))
+        """See `ActivationSource`. Batches are read ahead by threads and, for a GPU, copied to it beside the computation."""
+        order = EpochOrder(self._rows, self._shuffle, seed=self.seed, epoch=epoch)
+        read = self._read(order, batch_positions, cursor)
         if self._device.type != "cuda":
             return prefetched(read, self._prefetch_batches)
         return _received(prefetched(_sent(read, self._device), self._prefetch_batches))
 
-    def _read(self, batches: Iterator[list[Piece]], order: list[int]) -> Iterator[ActivationBatch]:
-        """Each batch in memory of its own, page-locked if it goes to a GPU. `order` is that of the epoch's shards."""
-        opened: ShardFile | None = None
-        generation = None
-        with contextlib.ExitStack() as stack, contextlib.closing(_ChecksAhead(order, self._check)) as checks:
-            for pieces in batches:
-                batch = self._empty(sum(piece.stop - piece.start for piece in pieces))
-                filled = 0
-                for piece in pieces:
-                    if opened is None or piece.generation != generation:
-                        stack.close()
-                        generation = piece.generation
-                        checks.wait_for(generation)
-                        opened = ShardFile(self.directory / f"{self._stems[generation]}.safetensors", self._layouts[generation])
-                        stack.callback(opened.close)
-                    first, last = opened.rows_between(piece.start, piece.stop)
-                    count = last - first
-                    opened.read(first, last, ActivationBatch(*(column[filled : filled + count] for column in batch)))
-                    filled += count
-                yield ActivationBatch(*(column[:filled] for column in batch))
+    def _read(self, order: EpochOrder, batch_positions: int, cursor: int) -> Iterator[ActivationBatch]:
+        """The batches on the CPU, in page-locked memory if they go to a GPU."""
+        with BlockReader(order, open_shard=self._open_shard, empty=self._empty, check=self._check) as reader:
+            yield from reader.batches(batch_positions, cursor)
+
+    def _open_shard(self, generation: int) -> ShardFile:
+        return ShardFile(self.directory / f"{self._stems[generation]}.safetensors", self._layouts[generation])
 
     def _check(self, generation: int) -> None:
         """Rehashes a shard unless that was done before."""
@@ -144,27 +142,6 @@ class ActivationSet:
         pinned = self._device.type == "cuda"
         acts_BLD = torch.empty((num_rows, len(self.layers), self.d_model), dtype=self.dtype, pin_memory=pinned)
         return ActivationBatch(acts_BLD, *(torch.empty(num_rows, dtype=torch.int64, pin_memory=pinned) for _ in range(3)))
-
-
-class _ChecksAhead:
-    """Checks shards in a thread, each while the one before it in `order` is read."""
-
-    def __init__(self, order: list[int], check: Callable[[int], None]) -> None:
-        self._check = check
-        self._next = dict(itertools.pairwise(order))
-        self._running: dict[int, Future[None]] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="check-hashes")
-
-    def wait_for(self, generation: int) -> None:
-        """Returns when this shard was found right, and begins with the next; raises what its check raised."""
-        found = self._running.pop(generation, None) or self._thread.submit(self._check, generation)
-        following = self._next.get(generation)
-        if following is not None:
-            self._running[following] = self._thread.submit(self._check, following)
-        found.result()
-
-    def close(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
 
 
 def _sent(batches: Iterator[ActivationBatch], device: torch.device) -> Iterator[tuple[ActivationBatch, torch.cuda.Event]]:

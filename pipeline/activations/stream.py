@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from pipeline import records
-from pipeline.activations.buffer import RollingBuffer
+from pipeline.activations.buffer import Fill, RollingBuffer
+from pipeline.activations.epoch_order import EpochOrder, batch_sizes, num_before
 from pipeline.activations.halves import AGREEMENT, Halves
 from pipeline.activations.harvest import Harvester
 from pipeline.activations.layer_sums import counted
-from pipeline.activations.order import batch_pieces
 from pipeline.activations.source import ActivationBatch, LayerStatistics
 from pipeline.config.activation_source import Harvest, StreamedActivations
 from pipeline.config.token_limit import notices
@@ -28,10 +28,10 @@ STATISTICS = "statistics.json"
 
 
 class ActivationStream:
-    """An `ActivationSource` that computes its rows; a generation is a fill of its buffer.
+    """An `ActivationSource` that computes its rows; a strip of generations is a fill of its buffer (see `epoch_order`).
 
     The rows, their order and so the batches are those of the activation set that the same settings make. Resuming computes
-    at most one generation again: the one in which the cursor lies.
+    at most one strip again: the one in which the cursor lies.
     """
 
     def __init__(
@@ -120,19 +120,20 @@ class ActivationStream:
 
     def batches(self, *, batch_positions: int, epoch: int, cursor: int) -> Iterator[ActivationBatch]:
         """See `ActivationSource`. The first batch waits until the buffer is full; later ones wait for a model batch at most."""
-        order = self._harvester.order
-        place = {"seed": self._config.seed, "epoch": epoch, "cursor": cursor}
-        rest = batch_pieces(order.rows, **place, batch_positions=order.num_positions)
-        buffer = RollingBuffer(self._harvester, [piece.generation for pieces in rest for piece in pieces])
-        filled = None
-        for batch in batch_pieces(order.rows, **place, batch_positions=batch_positions):
-            parts = []
-            for piece in batch:
-                if piece.generation != filled:
-                    self._fill(buffer, int(order.rows[piece.generation]), first=filled is None)
-                    buffer.skip(piece.start)
-                    filled = piece.generation
-                parts.append(buffer.take(piece.stop - piece.start))
+        order = EpochOrder(self._harvester.order.rows, self._config, seed=self._config.seed, epoch=epoch)
+        strips = order.strips_from(cursor)
+        fills = [Fill(strip.generations, functools.partial(order.places, strip)) for strip in strips]
+        buffer, coming = RollingBuffer(self._harvester, fills), iter(strips)
+        for size in batch_sizes(order.num_positions - cursor, batch_positions):
+            parts, missing = [], size
+            while missing:
+                if not buffer.num_left:
+                    strip = next(coming)
+                    self._fill(buffer, strip.num_positions, first=strip is strips[0])
+                    buffer.skip(num_before(strip, cursor))
+                count = min(missing, buffer.num_left)
+                parts.append(buffer.take(count))
+                missing -= count
             yield parts[0] if len(parts) == 1 else ActivationBatch(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
     def _fill(self, buffer: RollingBuffer, num_rows: int, *, first: bool) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from pipeline import records
 from pipeline.activations import shards
-from pipeline.activations.buffer import RollingBuffer
+from pipeline.activations.buffer import RollingBuffer, one_generation
 from pipeline.activations.harvest import Harvester
 from pipeline.activations.layer_sums import LayerSums, counted, statistics_of
 from pipeline.activations.left_out import LeftOut, left_out_sentences, num_left_out
@@ -96,7 +96,7 @@ class _Cache:
             int(self._order.rows[g]) for g in range(self._run.task, self._order.num_generations, self._run.num_tasks) if g not in mine
         )
         total = done + sum(int(self._order.rows[g]) for g in mine)
-        buffer = RollingBuffer(self._harvester, mine)
+        buffer = RollingBuffer(self._harvester, [one_generation(generation, self._order) for generation in mine])
         for generation in mine:
             for num_filled in buffer.fill():
                 self._run.report("activations", done, total, unit="positions", note=f"{num_filled:,} in the buffer")
@@ -132,7 +132,7 @@ class _Cache:
         return done + int(self._order.rows[generation])
 
     def _taken(self, buffer: RollingBuffer, sums: LayerSums) -> Iterator[ActivationBatch]:
-        """The rows of the buffer's current generation, on the CPU, added to `sums` on the way."""
+        """The rows of the generation in the buffer, on the CPU, added to `sums` on the way."""
         while buffer.num_left:
             rows = buffer.take(min(ROWS_AT_A_TIME, buffer.num_left))
             sums.add(counted(rows, self._config))
