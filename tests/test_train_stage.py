@@ -17,6 +17,7 @@ from pipeline.crosscoder.checkpoint import load_crosscoder
 from pipeline.run import Run, Stopped
 from pipeline.stages import cache_activations, train_crosscoder
 
+SHUFFLE = {"shuffle_generations": 3, "shuffle_positions": 256}
 LAYERS = ["transformer.h.0", "transformer.h.1"]
 
 
@@ -37,13 +38,13 @@ def config(activations: dict[str, Any], variant: str = "batch_topk") -> TrainCon
 
 
 def stream(harvest: dict[str, Any]) -> dict[str, Any]:
-    return {"kind": "stream", **harvest, "statistics_contexts": 10_000}
+    return {"kind": "stream", **harvest, **SHUFFLE, "statistics_contexts": 10_000}
 
 
 def disk(harvest: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     values = {"stage": "cache", "name": "toy", "output": str(tmp_path / "activations"), **harvest}
     cache_activations.run(build(CacheConfig, values, "cache.yaml"), Run(tmp_path / "cache", stage="cache"))
-    return {"kind": "disk", "path": str(tmp_path / "activations")}
+    return {"kind": "disk", "path": str(tmp_path / "activations"), **SHUFFLE}
 
 
 @pytest.mark.parametrize("variant", ["relu", "batch_topk"])
