@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
-from activation_pieces import CPU, harvest_settings, read
+from activation_pieces import CPU, SHUFFLE, harvest_settings, read
 from tiny_models import tiny_gpt2, tiny_token_set
 from toy_activations import VARIANTS
 
@@ -46,12 +46,12 @@ def opened(inputs, directory, **changes):
     """The activations of these settings on disk and as a stream."""
     settings = harvest_settings(inputs, **changes)
     result = cache_activations.run(CacheConfig(name="test", output=directory / "set", **settings), Run(directory / "cache"))
-    disk = open_source(DiskActivations(path=directory / "set"), Run(directory / "disk"), CPU)
+    disk = open_source(DiskActivations(path=directory / "set", **SHUFFLE), Run(directory / "disk"), CPU)
     return disk, streamed(inputs, directory, **changes), result
 
 
 def streamed(inputs, directory, **changes):
-    config = StreamedActivations(kind="stream", statistics_contexts=10_000, **harvest_settings(inputs, **changes))
+    config = StreamedActivations(kind="stream", statistics_contexts=10_000, **harvest_settings(inputs, **changes), **SHUFFLE)
     return open_source(config, Run(directory / "stream"), CPU)
 
 
@@ -216,7 +216,7 @@ def training(activations, **changes):
 
 def stream_settings(inputs, **changes):
     settings = harvest_settings(inputs, exclude_token_ids=[EXCLUDED], **changes)
-    return {"kind": "stream", **settings, "tokens": str(inputs / "tokens"), "statistics_contexts": 10_000}
+    return {"kind": "stream", **settings, **SHUFFLE, "tokens": str(inputs / "tokens"), "statistics_contexts": 10_000}
 
 
 class StoppedAfter(Run):
@@ -233,7 +233,7 @@ class StoppedAfter(Run):
 
 
 def test_training_is_the_same_from_disk_from_the_stream_and_after_a_stop(inputs, tmp_path, pair):
-    disk = {"kind": "disk", "path": str(pair[0].directory)}
+    disk = {"kind": "disk", "path": str(pair[0].directory), **SHUFFLE}
     found = {}
     for kind, activations in (("disk", disk), ("stream", stream_settings(inputs))):
         found[kind] = train_crosscoder.run(training(activations), Run(tmp_path / kind, stage="train"))
