@@ -5,20 +5,18 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.config.beginning_of_text import BeginningOfTextSetting
-from pipeline.config.language_model import LanguageModelConfig
-from pipeline.config.schema import OPERATIONAL, RUN, Config, DataPath, PositiveCount
+from pipeline.config.language_models import NeedsModels
+from pipeline.config.schema import OPERATIONAL, RUN, DataPath, PositiveCount
 
 
-class HeldOutText(Config):
-    """A trained crosscoder, its language model, and text that training did not see."""
+class HeldOutText(NeedsModels):
+    """A trained crosscoder, the language model or models that it was trained on, and text that training did not see."""
 
     crosscoder: Annotated[DataPath, Field(json_schema_extra=RUN)]
     """A run of `train`, the folder of all runs of one name (the newest finished one is taken; `train/demo` names it), or one checkpoint.
     A run may be given by its id or job id too, and a task of a sweep as `1042_3` or `sweep/<name>/<id>/tasks/3`."""
     tokens: Annotated[DataPath, Field(json_schema_extra=OPERATIONAL)]
     """Token set that training did not see: the `validation` folder that `tokenize` wrote."""
-    language_model: LanguageModelConfig
-    """The model whose activations the crosscoder was trained on."""
     context_tokens: Annotated[PositiveCount, Field(ge=3)] = 1024
     """Length of the contexts that the model reads, in tokens; as in training, for comparable activations."""
     beginning_of_text: BeginningOfTextSetting = "auto"

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from pipeline import records
-from pipeline.activations.token_check import check_tokens
+from pipeline.activations.model_check import other_model
+from pipeline.activations.token_check import check_models_tokens
 from pipeline.config.errors import UserError
 from pipeline.config.held_out_text import HeldOutText
 from pipeline.config.sites import SiteName
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder
-from pipeline.language_model import LanguageModel
+from pipeline.language_models import Models, each, in_its_model, sites_of
 from pipeline.tokens import TokenSet
 
 
@@ -23,10 +24,10 @@ def find_run(path: Path) -> Path:
     return max(finished, key=lambda directory: directory.name)
 
 
-def check_inputs(trained: TrainedCrosscoder, language_model: LanguageModel, tokens: TokenSet, config: HeldOutText) -> list[str]:
+def check_inputs(trained: TrainedCrosscoder, models: Models, tokens: TokenSet, config: HeldOutText) -> list[str]:
     """Sentences for the log; raises `UserError` where crosscoder, language model and token set don't belong together."""
     provenance = trained.provenance
-    check_model(trained, language_model, f"the crosscoder in {config.crosscoder}")
+    check_model(trained, models, f"the crosscoder in {config.crosscoder}")
     if provenance.tokenizer_hash != tokens.tokenizer_hash:
         raise UserError(
             f"{tokens.directory} was made by the tokenizer {_short(tokens.tokenizer_hash)}, the tokens that the crosscoder was trained on "
@@ -39,36 +40,33 @@ def check_inputs(trained: TrainedCrosscoder, language_model: LanguageModel, toke
             f"beginning_of_text is {str(config.beginning_of_text).lower()}, but the crosscoder in {config.crosscoder} was trained on "
             f"contexts {was}; set it to auto, which does as training did"
         )
-    language_model.check_use(trained.layers, config.context_tokens, predictions=True)
-    remarks = check_readable(tokens, trained, language_model, config)
+    models.check_use(trained.layers, config.context_tokens, predictions=True)
+    remarks = check_readable(tokens, trained, models, config)
     does = "without beginning-of-text" if beginning is None else f"with beginning-of-text, id {beginning:,}"
-    return [*language_model.remarks, *remarks, f"contexts begin {does}, as in training"]
+    return [*models.remarks, *remarks, f"contexts begin {does}, as in training"]
 
 
-def check_readable(tokens: TokenSet, trained: TrainedCrosscoder, language_model: LanguageModel, config: HeldOutText) -> list[str]:
-    """Sentences for the log; raises `UserError` where the language model can't read the tokens as it did in training."""
-    check_tokenizer, beginning = config.language_model.check_tokenizer, trained.provenance.beginning_of_text_id
-    return check_tokens(tokens, language_model, check_tokenizer=check_tokenizer, beginning_of_text_id=beginning)
+def check_readable(tokens: TokenSet, trained: TrainedCrosscoder, models: Models, config: HeldOutText) -> list[str]:
+    """Sentences for the log; raises `UserError` where a language model can't read the tokens as it did in training."""
+    return check_models_tokens(tokens, models, config, beginning_of_text_id=trained.provenance.beginning_of_text_id)
 
 
-def check_model(trained: TrainedCrosscoder, language_model: LanguageModel, what: str) -> None:
-    """Raises `UserError` where a crosscoder, `what` to the user, was trained on another language model."""
-    known = trained.provenance.language_model_hash
-    if known != language_model.hash:
+def check_model(trained: TrainedCrosscoder, models: Models, what: str) -> None:
+    """Raises `UserError` where a crosscoder, `what` to the user, was trained on another language model than `models`, or on others."""
+    if (other := other_model(trained.provenance, models)) is not None:
+        raise UserError(f"{what} was trained on {other.known}, but {other.given}; name the model that it was trained on")
+    for name, model in each(models).items():
+        own = sites_of(name, trained.layers)
+        missing = [layer for layer in own if SiteName.parse(in_its_model(layer)).block not in model.block_names]
+        if missing:
+            raise UserError(
+                f"{what} reads {missing[0]}, but {model.name} has {model.block_names[0]} to {model.block_names[-1]}; name the model that "
+                "it was trained on"
+            )
+    if trained.d_model != models.d_model:
         raise UserError(
-            f"{what} was trained on a language model of hash {_short(known)}, but "
-            f"language_model.model {language_model.name} has {_short(language_model.hash)}; name the model that it was trained on"
-        )
-    missing = [layer for layer in trained.layers if SiteName.parse(layer).block not in language_model.block_names]
-    if missing:
-        raise UserError(
-            f"{what} reads {missing[0]}, but {language_model.name} has "
-            f"{language_model.block_names[0]} to {language_model.block_names[-1]}; name the model that it was trained on"
-        )
-    if trained.d_model != language_model.d_model:
-        raise UserError(
-            f"{what} reads activations of width {trained.d_model:,}, but {language_model.name} has width "
-            f"{language_model.d_model:,}; name the model that it was trained on"
+            f"{what} reads activations of width {trained.d_model:,}, but {models.name} has width {models.d_model:,}; name the model that "
+            "it was trained on"
         )
 
 

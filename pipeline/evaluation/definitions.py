@@ -53,7 +53,8 @@ DEFINITIONS = {
     "is therefore the mean of the layers' own; what is a ratio by position, a median, or of outliers or |x|^2 differs from it",
     "mean_over_layers": "mean of the layers' own values; of replaced activations, the mean over layers of each replaced alone",
     # -- cross-entropy
-    "clean_cross_entropy": "cross_entropy of the unchanged model",
+    "clean_cross_entropy": "cross_entropy of the unchanged model; of several models their mean, beside each one's own. A site is replaced "
+    "in the model that it is of, and what is compared with the clean run is that model's",
     "cross_entropy": "mean of -log p(next token) in nats over the counted predictions; head and softmax in float32 whatever the model's "
     "dtype",
     "float32_head": "whether the model's head could be computed in float32; else its logits were taken in its own precision",
@@ -63,7 +64,8 @@ DEFINITIONS = {
     "positions replaced",
     "recovered_against_mean": "the same against mean ablation: the held-out mean in place of zeros",
     "split": "positions are divided at random (by `seed`) into as many parts as there are layers, and each part is replaced at a layer of "
-    "its own: one run in which every layer's replacement counts. Replacing all layers at every position would hide all but the last",
+    "its own: one run in which every layer's replacement counts. Replacing all layers at every position would hide all but the last. "
+    "Of several models (`chat/split`) each one's positions are divided among its own layers",
     # -- what stands in
     "crosscoder": "a layer's activations replaced by their reconstructions, from one encode of all layers of the clean run",
     "dense_path": "the crosscoder's dense path and bias alone, every feature at zero",

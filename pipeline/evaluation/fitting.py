@@ -14,7 +14,7 @@ from pipeline.evaluation.approximations import FEATURES_AT_A_TIME
 from pipeline.evaluation.baselines import Fit
 from pipeline.evaluation.covariances import Covariances
 from pipeline.evaluation.held_out import HeldOut
-from pipeline.language_model import LanguageModel
+from pipeline.language_models import Models
 from pipeline.run import Run
 
 SAMPLE_POSITIONS = 8192
@@ -26,14 +26,14 @@ FEW_POSITIONS_A_DIMENSION = 10
 
 
 @torch.inference_mode()
-def fit(trained: TrainedCrosscoder, language_model: LanguageModel, fitted: HeldOut, limits: OutlierLimits, run: Run) -> Fit:
+def fit(trained: TrainedCrosscoder, models: Models, fitted: HeldOut, limits: OutlierLimits, run: Run) -> Fit:
     """Covariances of all rows, outliers left out, the first of them, and the crosscoder's L0 on these."""
     covariances = Covariances(trained.normalizer.mean_LD)
     most = min(SAMPLE_POSITIONS, max(1, SAMPLE_NUMBERS // trained.normalizer.mean_LD.numel()))
     sample, done = list[Tensor](), 0
     for batch in fitted.batches():
         run.check_stop()
-        acts_NLD = language_model.activations(batch.tokens_BS, trained.layers)[batch.replaced_BS].float()
+        acts_NLD = models.activations(batch.tokens_BS, trained.layers)[batch.replaced_BS].float()
         acts_NLD = acts_NLD[~limits.are_outliers(acts_NLD)]
         sample.append(acts_NLD[: max(0, most - covariances.num_positions)])
         covariances.add(acts_NLD)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.activations.outliers import OutlierLimits
+from pipeline.config.sites import SiteName
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder
 from pipeline.crosscoder.metrics import (
     FiringCounts,
@@ -34,11 +35,13 @@ from pipeline.evaluation.held_out import HeldOutBatch
 from pipeline.evaluation.outliers import FEW, HeldOutMoments, LayerOutliers
 from pipeline.evaluation.predictions import ReplacedPredictions, Stand
 from pipeline.evaluation.threshold_sweep import SweepPoint, ThresholdSweep
-from pipeline.interventions import clean_run, put
+from pipeline.interventions import CleanRun, clean_run, put
 from pipeline.language_model import LanguageModel
+from pipeline.language_models import Models, each, in_its_model, sites_of
 from pipeline.run import Run
 
 JOINT, MEAN_OVER_LAYERS, SPLIT = "joint", "mean_over_layers", "split"
+"""In place of a layer. The last two begin with the model's name where there are several: `chat/split`."""
 STRONGEST = "strongest_baseline"
 ABLATIONS = ("mean", "zero")
 
@@ -92,9 +95,15 @@ class Measurements(NamedTuple):
     """Of the crosscoder at other thresholds, from the lowest L0 on."""
     outliers: list[LayerOutliers]
     reconstruction: dict[Stand, ReconstructionMetrics]
-    clean_cross_entropy: float
+    clean_by_model: dict[str, float]
+    """Cross-entropy of each unchanged model by its name; a single one is called `""`."""
     losses: dict[Stand, Loss]
     driving: Driving
+
+    @property
+    def clean_cross_entropy(self) -> float:
+        """Of the unchanged model; of several their mean."""
+        return sum(self.clean_by_model.values()) / len(self.clean_by_model)
 
 
 class Measurement:
@@ -113,7 +122,7 @@ class Measurement:
     def __init__(
         self,
         trained: TrainedCrosscoder,
-        language_model: LanguageModel,
+        models: Models,
         limits: OutlierLimits,
         moments: HeldOutMoments,
         baselines: list[Approximation],
@@ -123,10 +132,10 @@ class Measurement:
         spliced_baselines: int,
         seed: int,
     ) -> None:
-        self._language_model, self._limits, self._moments = language_model, limits, moments
+        self._models, self._limits, self._moments = each(models), limits, moments
         self._layers, self._targets, self._seed = trained.layers, approximations.written_layers(trained), seed
         self._layers_read = list(dict.fromkeys([*trained.layers, *(layer for run in compared for layer in run.trained.layers)]))
-        device = language_model.device
+        device = models.device
         self._firing = FiringCounts(trained.num_features, device)
         self._compared_firing = {run.label: FiringCounts(run.trained.num_features, device) for run in compared}
         self._compared_kinds = {run.label: run.kind for run in compared}
@@ -134,12 +143,15 @@ class Measurement:
         self._as_trained = EncodingAsTrained(trained, trained.batch_positions, device)
         self._driving = Driving(trained, moments.inliers.mean_LD)
         self._distances = Medians(len(self._layers), device)
-        self._predictions = ReplacedPredictions(language_model)
+        self._predictions = {name: ReplacedPredictions(model) for name, model in self._models.items()}
         self._num_outliers = self._num_excluded = 0
         others = [*self._of_runs(trained, compared), *approximations.ablations(moments.inliers.mean_LD)]
         baselines = [approximations.only_at(baseline, self._targets) for baseline in baselines]
         self._approximations = [*(approximations.only_at(other, self._targets) for other in others), *baselines]
         self._sums = [self._sums_of(approximation) for approximation in self._approximations]
+        targets = {name: sites_of(name, [self._layers[layer] for layer in self._targets]) for name in self._models}
+        self._split_targets = {name: layers for name, layers in targets.items() if len(layers) > 1}
+        """By model, the layers among which its positions are split."""
         self._strongest = strongest_baselines(baselines)
         self._spliced = spliced_at(self._approximations, baselines, spliced_baselines)
 
@@ -166,26 +178,27 @@ class Measurement:
     @property
     def num_forward_passes(self) -> int:
         """Of the language model, a batch: the clean one, each layer alone, and the positions split among layers."""
-        num_split = 0 if len(self._targets) == 1 else 1 + len(ABLATIONS) + (1 if self._strongest else 0)
-        return 1 + sum(len(layers) for layers in self._spliced) + num_split
+        num_split = len(self._split_targets) * (1 + len(ABLATIONS) + (1 if self._strongest else 0))
+        return len(self._models) + sum(len(layers) for layers in self._spliced) + num_split
 
     @torch.inference_mode()
     def add(self, batch: HeldOutBatch, run: Run) -> None:
         """Adds a batch; raises `Stopped` before the next forward pass when the run was asked to stop."""
-        clean = clean_run(self._language_model, batch.tokens_BS, self._layers_read)
-        read_NXD = clean.acts_BSLD[batch.replaced_BS].float()
+        clean = {name: self._clean_run(name, batch) for name in self._models}
+        read_NXD = self._rows_read(clean, batch)
         outlier_N = self._limits.are_outliers(read_NXD[:, : len(self._layers)])
         acts_NXD, outliers_MXD = read_NXD[~outlier_N], read_NXD[outlier_N]
         replaced_BS = batch.replaced_BS.masked_scatter(batch.replaced_BS, ~outlier_N)
-        splicing = Splicing(self._language_model, self._predictions, batch, replaced_BS, run)
-        splicing.begin(clean.hidden_BSD)
+        splicing = {n: Splicing(model, self._predictions[n], batch, replaced_BS, run) for n, model in self._models.items()}
+        for name, of_model in clean.items():
+            splicing[name].begin(of_model.hidden_BSD)
         self._num_outliers += len(outliers_MXD)
         self._num_excluded += batch.num_excluded
         self._as_trained.add(acts_NXD[:, : len(self._layers)])
         norms = squared_norms(acts_NXD[:, : len(self._layers)], self._moments.inliers.mean_LD)
         self._distances.add(norms.centered_BL.sqrt())
         self._sweep.add(acts_NXD[:, : len(self._layers)], norms.centered_BL)
-        parts_BS = self._parts(batch)
+        parts = {name: self._parts(batch, len(layers)) for name, layers in self._split_targets.items()}
         strongest: dict[str, Tensor] = {}
         for index, (approximation, sums) in enumerate(zip(self._approximations, self._sums, strict=True)):
             covered = approximation.covered
@@ -197,21 +210,35 @@ class Measurement:
             for source, layer in zip(approximation.sources, covered, strict=True):
                 name = self._layers[layer]
                 if layer in self._spliced[index]:
-                    splicing.alone(Stand(name, approximation.by, source), values[name])
+                    splicing[model_of(name)].alone(Stand(name, approximation.by, source), values[name])
                 if self._strongest.get(layer) is approximation:
                     strongest[name] = values[name]
-            if approximation.by in ("crosscoder", *ABLATIONS) and len(self._targets) > 1:
-                splicing.split(Stand(SPLIT, approximation.by), values, parts_BS)
-        if strongest and len(self._targets) > 1:
-            splicing.split(
-                Stand(SPLIT, STRONGEST), {self._layers[layer]: strongest[self._layers[layer]] for layer in self._targets}, parts_BS
-            )
-        self._predictions.end()
+            if approximation.by in ("crosscoder", *ABLATIONS):
+                self._split(splicing, approximation.by, values, parts)
+        if strongest:
+            self._split(splicing, STRONGEST, strongest, parts)
+        for predictions in self._predictions.values():
+            predictions.end()
 
-    def _parts(self, batch: HeldOutBatch) -> Tensor:
+    def _split(self, splicing: dict[str, "Splicing"], by: str, values: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
+        """Each model with its positions divided among its own layers."""
+        for name, layers in self._split_targets.items():
+            splicing[name].split(Stand(of_model(name, SPLIT), by), {layer: values[layer] for layer in layers}, parts[name])
+
+    def _clean_run(self, name: str, batch: HeldOutBatch) -> CleanRun:
+        own = [in_its_model(layer) for layer in sites_of(name, self._layers_read)]
+        return clean_run(self._models[name], batch.tokens_BS, own)
+
+    def _rows_read(self, clean: dict[str, CleanRun], batch: HeldOutBatch) -> Tensor:
+        """[N, X, D] float32, the layers in the order of `_layers_read`."""
+        read = {name: sites_of(name, self._layers_read) for name in clean}
+        acts = [clean[name].acts_BSLD[:, :, read[name].index(layer)] for layer in self._layers_read for name in [model_of(layer)]]
+        return torch.stack([acts_BSD[batch.replaced_BS] for acts_BSD in acts], dim=1).float()
+
+    def _parts(self, batch: HeldOutBatch, num_layers: int) -> Tensor:
         """Which layer each position is replaced at where positions are split: drawn for a context by its number, whatever its batch."""
         width = batch.tokens_BS.shape[1]
-        drawn = [np.random.default_rng([self._seed, int(index)]).integers(len(self._targets), size=width) for index in batch.indices_B]
+        drawn = [np.random.default_rng([self._seed, int(index)]).integers(num_layers, size=width) for index in batch.indices_B]
         return torch.from_numpy(np.stack(drawn)).to(batch.tokens_BS.device)
 
     # -- results --------------------------------------------------------------------------------------------------------------
@@ -231,7 +258,7 @@ class Measurement:
             num_positions=self._firing.num_positions,
             num_outliers=self._num_outliers,
             num_excluded=self._num_excluded,
-            num_predictions=self._predictions.clean.num_predictions,
+            num_predictions=next(iter(self._predictions.values())).clean.num_predictions,
             firing=self._firing,
             l0_as_trained=self._as_trained.l0(),
             compared_firing=self._compared_firing,
@@ -239,32 +266,50 @@ class Measurement:
             sweep=self._sweep.results(),
             outliers=self._moments.by_layer(self._layers, self._limits, self._distances.share_of_greatest(FEW)),
             reconstruction=reconstruction,
-            clean_cross_entropy=self._predictions.clean.cross_entropy,
+            clean_by_model={name: predictions.clean.cross_entropy for name, predictions in self._predictions.items()},
             losses=self._losses(),
             driving=self._driving,
         )
 
     def _losses(self) -> dict[Stand, Loss]:
-        losses = {stand: self._loss(stand) for stand in self._predictions.changed}
-        alone: dict[Stand, list[Loss]] = {}
-        for stand, loss in losses.items():
-            if stand.layer != SPLIT:
-                run = stand.source if stand.by == "compared" else None
-                alone.setdefault(Stand(MEAN_OVER_LAYERS, stand.by, run), []).append(loss)
-        for stand, of_layers in alone.items():
-            if len(of_layers) == len(self._targets):
-                losses[stand] = Loss(*[mean(values) for values in zip(*of_layers, strict=True)])  # type: ignore[arg-type]
-        return losses
+        losses = {stand: self._loss(stand) for predictions in self._predictions.values() for stand in predictions.changed}
+        targets = [self._layers[layer] for layer in self._targets]
+        means = losses_over(targets, losses, MEAN_OVER_LAYERS)
+        for name in self._models if len(self._models) > 1 else []:
+            means |= losses_over(sites_of(name, targets), losses, of_model(name, MEAN_OVER_LAYERS))
+        return losses | means
 
     def _loss(self, stand: Stand) -> Loss:
-        found, clean = self._predictions.changed[stand], self._predictions.clean.cross_entropy
-        against = {by: self._predictions.changed[Stand(stand.layer, by)].cross_entropy for by in ABLATIONS}
+        predictions = self._predictions[model_of(stand.layer)]
+        found, clean = predictions.changed[stand], predictions.clean.cross_entropy
+        against = {by: predictions.changed[Stand(stand.layer, by)].cross_entropy for by in ABLATIONS}
         shares = {by: recovered(ablated=ablated, spliced=found.cross_entropy, clean=clean) for by, ablated in against.items()}
         return Loss(found.cross_entropy, found.cross_entropy - clean, found.kl, shares["zero"], shares["mean"])
 
 
+def of_model(name: str, what: str) -> str:
+    """`what`, a name that stands in place of a layer, of the model called `name`."""
+    return f"{name}/{what}" if name else what
+
+
+def model_of(layer: str) -> str:
+    """The name of the model that a layer, or what stands in its place, is of."""
+    return SiteName.parse(layer).model
+
+
+def losses_over(layers: list[str], losses: dict[Stand, Loss], heading: str) -> dict[Stand, Loss]:
+    """The mean over `layers` of what stands in at every one of them, each alone; under `heading` in place of a layer."""
+    alone: dict[Stand, list[Loss]] = {}
+    for stand, loss in losses.items():
+        if stand.layer in layers:
+            run = stand.source if stand.by == "compared" else None
+            alone.setdefault(Stand(heading, stand.by, run), []).append(loss)
+    whole = {stand: of_layers for stand, of_layers in alone.items() if len(of_layers) == len(layers) > 0}
+    return {stand: Loss(*[mean(values) for values in zip(*of_layers, strict=True)]) for stand, of_layers in whole.items()}  # type: ignore[arg-type]
+
+
 class Splicing:
-    """Runs of the language model on one batch with activations replaced."""
+    """Runs of a language model on one batch with activations replaced, at sites of its own."""
 
     def __init__(
         self, language_model: LanguageModel, predictions: ReplacedPredictions, batch: HeldOutBatch, replaced_BS: Tensor, run: Run
@@ -289,7 +334,7 @@ class Splicing:
 
     def _add(self, stand: Stand, values: dict[str, tuple[Tensor, Tensor]]) -> None:
         self._run.check_stop()
-        replace = {layer: put(values_ND, where_BS) for layer, (values_ND, where_BS) in values.items()}
+        replace = {in_its_model(layer): put(values_ND, where_BS) for layer, (values_ND, where_BS) in values.items()}
         hidden_BSD = self._language_model.before_head(self._batch.tokens_BS, replace)
         self._predictions.add(stand, hidden_BSD[self._counted_BS])
 

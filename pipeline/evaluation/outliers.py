@@ -12,7 +12,7 @@ from pipeline.activations.outliers import OutlierLimits, limits_from, norms
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder
 from pipeline.crosscoder.metrics import LayerMoments
 from pipeline.evaluation.held_out import HeldOut
-from pipeline.language_model import LanguageModel
+from pipeline.language_models import Models
 from pipeline.run import Run
 
 FEW = 0.001
@@ -33,19 +33,17 @@ class LayerOutliers(NamedTuple):
 
 
 @torch.inference_mode()
-def outlier_limits(
-    trained: TrainedCrosscoder, language_model: LanguageModel, leading: HeldOut, ratio: float | None, run: Run
-) -> OutlierLimits:
+def outlier_limits(trained: TrainedCrosscoder, models: Models, leading: HeldOut, ratio: float | None, run: Run) -> OutlierLimits:
     """Those of the training, else `ratio` times each layer's median norm over the leading held-out contexts."""
     if ratio is None:
         return OutlierLimits(None, "off")
     known = trained.provenance.outlier_norms
     if known is not None:
-        return OutlierLimits(torch.tensor(known, dtype=torch.float64, device=language_model.device), "training")
+        return OutlierLimits(torch.tensor(known, dtype=torch.float64, device=models.device), "training")
     found, done = list[Tensor](), 0
     for batch in leading.batches():
         run.check_stop()
-        acts_NLD = language_model.activations(batch.tokens_BS, trained.layers)[batch.replaced_BS]
+        acts_NLD = models.activations(batch.tokens_BS, trained.layers)[batch.replaced_BS]
         found.append(norms(acts_NLD))
         done += len(batch.tokens_BS)
         run.report("norms", done, len(leading.indices), unit="contexts")
@@ -71,15 +69,13 @@ class HeldOutMoments(NamedTuple):
 
 
 @torch.inference_mode()
-def held_out_moments(
-    language_model: LanguageModel, layers: list[str], measured: HeldOut, limits: OutlierLimits, run: Run
-) -> HeldOutMoments:
+def held_out_moments(models: Models, layers: list[str], measured: HeldOut, limits: OutlierLimits, run: Run) -> HeldOutMoments:
     """Mean and spread of each layer's activations over the positions that count, the outliers' apart."""
-    moments = [LayerMoments(len(layers), language_model.d_model, language_model.device) for _ in range(2)]
+    moments = [LayerMoments(len(layers), models.d_model, models.device) for _ in range(2)]
     done = 0
     for batch in measured.batches():
         run.check_stop()
-        acts_NLD = language_model.activations(batch.tokens_BS, layers)[batch.replaced_BS]
+        acts_NLD = models.activations(batch.tokens_BS, layers)[batch.replaced_BS]
         outlier_N = limits.are_outliers(acts_NLD)
         moments[0].add(acts_NLD[~outlier_N])
         moments[1].add(acts_NLD[outlier_N])

@@ -14,7 +14,7 @@ from pipeline.evaluation.baselines import Fit, rank_that_explains, ranks_of
 from pipeline.evaluation.definitions import DEFINITIONS
 from pipeline.evaluation.fitting import FEW_POSITIONS_A_DIMENSION
 from pipeline.evaluation.held_out import Parts
-from pipeline.evaluation.measurements import JOINT, MEAN_OVER_LAYERS, SPLIT, Compared, Measurements
+from pipeline.evaluation.measurements import JOINT, MEAN_OVER_LAYERS, SPLIT, Compared, Measurements, of_model
 from pipeline.evaluation.outliers import FEW, MUCH
 from pipeline.evaluation.predictions import Stand
 
@@ -73,6 +73,7 @@ def as_json(evaluation: Evaluation, inputs: dict[str, str]) -> Json:
         "sparsity": _sparsity(evaluation),
         "reconstruction": [{**stand._asdict(), **row._asdict()} for stand, row in found.reconstruction.items()],
         "clean_cross_entropy": found.clean_cross_entropy,
+        **_by_model("clean_cross_entropy", found.clean_by_model),
         "float32_head": evaluation.exact_head,
         "replaced": [{**stand._asdict(), **loss._asdict()} for stand, loss in found.losses.items()],
         "baselines": _baselines(evaluation),
@@ -243,6 +244,7 @@ def headline(evaluation: Evaluation) -> Json:
     found, layers, sparsity = evaluation.found, evaluation.found.layers, _sparsity(evaluation)
     joint = found.reconstruction[Stand(JOINT, "crosscoder")]
     mean, split = found.losses[Stand(MEAN_OVER_LAYERS, "crosscoder")], found.losses.get(Stand(SPLIT, "crosscoder"))
+    by_model = {name: found.losses.get(Stand(of_model(name, MEAN_OVER_LAYERS), "crosscoder")) for name in found.clean_by_model}
     alone = {layer: found.losses[Stand(layer, "crosscoder")] for layer in layers}
     baseline_nats, baseline_variance = verdict.best_of_baselines(found)
     driving = found.driving.results()
@@ -254,7 +256,9 @@ def headline(evaluation: Evaluation) -> Json:
         "explained_variance_of_baseline": baseline_variance,
         **{key: sparsity[key] for key in ("dead_fraction", "dead_eval_fraction", "dense_fraction")},
         "clean_cross_entropy": found.clean_cross_entropy,
+        **_by_model("clean_cross_entropy", found.clean_by_model),
         "cross_entropy_difference": mean.difference,
+        **_by_model("cross_entropy_difference", {name: loss and loss.difference for name, loss in by_model.items()}),
         "cross_entropy_difference_by_layer": {layer: loss.difference for layer, loss in alone.items()},
         "cross_entropy_difference_split": None if split is None else split.difference,
         "cross_entropy_difference_of_baseline": baseline_nats,
@@ -265,3 +269,8 @@ def headline(evaluation: Evaluation) -> Json:
         "positions": found.num_positions,
         "outliers": found.num_outliers,
     }
+
+
+def _by_model(name: str, values: dict[str, float | None] | dict[str, float]) -> Json:
+    """The entry `<name>_by_model` where there are several models."""
+    return {f"{name}_by_model": dict(values)} if "" not in values else {}

@@ -9,10 +9,11 @@ from rich.table import Table
 
 from pipeline.crosscoder.metrics import ReconstructionMetrics
 from pipeline.evaluation.driving import DrivingLayers
-from pipeline.evaluation.measurements import JOINT, MEAN_OVER_LAYERS, SPLIT, Loss, Measurements
+from pipeline.evaluation.measurements import JOINT, MEAN_OVER_LAYERS, SPLIT, Loss, Measurements, of_model
 from pipeline.evaluation.outliers import FEW, LayerOutliers
 from pipeline.evaluation.predictions import Stand
 from pipeline.evaluation.verdict import ORDER, compared_run, number
+from pipeline.language_models import sites_of
 
 WIDTH = 100
 
@@ -73,10 +74,15 @@ def _reconstruction(found: Measurements, layers: list[str]) -> str:
 
 
 def _cross_entropy(found: Measurements, layers: list[str]) -> str:
-    title = f"Cross-entropy of the language model: {found.clean_cross_entropy:.4f} nats clean; with activations replaced:"
-    table = _table(title, list(_LOSS_COLUMNS.values()))
-    headings = {MEAN_OVER_LAYERS: "mean over layers, each alone", SPLIT: "each position at one layer"}
-    for layer in [*layers, *([MEAN_OVER_LAYERS, SPLIT] if len(layers) > 1 else [])]:
+    clean = ", ".join(f"{nats:.4f} nats clean" + (f" ({name})" if name else "") for name, nats in found.clean_by_model.items())
+    whose = "the language model" if len(found.clean_by_model) == 1 else "each language model"
+    table = _table(f"Cross-entropy of {whose}: {clean}; with activations replaced:", list(_LOSS_COLUMNS.values()))
+    headings = {MEAN_OVER_LAYERS: "mean over layers, each alone"}
+    for name in found.clean_by_model:
+        own, of = sites_of(name, layers), f" of {name}" if name else ""
+        headings |= {of_model(name, MEAN_OVER_LAYERS): f"mean over layers{of}, each alone"} if name and len(own) > 1 else {}
+        headings |= {of_model(name, SPLIT): f"each position at one layer{of}"} if len(own) > 1 else {}
+    for layer in [*layers, *(headings if len(layers) > 1 else [])]:
         rows = {stand: row for stand, row in found.losses.items() if stand.layer == layer}
         _section(table, headings.get(layer, layer), rows, _LOSS_COLUMNS)
     return _text(table)

@@ -86,7 +86,7 @@ class Reading(NamedTuple):
 
 
 def write(
-    directory: Path, firings: Firings, trained: TrainedCrosscoder, lens: LogitLens, reading: Reading, settings: FeaturesConfig
+    directory: Path, firings: Firings, trained: TrainedCrosscoder, lens_L: Sequence[LogitLens], reading: Reading, settings: FeaturesConfig
 ) -> records.Record:
     """Writes both tables, then their record; gives it."""
     num_contexts = 0
@@ -98,7 +98,7 @@ def write(
             top_tokens += _peaks(rows, group)
             num_contexts += len(rows)
             writer.write_table(pa.Table.from_pylist(rows, CONTEXT_SCHEMA))
-    table = pa.table(feature_columns(firings, trained, lens, reading.texts, settings) | {"top_tokens": top_tokens}, FEATURE_SCHEMA)
+    table = pa.table(feature_columns(firings, trained, lens_L, reading.texts, settings) | {"top_tokens": top_tokens}, FEATURE_SCHEMA)
     with records.atomic_file(directory / "features.parquet") as file:
         pq.write_table(table, file, compression="zstd", row_group_size=FEATURES_A_GROUP)
     facts = {"features": trained.num_features, "contexts": num_contexts}
@@ -106,7 +106,7 @@ def write(
 
 
 def feature_columns(
-    firings: Firings, trained: TrainedCrosscoder, lens: LogitLens, texts: Sequence[str], settings: FeaturesConfig
+    firings: Firings, trained: TrainedCrosscoder, lens_L: Sequence[LogitLens], texts: Sequence[str], settings: FeaturesConfig
 ) -> dict[str, Any]:
     """All columns of `features.parquet` but `top_tokens`."""
     driving, W_dec_FLD = firings.driving, trained.crosscoder.W_dec_FLD
@@ -127,15 +127,16 @@ def feature_columns(
         "drop_by_layer": driving.drop_by_layer_FL.tolist(),
         "neighbors": near.features_FK.tolist(),
         "neighbor_cosines": near.cosines_FK.tolist(),
-        **_lens_columns(W_dec_FLD, lens, texts, settings.promoted_tokens),
+        **_lens_columns(W_dec_FLD, lens_L, texts, settings.promoted_tokens),
     }
 
 
-def _lens_columns(W_dec_FLD: Tensor, lens: LogitLens, texts: Sequence[str], count: int) -> dict[str, list[list[Any]]]:
+def _lens_columns(W_dec_FLD: Tensor, lens_L: Sequence[LogitLens], texts: Sequence[str], count: int) -> dict[str, list[list[Any]]]:
     columns: dict[str, list[list[Any]]] = {
         name: [[] for _ in W_dec_FLD] for name in ("promoted", "promoted_logits", "suppressed", "suppressed_logits")
     }
-    for layer in range(W_dec_FLD.shape[1] if lens.unembedding_VD is not None else 0):
+    has_lens = all(lens.unembedding_VD is not None for lens in lens_L)
+    for layer, lens in enumerate(lens_L if has_lens else []):
         found = lens.tokens(W_dec_FLD[:, layer], count)
         writes_F = (layer_norms(W_dec_FLD)[:, layer] > 0).tolist()
         for name, values_FK in zip(columns, found, strict=True):

@@ -18,6 +18,7 @@ from pipeline import records
 from pipeline.activations.outliers import OutlierLimits
 from pipeline.config.build_features import FeaturesConfig
 from pipeline.config.errors import UserError
+from pipeline.config.sites import SiteName
 from pipeline.config.token_limit import notices, short_of
 from pipeline.contexts import Contexts
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder, load_crosscoder
@@ -30,7 +31,7 @@ from pipeline.features.best_firings import NUM_PLACES
 from pipeline.features.firings import Firings, Kept
 from pipeline.features.logit_lens import LogitLens
 from pipeline.features.token_text import token_texts
-from pipeline.language_model import LanguageModel
+from pipeline.language_models import Models, bind, each, identities, load_models
 from pipeline.run import Run
 from pipeline.text.tokenizer import load_transformers_tokenizer
 from pipeline.tokens import TokenSet
@@ -40,15 +41,17 @@ PART_FORMAT = "feature-part/1"
 
 def run(config: FeaturesConfig, run: Run) -> dict[str, Any]:
     """Runs the stage; gives where the store lies and the headline numbers."""
-    language_model = LanguageModel.load(config.language_model)
-    trained = load_crosscoder(find_run(config.crosscoder), language_model.device)
+    models = load_models(config)
+    trained = load_crosscoder(find_run(config.crosscoder), models.device)
     tokens = TokenSet.open(config.tokens)
-    remarks = check_inputs(trained, language_model, tokens, config)
+    remarks = check_inputs(trained, models, tokens, config)
     if config.check_hashes:
         tokens.check_hashes(run)
-    inputs = {"crosscoder": trained.identity, "language_model": language_model.hash, "tokens": tokens.data_id}
+    inputs = {"crosscoder": trained.identity, "tokens": tokens.data_id}
     for field, identity in inputs.items():
-        run.bind_input(field, identity, language_model.files if field == "language_model" else None)
+        run.bind_input(field, identity)
+    bind(models, run)
+    inputs |= identities(models)
     contexts = Contexts(tokens, config.context_tokens, beginning_of_text_id=trained.provenance.beginning_of_text_id)
     there = int(contexts.lengths.sum())
     for line in [*remarks, *notices(config.max_tokens, there, where=tokens.directory, unit="tokens")]:
@@ -58,18 +61,20 @@ def run(config: FeaturesConfig, run: Run) -> dict[str, Any]:
         run.say(remark)
     output = run.directory / "features"
     records.claim(output, {"stage": "features", "settings": config.identity(), "inputs": inputs})
-    pass_ = _Pass(config, trained, language_model, contexts, run)
+    pass_ = _Pass(config, trained, models, contexts, run)
     firings = pass_.gathered(output / "parts")
-    lens = LogitLens(language_model, tokens.vocab_size)
-    if lens.unembedding_VD is None:
-        run.say(f"{language_model.name} has no unembedding that is one matrix: no promoted and suppressed tokens")
+    lenses = {name: LogitLens(model, tokens.vocab_size) for name, model in each(models).items()}
+    for name, lens in lenses.items():
+        if lens.unembedding_VD is None:
+            run.say(f"{each(models)[name].name} has no unembedding that is one matrix: no promoted and suppressed tokens")
+    lens_L = [lenses[SiteName.parse(layer).model] for layer in trained.layers]
     run.say("writing the feature store")
-    record = store.write(output, firings, trained, lens, store.Reading(contexts, pass_.chosen, texts), config)
+    record = store.write(output, firings, trained, lens_L, store.Reading(contexts, pass_.chosen, texts), config)
     manifest = store.seal(output, record, {**inputs, "layers": trained.layers, **pass_.facts(firings)})
     shutil.rmtree(output / "parts")
     result = headline(firings, record, manifest["data_id"], output)
     run.say(f"{result['features']:,} features over {result['positions']:,} positions, {result['contexts']:,} contexts kept: {output}")
-    return result | short_of(config.max_tokens, there) | language_model.memory_used()
+    return result | short_of(config.max_tokens, there) | models.memory_used()
 
 
 def headline(firings: Firings, record: records.Record, data_id: str, output: Path) -> dict[str, Any]:
@@ -89,10 +94,11 @@ def headline(firings: Firings, record: records.Record, data_id: str, output: Pat
 
 
 def texts_of(config: FeaturesConfig, vocab_size: int) -> tuple[list[str], str]:
-    """The text of each token, by the tokenizer beside the language model; and a sentence where it lacks some."""
-    name = config.language_model.model
+    """The text of each token, by the tokenizer beside the language model, the first of several; and a sentence where it lacks some."""
+    model = next(iter(config.models.values()))
+    name = model.model
     try:
-        tokenizer = load_transformers_tokenizer(name, config.language_model.revision)
+        tokenizer = load_transformers_tokenizer(name, model.revision)
     except UserError:
         return [f"<{number}>" for number in range(vocab_size)], f"{name} comes with no tokenizer: tokens are shown by their ids"
     missing = vocab_size - len(tokenizer)
@@ -103,10 +109,8 @@ def texts_of(config: FeaturesConfig, vocab_size: int) -> tuple[list[str], str]:
 class _Pass:
     """The one pass over the text."""
 
-    def __init__(
-        self, config: FeaturesConfig, trained: TrainedCrosscoder, language_model: LanguageModel, contexts: Contexts, run: Run
-    ) -> None:
-        self._config, self._trained, self._language_model, self._contexts, self._run = config, trained, language_model, contexts, run
+    def __init__(self, config: FeaturesConfig, trained: TrainedCrosscoder, models: Models, contexts: Contexts, run: Run) -> None:
+        self._config, self._trained, self._models, self._contexts, self._run = config, trained, models, contexts, run
         total = int(contexts.lengths.sum())
         (self._drawn,) = draw(contexts.lengths, [total if config.max_tokens is None else min(config.max_tokens, total)], config.seed)
         check_measurable(contexts, self._drawn, config.max_tokens)
@@ -150,7 +154,7 @@ class _Pass:
         for batch in self._held_out(self.chosen[part.start : part.stop]).batches():
             self._run.check_stop()
             self._run.report("read", first, len(self.chosen), unit="contexts")
-            acts_BSLD = self._language_model.activations(batch.tokens_BS, self._trained.layers)
+            acts_BSLD = self._models.activations(batch.tokens_BS, self._trained.layers)
             firings.add(acts_BSLD, batch.replaced_BS, first, limits)
             first += len(batch.tokens_BS)
         with records.atomic_file(directory / f"{stem}.safetensors") as file:
@@ -165,9 +169,9 @@ class _Pass:
 
     def _limits(self) -> OutlierLimits:
         few = self._held_out(leading(self._contexts, self._drawn))
-        return outlier_limits(self._trained, self._language_model, few, self._config.outlier_norm_ratio, self._run)
+        return outlier_limits(self._trained, self._models, few, self._config.outlier_norm_ratio, self._run)
 
     def _held_out(self, indices: Indices) -> HeldOut:
         excluded = self._trained.provenance.exclude_token_ids
-        device = self._language_model.device
+        device = self._models.device
         return HeldOut(self._contexts, indices, batch_contexts=self._config.batch_contexts, device=device, exclude_token_ids=excluded)

@@ -38,47 +38,49 @@ from pipeline.evaluation.held_out import Parts, divide
 from pipeline.evaluation.measurements import Compared, Measurement, Measurements
 from pipeline.evaluation.outliers import held_out_moments, outlier_limits
 from pipeline.evaluation.report import Evaluation
-from pipeline.language_model import LanguageModel
+from pipeline.language_models import Models, bind, each, identities, load_models
 from pipeline.run import Run
 from pipeline.tokens import TokenSet
 
 
 def run(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     """Runs the stage; gives the headline numbers and where the rest lies."""
-    language_model = LanguageModel.load(config.language_model)
-    trained = load_crosscoder(find_run(config.crosscoder), language_model.device)
-    compared = compared_runs(config, trained, language_model)
+    models = load_models(config)
+    trained = load_crosscoder(find_run(config.crosscoder), models.device)
+    compared = compared_runs(config, trained, models)
     tokens = TokenSet.open(config.tokens)
     training = None if config.training_tokens is None else TokenSet.open(config.training_tokens)
-    remarks = check_inputs(trained, language_model, tokens, config)
+    remarks = check_inputs(trained, models, tokens, config)
     if training is not None:
-        check_readable(training, trained, language_model, config)
+        check_readable(training, trained, models, config)
     if config.check_hashes:
         tokens.check_hashes(run)
-    inputs = {"crosscoder": trained.identity, "language_model": language_model.hash, "tokens": tokens.data_id}
+    inputs = {"crosscoder": trained.identity, "tokens": tokens.data_id}
     inputs |= {f"compare_with[{number}]": other.trained.identity for number, other in enumerate(compared)}
     inputs |= {} if training is None else {"training_tokens": training.data_id}
     for field, identity in inputs.items():
-        run.bind_input(field, identity, language_model.files if field == "language_model" else None)
-    parts = divided(trained, tokens, training, config, language_model.device)
+        run.bind_input(field, identity)
+    bind(models, run)
+    inputs |= identities(models)
+    parts = divided(trained, tokens, training, config, models.device)
     where = f"{tokens.directory}{'' if training else ', less what baselines are fitted on,'}"
     limit = notices(config.max_tokens, parts.num_there, where=where, unit="tokens")
     differences = [*differences_from_training(trained.provenance, config, tokens, training), *differences_of_runs(trained, compared)]
     for line in [*remarks, *limit, *differences]:
         run.say(line)
     fitted_on = "tokens" if training is None else "training_tokens"
-    found = evaluate(trained, compared, language_model, parts, config, run, fitted_on=fitted_on)
+    found = evaluate(trained, compared, models, parts, config, run, fitted_on=fitted_on)
     document = report.as_json(found, inputs)
     for line in [*report.first_lines(found), "", *report.wide_tables(found)]:
         run.say(line)
     paths = write_files(run.directory, document, found)
     for path in paths:
         run.say(str(path))
-    result = {**report.headline(found), "files": [str(path) for path in paths], **language_model.memory_used()}
+    result = {**report.headline(found), "files": [str(path) for path in paths], **models.memory_used()}
     return result | short_of(config.max_tokens, parts.num_there)
 
 
-def compared_runs(config: EvaluateConfig, trained: TrainedCrosscoder, language_model: LanguageModel) -> list[Compared]:
+def compared_runs(config: EvaluateConfig, trained: TrainedCrosscoder, models: Models) -> list[Compared]:
     """The crosscoders of `compare_with`, each with a name of its own.
 
     Raises `UserError` for one of another language model, that reconstructs none of the layers of `trained`, or that is named twice.
@@ -90,8 +92,8 @@ def compared_runs(config: EvaluateConfig, trained: TrainedCrosscoder, language_m
     labels = _labels(paths)
     found = []
     for path, label in zip(paths, labels, strict=True):
-        other = load_crosscoder(path, language_model.device)
-        check_model(other, language_model, f"compare_with {path}")
+        other = load_crosscoder(path, models.device)
+        check_model(other, models, f"compare_with {path}")
         if not _reconstructed(other) & _reconstructed(trained):
             raise UserError(
                 f"compare_with {path} reconstructs {', '.join(sorted(_reconstructed(other)))}, the crosscoder in {config.crosscoder} "
@@ -175,7 +177,7 @@ def divided(trained: TrainedCrosscoder, tokens: TokenSet, training: TokenSet | N
 def evaluate(
     trained: TrainedCrosscoder,
     compared: list[Compared],
-    language_model: LanguageModel,
+    models: Models,
     parts: Parts,
     config: EvaluateConfig,
     run: Run,
@@ -183,13 +185,13 @@ def evaluate(
     fitted_on: str,
 ) -> Evaluation:
     """All passes: what an outlier is, the means, the baselines, and the measurements."""
-    limits = outlier_limits(trained, language_model, parts.leading, config.outlier_norm_ratio, run)
-    moments = held_out_moments(language_model, trained.layers, parts.measured, limits, run)
-    fitted = fit(trained, language_model, parts.fitted, limits, run)
+    limits = outlier_limits(trained, models, parts.leading, config.outlier_norm_ratio, run)
+    moments = held_out_moments(models, trained.layers, parts.measured, limits, run)
+    fitted = fit(trained, models, parts.fitted, limits, run)
     baselines = fitted_baselines(fitted, trained, seed=config.seed)
     measurement = Measurement(
         trained,
-        language_model,
+        models,
         limits,
         moments,
         baselines,
@@ -210,7 +212,7 @@ def evaluate(
         trained, compared, parts, fitted_on, limits, fitted, baselines, found,
         ranks_needed=report.ranks_needed(found, fitted, trained.layers),
         num_forward_passes=passes,
-        exact_head=language_model.head.is_exact,
+        exact_head=all(model.head.is_exact for model in each(models).values()),
     )  # fmt: skip
 
 

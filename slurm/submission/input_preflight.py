@@ -199,7 +199,7 @@ def _reading_faults(context_tokens: int, model: LanguageModelConfig, shape: Mode
 
 
 def _held_out_faults(config: HeldOutText, pending: Sequence[Path]) -> list[str]:
-    models, tokens = {"": config.language_model}, _manifest(config.tokens, pending, "token-set")
+    models, tokens = config.models, _manifest(config.tokens, pending, "token-set")
     shapes, faults = _shapes(models), _model_faults(models, config, tokens)
     trained = _crosscoder(config.crosscoder)
     if is_pending(config.crosscoder, pending) or not config.crosscoder.exists():
