@@ -69,7 +69,7 @@ def measured(config: CacheConfig, num_positions: int) -> dict[str, Any]:
     harvester = Harvester(tokens, model, config, lambda: None)
     acts_NLD, places_N = leading_rows(harvester, num_positions)
     first = norms(acts_NLD)[: max(1, min(LEADING_TOKENS, len(acts_NLD)))]
-    rows = [row(acts_NLD, places_N, limits_from([first], ratio), ratio) for ratio in RATIOS]
+    rows = [row(acts_NLD, places_N, limits_from(first, ratio), ratio) for ratio in RATIOS]
     facts = {"language_model": model.name, "layers": config.layers, "context_tokens": config.context_tokens}
     median_L = first.median(dim=0).values.tolist()
     return facts | {"positions": len(acts_NLD), "median_norm": median_L, "ratios": rows}

@@ -276,14 +276,17 @@ def test_contexts_longer_than_the_model_reads_are_refused(pieces: Pieces, traine
 
 def test_other_contexts_or_positions_than_in_training_are_said(pieces: Pieces, trained_run: Path, tmp_path: Path) -> None:
     config = batch_topk_config()
-    odd = pieces.write_crosscoder(config, random_crosscoder(config), run="odd", drop_positions=[0, 1], context_tokens=32)
+    odd = pieces.write_crosscoder(
+        config, random_crosscoder(config), run="odd", drop_positions=[0, 1], context_tokens=32, outlier_norms=[9.0, 9.0]
+    )
     said = {}
-    for name, run in {"odd": odd, "alike": trained_run}.items():
+    for name, (run, ratio) in {"odd": (odd, None), "alike": (trained_run, 10.0)}.items():
         output = io.StringIO()
-        evaluate_crosscoder.run(pieces.config(run), Run(tmp_path / name, output=output))
+        evaluate_crosscoder.run(pieces.config(run, outlier_norm_ratio=ratio), Run(tmp_path / name, output=output))
         said[name] = output.getvalue()
     assert f"context_tokens is {CONTEXT_TOKENS}, in training it was 32" in said["odd"]
     assert "training left out positions [0, 1] of each context; these figures leave out position 0 alone" in said["odd"]
+    assert "training left out positions of large norm, outlier_norm_ratio null counts them" in said["odd"]
     assert "in training it was" not in said["alike"]
     assert "training left out" not in said["alike"]
 

@@ -137,6 +137,20 @@ def test_records_count_what_is_left_out_and_what_it_holds(pair, whole):
         assert not set(columns["token"].tolist()) & {SINK, EXCLUDED}
 
 
+def test_the_log_says_what_is_left_out_and_what_it_holds(inputs, tmp_path, whole, capsys):
+    opened(inputs, tmp_path)
+    said = capsys.readouterr().out
+    (everything,) = read(whole, batch_positions=whole.num_positions)
+    squares_NL, sink_N = everything.acts_BLD.double().square().sum(-1), everything.tokens_B == SINK
+    first, second = (100 * squares_NL[sink_N].sum(0) / squares_NL.sum(0)).tolist()
+    held = f"of |x|^2 they hold {first:.3g} % at transformer.h.1, {second:.3g} % at transformer.h.0"
+    wanted = f"{int(sink_N.sum()):,} of {whole.num_positions:,} positions left out for their norm; {held}"
+    assert said.count(f"leading contexts: {wanted}\n") == 2, "of disk and stream"
+    assert said.count(f"\n{wanted}\n") == 1, "once the set is sealed"
+    limits_L = [f"{norm:,.4g}" for norm in (10 * squares_NL.sqrt().sort(0).values[(len(squares_NL) - 1) // 2]).tolist()]
+    assert f"positions whose norm is over {limits_L[0]} at transformer.h.1, {limits_L[1]} at transformer.h.0 (10 times the median)" in said
+
+
 def test_a_shard_made_again_has_the_same_bytes_by_the_limits_of_the_recipe(inputs, tmp_path, monkeypatch):
     settings = CacheConfig(name="test", output=tmp_path / "set", **harvest_settings(inputs))
     first = cache_activations.run(settings, Run(tmp_path / "one"))
@@ -144,14 +158,14 @@ def test_a_shard_made_again_has_the_same_bytes_by_the_limits_of_the_recipe(input
     for name in ("000001.json", "000001.safetensors", "manifest.json"):
         (tmp_path / "set" / name).unlink()
     # As on a machine that rounds otherwise.
-    monkeypatch.setattr(Harvester, "measured_norms", lambda _self: [1e-9, 1e-9])
+    monkeypatch.setattr(Harvester, "measured_norms", lambda *_: [1e-9, 1e-9])
     assert cache_activations.run(settings, Run(tmp_path / "two"))["data_id"] == first["data_id"]
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "set").glob("*.safetensors")}
 
 
 def test_a_stream_that_goes_on_keeps_the_limits_that_it_began_with(inputs, tmp_path, monkeypatch):
     first = streamed(inputs, tmp_path)
-    monkeypatch.setattr(Harvester, "measured_norms", lambda _self: [1e-9, 1e-9])
+    monkeypatch.setattr(Harvester, "measured_norms", lambda *_: [1e-9, 1e-9])
     assert streamed(inputs, tmp_path).provenance == first.provenance
     assert_same(read(streamed(inputs, tmp_path)), read(first))
 

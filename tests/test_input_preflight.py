@@ -105,6 +105,13 @@ def test_beginning_of_text_that_nobody_knows_is_refused_before_the_job(inputs: d
     assert fault == "beginning_of_text is false, but contexts of the training begin so; set it to auto"
 
 
+def test_an_excluded_id_that_the_model_does_not_have_is_refused_before_the_job(inputs: dict[str, Any], tmp_path: Path) -> None:
+    assert input_preflight.faults_of(cache(inputs, exclude_token_ids=[0, 299]), tmp_path) == []
+    (fault,) = input_preflight.faults_of(cache(inputs, exclude_token_ids=[0, 300]), tmp_path)
+    assert fault.startswith("exclude_token_ids names 300, but ")
+    assert fault.endswith("has the ids 0 to 299; correct it or leave it out")
+
+
 def test_a_vocabulary_beyond_the_embeddings_is_let_through_if_no_id_is(inputs: dict[str, Any], tmp_path: Path) -> None:
     write_token_set(tmp_path / "fits", {"a": [[1, 299]]}, vocab_size=400, end_of_text_id=0)
     write_token_set(tmp_path / "beyond", {"a": [[1], [300]]}, vocab_size=400, end_of_text_id=0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.activations.layer_sums import counted
-from pipeline.activations.left_out import Exclusion
+from pipeline.activations.left_out import Exclusion, left_out_for_norm
 from pipeline.activations.order import ModelBatch, Order
 from pipeline.activations.outliers import LEADING_TOKENS, limits_from, norms
 from pipeline.activations.source import ActivationBatch, Provenance
@@ -84,12 +84,14 @@ class Harvester:
         self.provenance = self.provenance._replace(outlier_norms=outlier_norms)
         self._exclusion = Exclusion(self.settings.exclude_token_ids, outlier_norms, self.model.device)
 
-    def measured_norms(self) -> list[float] | None:
+    def measured_norms(self, say: Callable[[str], None]) -> list[float] | None:
         """`outlier_norm_ratio` times each layer's median norm over the order's leading contexts; None where no outliers are left out.
 
-        The median is of the positions that statistics count, excluded tokens not among them.
+        The median is of the positions that statistics count, excluded tokens not among them. What the limits leave out of these
+        positions is said.
         """
-        if self.settings.outlier_norm_ratio is None:
+        ratio = self.settings.outlier_norm_ratio
+        if ratio is None:
             return None
         found, num_positions = list[Tensor](), 0
         exclusion = Exclusion(self.settings.exclude_token_ids, None, self.model.device)
@@ -105,7 +107,13 @@ class Harvester:
                 num_positions += len(norms_NL)
         if num_positions == 0:
             raise UserError(f"{self.settings.tokens} has no position left when those of exclude_token_ids are left out; exclude fewer ids")
-        return limits_from(found, self.settings.outlier_norm_ratio).tolist()
+        norms_NL = torch.cat(found).cpu()
+        limits_L = limits_from(norms_NL, ratio)
+        outlier_N = (norms_NL > limits_L).any(1)
+        squares_NL = norms_NL.double().square()
+        shares_L = (squares_NL[outlier_N].sum(0) / squares_NL.sum(0)).tolist()
+        say(f"leading contexts: {left_out_for_norm(int(outlier_N.sum()), num_positions, shares_L, self.layers)}")
+        return limits_L.tolist()
 
     def rows(self, generation: int) -> Iterator[Harvested]:
         """The generation's positions in the order of contexts and positions, a model batch at a time.

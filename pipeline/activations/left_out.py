@@ -132,7 +132,12 @@ def left_out_sentences(facts: dict[str, Any] | None, statistics: LayerStatistics
     by_norm, by_token = facts["by_norm"], facts["by_token"]
     total = by_norm + by_token + statistics.num_positions
     kept_L = (statistics.mean_squared_norm_L * statistics.num_positions).tolist()
-    shares = [left / (left + kept) if left else 0.0 for left, kept in zip(facts["sum_squared_norm"], kept_L, strict=True)]
-    held = ", ".join(f"{100 * share:.3g} % at {layer}" for share, layer in zip(shares, layers, strict=True))
-    lines = [f"{by_norm:,} of {total:,} positions left out for their norm" + (f"; they hold of |x|^2 {held}" if by_norm else "")]
+    shares_L = [left / (left + kept) if left else 0.0 for left, kept in zip(facts["sum_squared_norm"], kept_L, strict=True)]
+    lines = [left_out_for_norm(by_norm, total, shares_L, layers)]
     return lines + ([f"{by_token:,} of {total:,} positions left out for their token"] if by_token else [])
+
+
+def left_out_for_norm(count: int, total: int, shares_L: list[float], layers: list[str]) -> str:
+    """In words: how many of `total` positions, and which share they hold of the sum of |x|^2 at each layer."""
+    held = ", ".join(f"{100 * share:.3g} % at {layer}" for share, layer in zip(shares_L, layers, strict=True))
+    return f"{count:,} of {total:,} positions left out for their norm" + (f"; of |x|^2 they hold {held}" if count else "")

@@ -6,7 +6,6 @@ norm over ten medians, and they hold about 30 % to 60 % of the sum of |x|^2.
 Shapes: N positions, L layers, D model width.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,6 +37,6 @@ def norms(acts_NLD: Tensor) -> Tensor:
     return norms_NL
 
 
-def limits_from(norms_of_parts: Sequence[Tensor], ratio: float) -> Tensor:
-    """[L] float64: `ratio` times the median over all positions of the parts, [N, L] each; of an even number the lower middle one."""
-    return ratio * torch.cat(list(norms_of_parts)).median(dim=0).values.double()
+def limits_from(norms_NL: Tensor, ratio: float) -> Tensor:
+    """[L] float64: `ratio` times the median over positions; of an even number the lower middle one."""
+    return ratio * norms_NL.median(dim=0).values.double()

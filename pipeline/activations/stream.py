@@ -56,7 +56,7 @@ class ActivationStream:
         if norms is None and self._config.outlier_norm_ratio is not None:
             # Another GPU may round otherwise: a run that goes on elsewhere keeps the limits that it began with.
             path = self._run.directory / OUTLIER_NORMS
-            norms = records.read_json(path) if path.exists() else records.write_once(path, self._harvester.measured_norms())
+            norms = records.read_json(path) if path.exists() else records.write_once(path, self._harvester.measured_norms(self._run.say))
         self._harvester.leave_out(norms)
         for line in self._harvester.exclusion.sentences(self._config):
             self._run.say(line)

@@ -127,7 +127,7 @@ class Trainer:
             self.log.write_row()
         self.run.report("train", state.tokens, state.plan.num_tokens, unit="tokens", done=done, note=self.log.note())
         # Before any checkpoint of this step: whoever resumes from that has the snapshot, and the window that begins after it.
-        if self.history.is_due():
+        if self.history.is_due() and len(raw_BLD):
             self.check_finite()
             self.history.write(raw_BLD)
         if self.run.stop_reason is not None:

@@ -47,7 +47,7 @@ def outlier_limits(trained: TrainedCrosscoder, models: Models, leading: HeldOut,
         found.append(norms(acts_NLD))
         done += len(batch.tokens_BS)
         run.report("norms", done, len(leading.indices), unit="contexts")
-    return OutlierLimits(limits_from(found, ratio), "held_out")
+    return OutlierLimits(limits_from(torch.cat(found), ratio), "held_out")
 
 
 class HeldOutMoments(NamedTuple):

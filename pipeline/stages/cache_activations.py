@@ -51,7 +51,7 @@ def run(config: CacheConfig, run: Run) -> dict[str, Any]:
     inputs: dict[str, Any] = {"tokens": tokens.data_id, **identities(model)}
     inputs |= _as_far_as_there(beginning_of_text_id=harvester.provenance.beginning_of_text_id)
     settings = {key: value for key, value in config.identity().items() if key != "beginning_of_text"}
-    norms = _norms_of(config.output) or harvester.measured_norms()
+    norms = _norms_of(config.output) or harvester.measured_norms(run.say)
     measured = {} if norms is None else {"outlier_norms": norms}
     decided = records.claim(config.output, {"stage": "cache", "settings": settings, "inputs": inputs}, measured=measured)
     harvester.leave_out(decided.get("outlier_norms"))

@@ -141,6 +141,8 @@ def differences_from_training(trained: Provenance, config: EvaluateConfig, token
     if trained.drop_positions != [0]:
         left_out = f"left out positions {trained.drop_positions}" if trained.drop_positions else "left out no position"
         lines.append(f"training {left_out} of each context; these figures leave out position 0 alone")
+    if trained.outlier_norms is not None and config.outlier_norm_ratio is None:
+        lines.append("training left out positions of large norm, outlier_norm_ratio null counts them: they may decide every figure")
     return lines
 
 

@@ -167,11 +167,21 @@ def _model_faults(models: Models, config: Harvest | HeldOutText, tokens: Facts |
     for name, model in models.items():
         faults += model_preflight.faults_of(model, field=field_of(name))
         faults += _reading_faults(config.context_tokens, model, shapes[name], tokens, config.tokens)
+        faults += _excluded_faults(config, model, shapes[name])
     widths = {name: shape.d_model for name, shape in shapes.items() if shape.d_model is not None}
     if len(set(widths.values())) > 1:
         listed = ", ".join(f"{width:,} ({name})" for name, width in widths.items())
         faults.append(f"language_models have width {listed}, but sites of a crosscoder have one width; take models of one size")
     return faults
+
+
+def _excluded_faults(config: Harvest | HeldOutText, model: LanguageModelConfig, shape: ModelShape) -> list[str]:
+    """`exclude_token_ids` that the model does not have."""
+    if not isinstance(config, Harvest) or shape.vocab_size is None:
+        return []
+    unknown = [token_id for token_id in config.exclude_token_ids if token_id >= shape.vocab_size]
+    last = f"{model.model} has the ids 0 to {shape.vocab_size - 1:,}"
+    return [f"exclude_token_ids names {unknown[0]:,}, but {last}; correct it or leave it out"] if unknown else []
 
 
 def _d_model(models: Models) -> int | None:
