@@ -161,11 +161,27 @@ class Run:
 
 def _line(stage: str, phase: str, step: float, total: float | None, unit: str, rate: float, left: float | None, note: str) -> str:
     share = f"{100 * step / total:5.1f} %  " if total else ""
-    of = f" of {quantity(total)}" if total else ""
     ends = f"  {duration(left)} left" if left is not None else ""
     named = stage if phase == stage else f"{stage} {phase}"
-    pace = f"  {quantity(rate)}/s" if rate > 0 else ""  # of one report there is none
-    return f"{named}  {share}{quantity(step)}{of} {unit}{pace}{ends}" + (f"  {note}" if note else "")
+    speed = f"  {pace(rate, unit)}" if rate > 0 else ""  # of one report there is none
+    return f"{named}  {share}{amount(step, total, unit)}{speed}{ends}" + (f"  {note}" if note else "")
+
+
+BYTES = "bytes of "
+"""How the unit of what is counted in bytes begins: `bytes of files`."""
+
+
+def amount(step: float, total: float | None, unit: str, between: str = " of ") -> str:
+    """How much of something is done: `250 of 1,000 steps`, `12.3 MB of 4.56 GB of files`."""
+    number = byte_size if unit.startswith(BYTES) else quantity
+    return f"{number(step)}{f'{between}{number(total)}' if total else ''} {unit.removeprefix('bytes ')}".rstrip()
+
+
+def pace(rate: float, unit: str) -> str:
+    """How much of `unit` goes by in a second; of what is slow, in a minute or an hour."""
+    number = byte_size if unit.startswith(BYTES) else quantity
+    name, seconds = next(((name, seconds) for name, seconds in (("s", 1), ("min", 60)) if rate * seconds >= 0.1), ("h", 3600))
+    return f"{number(rate * seconds)}/{name}"
 
 
 def quantity(value: float) -> str:
@@ -174,7 +190,15 @@ def quantity(value: float) -> str:
         if abs(value) >= limit:
             scaled = value / (1e3 if suffix == "k" else limit)
             return f"{scaled:.3g}{suffix}" if scaled < 1000 else f"{scaled:.0f}{suffix}"
-    return f"{value:.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+    return f"{value:.0f}" if abs(value) >= 100 or value == int(value) else f"{round(value, 4):.3g}"
+
+
+def byte_size(count: float) -> str:
+    """A number of bytes in at most four figures: 16 bytes, 12.35 kB, 4.56 MB, 3.072 TB; a kB is 1,000 bytes."""
+    if count < 999.5:
+        return "1 byte" if round(count) == 1 else f"{round(count)} bytes"
+    unit, scale = next(((unit, scale) for unit, scale in (("kB", 1e3), ("MB", 1e6), ("GB", 1e9)) if count / scale < 999.95), ("TB", 1e12))
+    return f"{count / scale:,.4g} {unit}" if count / scale < 9999.5 else f"{count / scale:,.0f} {unit}"
 
 
 def duration(seconds: float) -> str:

@@ -29,7 +29,7 @@ from pipeline.config.load import load
 from pipeline.config.site_file import Site
 from pipeline.contexts import Contexts
 from pipeline.language_model import LanguageModel
-from pipeline.run import Run, Stopped
+from pipeline.run import Run, Stopped, byte_size
 from pipeline.stages import cache_activations
 from pipeline.tokens import TokenSet
 
@@ -262,7 +262,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_computed(inputs, tmp_pat
     big = cache_config(inputs, tmp_path / "set")
     cache(big, tmp_path)  # 64 MiB spare and a few hundred kB of data fit into 70 MB
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: namedtuple("Usage", "free")(free=1_000_000))
-    with pytest.raises(UserError, match=r"needs 0\.07 GB more, but its disk has 1\.000 MB free.*max_tokens"):
+    with pytest.raises(UserError, match=r"needs 6\d\.\d+ MB more, but its disk has 1 MB free.*max_tokens"):
         cache(cache_config(inputs, tmp_path / "other"), tmp_path)
     assert not list((tmp_path / "other").glob("*.safetensors"))
     capsys.readouterr()
@@ -310,7 +310,7 @@ def test_only_what_is_still_missing_counts_as_needed(inputs, finished, tmp_path,
         path.unlink()
     missing = (finished[1] / "000001.safetensors").stat().st_size
     cache(cache_config(inputs, tmp_path / "set"), tmp_path)
-    assert f"{missing / 1e6:.3f} MB needed in" in capsys.readouterr().out
+    assert f"{byte_size(missing)} needed in" in capsys.readouterr().out
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: namedtuple("Usage", "free")(free=0))
     cache(cache_config(inputs, tmp_path / "set"), tmp_path)  # nothing is missing, so a full disk does not matter
 

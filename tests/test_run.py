@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import run as run_module
 from pipeline.config.errors import UserError
-from pipeline.run import Run, Stopped, duration, quantity
+from pipeline.run import Run, Stopped, amount, byte_size, duration, pace, quantity
 
 
 class Terminal(io.StringIO):
@@ -78,10 +78,30 @@ def test_rewinding_metrics_drops_later_rows_and_a_torn_last_line(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (950, "950"), (12_345, "12.3k"), (4_560_000, "4.56M"), (7.89e9, "7.89G"), (2.94e11, "294G"), (0.5, "0.5")]
+    ("value", "text"),
+    [(0, "0"), (950, "950"), (12_345, "12.3k"), (4_560_000, "4.56M"), (7.89e9, "7.89G"), (2.94e11, "294G"), (0.5, "0.5"), (1.6e-5, "0")],
 )
 def test_quantities_are_short(value: float, text: str) -> None:
     assert quantity(value) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        *((0, "0 bytes"), (1, "1 byte"), (16, "16 bytes"), (999, "999 bytes"), (1000, "1 kB"), (12_345, "12.35 kB"), (999_949, "999.9 kB")),
+        *((999_960, "1 MB"), (16_777_216, "16.78 MB"), (3.0722e12, "3.072 TB"), (3.2e16, "32,000 TB")),
+    ],
+)
+def test_sizes_have_a_unit_in_which_they_can_be_read(count: float, text: str) -> None:
+    assert byte_size(count) == text
+
+
+def test_amounts_and_paces_are_in_units_that_can_be_read() -> None:
+    assert amount(16, 2_500_000, "bytes of files") == "16 bytes of 2.5 MB of files"
+    assert amount(250, 12_345, "steps", "/") == "250/12.3k steps"
+    assert amount(250, None, "") == "250"
+    paces = [pace(rate, unit) for rate, unit in ((2.5e6, "bytes of files"), (0.5, "steps"), (0.05, "steps"), (0.0005, "steps"))]
+    assert paces == ["2.5 MB/s", "0.5/s", "3/min", "1.8/h"]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (200, "3 min 20 s"), (18_600, "5 h 10 min"), (183_600, "2 d 3 h")])

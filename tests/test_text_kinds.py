@@ -147,7 +147,7 @@ def test_of_many_files_of_another_kind_the_first_are_named_and_the_others_counte
         (tmp_path / f"{number:02d}.jsonl").write_bytes(LFS)
     faults = faults_of(find_sources([tmp_path]))
     assert [fault.partition(" is a Git LFS")[0] for fault in faults[:5]] == [str(tmp_path / f"0{number}.jsonl") for number in range(5)]
-    assert faults[5:] == ["25 more of the 30 sources hold no JSON lines either"]
+    assert faults[5:] == ["25 more of the 30 sources are refused too"]
 
 
 def test_a_directory_s_packed_files_are_named_rather_than_left_out(tmp_path: Path) -> None:
@@ -156,6 +156,59 @@ def test_a_directory_s_packed_files_are_named_rather_than_left_out(tmp_path: Pat
     (tmp_path / "README.md").write_text("# text")
     (fault,) = faults_of(find_sources([tmp_path]))
     assert "b.jsonl.xz is xz" in fault
+
+
+def lines(*objects: object) -> bytes:
+    return b"".join(json.dumps(value).encode() + b"\n" for value in objects)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("text_field", "objects", "fault"),
+    [
+        (
+            "contents",
+            [{"id": "1", "content": "a b"}] * 3,
+            (
+                "none of its first 3 documents has a text in 'contents' (text_field); the first has the fields id, content; "
+                "text_field=content would name one"
+            ),
+        ),
+        (
+            "text",
+            [{"id": "1", "meta": {"n": 1, "body": "longest"}}],
+            (
+                "its one document does not have a text in 'text' (text_field); the first has the fields id, meta; text_field=meta.body "
+                "would name one"
+            ),
+        ),
+        (
+            "text",
+            [{"text": ["a"]}, {"text": ["b"]}],
+            (
+                "none of its first 2 documents has a text in 'text', where there is a list (text_field); the first has the fields text; "
+                "give JSON lines with a text in each"
+            ),
+        ),
+        ("a.b", [{"a": {"b": "x"}}, {}], None),
+        ("a.b", [{"a.b": "x"}, {}], None),
+        ("text", [{"header": 1}, {"text": ""}], None),
+    ],
+)
+def test_a_text_field_that_no_first_document_has_is_refused_at_submission(
+    tmp_path: Path, text_field: str, objects: list[object], fault: str | None, packed: bool
+) -> None:
+    path = tmp_path / ("a.jsonl.gz" if packed else "a.jsonl")
+    path.write_bytes(gzip.compress(lines(*objects)) if packed else lines(*objects))
+    values = {**settings(tmp_path), "tokenizer": {"name": "demo"}, "text_field": text_field}
+    config = load.from_values(values, where="x.yaml", site=Site())
+    assert input_preflight.faults_of(config, tmp_path) == ([f"sources: {path}: {fault}"] if fault else [])
+    assert input_preflight.faults_of(config.model_copy(update={"max_bad_fraction": 1.0}), tmp_path) == []
+
+
+def test_a_first_line_alone_does_not_tell_where_the_text_stands(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines({"header": 1}, {"text": "x" * 3_000_000}))
+    assert faults_of(find_sources([tmp_path]), "text") == []
 
 
 def test_what_is_no_file_is_one_sentence(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pipeline.activations.left_out import LeftOut
 from pipeline.activations.order import Order
 from pipeline.activations.source import ActivationBatch
 from pipeline.config.errors import UserError
+from pipeline.run import byte_size
 
 
 class Fill(NamedTuple):
@@ -153,7 +154,7 @@ def _places_of_harvested(order: Order, fill: Fill, device: torch.device) -> Tens
 def _allocate(num_rows: int, num_generations: int, harvester: Harvester) -> Harvested:
     device = harvester.model.device
     num_layers, d_model = harvester.row_shape
-    gigabytes = num_rows * (num_layers * d_model * harvester.model.dtype.itemsize + 24) / 1e9
+    size = num_rows * (num_layers * d_model * harvester.model.dtype.itemsize + 24)
     try:
         acts_NLD = torch.empty((num_rows, num_layers, d_model), dtype=harvester.model.dtype, device=device)
         numbers = [torch.empty(num_rows, dtype=torch.int64, device=device) for _ in range(3)]
@@ -165,7 +166,7 @@ def _allocate(num_rows: int, num_generations: int, harvester: Harvester) -> Harv
         if num_generations > 1:
             smaller = f"shuffle_generations below {num_generations}, or {smaller}"
         raise UserError(
-            f"a buffer of {num_rows:,} positions, {num_generations} generations, takes {gigabytes:.1f} GB, more than is free on "
+            f"a buffer of {num_rows:,} positions, {num_generations} generations, takes {byte_size(size)}, more than is free on "
             f"{device}; set {smaller}"
         ) from error
     return Harvested(ActivationBatch(acts_NLD, *numbers), reasons_N)

@@ -1,16 +1,18 @@
 """What a file of text is by its first bytes: JSON lines as its name says, or something else, named with what to do about it.
 
-The submission and the stage both ask `faults_of`. What can't be told from the beginning is left to the stage, which counts every line.
+The submission and the stage both ask `faults_of`, the submission for the field of the text too. What can't be told from the beginning is
+left to the stage, which counts every line.
 """
 
 import codecs
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from pipeline.config import text_fields
 from pipeline.config.errors import UserError
 from pipeline.config.text_files import FOREIGN, READ_BYTES, Source, TextFile
 
@@ -84,21 +86,30 @@ KINDS = (
 )
 
 
-def faults_of(sources: Sequence[Source]) -> list[str]:
-    """A sentence for each source that holds no JSON lines, as far as its beginning tells; of many the first few, and their number."""
-    found = [fault for source in sources if (fault := _fault_of(source.path)) is not None]
+def faults_of(sources: Sequence[Source], text_field: str | None = None) -> list[str]:
+    """A sentence for each source that holds no JSON lines with a text, as far as its beginning tells; of many the first few, and a number.
+
+    text_field : where each line's object should have its text; None: anywhere.
+    """
+    found = [fault for source in sources if (fault := _fault_of(source.path, text_field)) is not None]
     if len(found) > MOST_FAULTS:
-        return [*found[:MOST_FAULTS], f"{len(found) - MOST_FAULTS} more of the {len(sources)} sources hold no JSON lines either"]
+        return [*found[:MOST_FAULTS], f"{len(found) - MOST_FAULTS} more of the {len(sources)} sources are refused too"]
     return found
 
 
-def _fault_of(path: Path) -> str | None:
+def _fault_of(path: Path, text_field: str | None) -> str | None:
     try:
         with open(path, "rb") as file:
             start = file.read(READ_BYTES)
         named = next((packing for packing in PACKINGS if packing.ending == path.suffix), None)
         fault = _packing_fault(path, named, start)
-        return fault if fault is not None else _text_fault(path, *_beginning(path))
+        if fault is not None:
+            return fault
+        text, is_whole = _beginning(path)
+        fault = _text_fault(path, text, is_whole)
+        if fault is not None or text_field is None:
+            return fault
+        return text_fields.fault(path, list(_objects(text.removeprefix(BYTE_ORDER_MARK))), text_field, is_whole=is_whole)
     except OSError as error:
         return f"{path} can't be read: {(error.strerror or str(error)).lower()}; have it made readable, or name another"
     except UserError as error:  # damaged, or cut off before its first text
@@ -157,13 +168,17 @@ def _kind_fault(path: Path, kind: Kind, cat: str) -> str:
 
 def _has_object(text: bytes) -> bool:
     """Whether a line is a JSON object."""
+    return next(_objects(text), None) is not None
+
+
+def _objects(text: bytes) -> Iterator[dict[str, Any]]:
+    """The lines that are JSON objects."""
     for line in text.split(b"\n"):
         try:
-            if line.lstrip().startswith(b"{") and isinstance(json.loads(line.decode()), dict):
-                return True
+            if line.lstrip().startswith(b"{") and isinstance(value := json.loads(line.decode()), dict):
+                yield value
         except (ValueError, RecursionError):
             continue
-    return False
 
 
 def _is_utf8_so_far(text: bytes) -> bool:

@@ -25,6 +25,7 @@ import zstandard
 from pipeline import records
 from pipeline.config.errors import UserError
 from pipeline.config.site_file import load_site
+from pipeline.run import byte_size
 
 TEST_FOLDERS = {"test", "tests", "idle_test", "__phello__"}
 NOT_STANDARD = {"site-packages", "dist-packages", "__pycache__"}
@@ -96,7 +97,7 @@ def main() -> None:
     if arguments.if_missing and directory.exists():
         return
     for path, documents in write(directory, tests=arguments.tests):
-        print(f"{path}: {documents} documents, {path.stat().st_size / 1e6:.1f} MB")
+        print(f"{path}: {documents} documents, {byte_size(path.stat().st_size)}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pipeline.config.errors import UserError
 from pipeline.config.token_limit import notices, short_of
 from pipeline.language_models import bind, identities, load_models
 from pipeline.records import Record
-from pipeline.run import Run
+from pipeline.run import Run, byte_size
 from pipeline.tokens import TokenSet
 
 # Rows copied, summed and written at a time. Part of the format: it fixes the order in which the sums are added.
@@ -175,11 +175,11 @@ class _Cache:
         rows = int(self._order.rows[missing].sum()) if missing else 0
         self._run.say(
             f"{self._order.num_positions:,} positions in {self._order.num_generations:,} shards, {rows:,} positions to be written: "
-            f"{_gigabytes(needed)} needed in {self._directory}, {_gigabytes(free)} free"
+            f"{byte_size(needed)} needed in {self._directory}, {byte_size(free)} free"
         )
         if needed and needed + SPARE_BYTES > free:
             raise UserError(
-                f"{self._directory} needs {_gigabytes(needed + SPARE_BYTES)} more, but its disk has {_gigabytes(free)} free; free some, "
+                f"{self._directory} needs {byte_size(needed + SPARE_BYTES)} more, but its disk has {byte_size(free)} free; free some, "
                 "choose another output, set max_tokens lower, or train with activations.kind=stream, which needs no disk"
             )
 
@@ -195,7 +195,7 @@ class _Cache:
         size = sum(described["bytes"] for record in made.values() for described in record["files"].values())
         for line in left_out_sentences(manifest.get("left_out"), statistics, manifest["layers"]):
             self._run.say(line)
-        self._run.say(f"{manifest['num_positions']:,} positions  {_gigabytes(size)}  data id {manifest['data_id'][:12]}  {self._directory}")
+        self._run.say(f"{manifest['num_positions']:,} positions  {byte_size(size)}  data id {manifest['data_id'][:12]}  {self._directory}")
         result = {"complete": True, "output": str(self._directory), "data_id": manifest["data_id"], "shards": len(made)}
         result |= {"left_out": num_left_out(manifest)} if "left_out" in manifest else {}
         return result | {"positions": manifest["num_positions"], "bytes": size, "scale": manifest["scale"]}
@@ -214,7 +214,3 @@ def _size(path: Path) -> int:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else os.uname().machine
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.3f} MB"

@@ -27,7 +27,7 @@ from pipeline.config.text_files import Source, TextFile, find_sources
 from pipeline.config.text_kinds import faults_of
 from pipeline.config.tokenize_text import TokenizeConfig
 from pipeline.records import Record
-from pipeline.run import Run
+from pipeline.run import BYTES, Run
 from pipeline.text import encoder_difference
 from pipeline.text.chunk_encoder import ChunkSettings, EncoderPool
 from pipeline.text.encoders import choose_encoder
@@ -152,7 +152,7 @@ class _Work:
 
     def _report(self, num_bytes: int, *, done: bool = False) -> None:
         note = f"{self.totals['documents']:,} documents, {self.totals['tokens']:,} tokens"
-        self._run.report("text", num_bytes / 1e6, self._total_bytes / 1e6, unit="MB of files", done=done, note=note)
+        self._run.report("text", num_bytes, self._total_bytes, unit=f"{BYTES}files", done=done, note=note)
 
 
 class _WatchedChunks:

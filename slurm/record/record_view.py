@@ -8,7 +8,7 @@ from typing import Any
 from pipeline import records
 from pipeline.config import load, yaml_file
 from pipeline.config.errors import UserError
-from pipeline.run import duration, quantity
+from pipeline.run import amount, duration
 from slurm.record.comparison import flatten, is_speed, shown
 from slurm.record.run_directory import Json, RunDirectory
 
@@ -111,9 +111,8 @@ def _progress_lines(task: Json) -> list[str]:
     progress = task["progress"]
     if not progress or _word(task) == "finished":
         return []
-    total = f" of {quantity(progress['total'])}" if progress["total"] else ""
     came = "" if _word(task) == "running" else "came as far as "
-    return [f"  {came}{progress['phase']}: {quantity(progress['step'])}{total} {progress['unit']}, {_when(progress['time'])}"]
+    return [f"  {came}{progress['phase']}: {amount(progress['step'], progress['total'], progress['unit'])}, {_when(progress['time'])}"]
 
 
 def _error_lines(task: Json) -> list[str]:

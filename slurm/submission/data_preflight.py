@@ -51,7 +51,7 @@ def source_faults(config: TokenizeConfig, pending: Sequence[Path]) -> list[str]:
         sources = text_files.find_sources([path for _, path in patterns])
     except UserError as error:
         return [str(error)]
-    faults = text_kinds.faults_of(sources)
+    faults = text_kinds.faults_of(sources, config.text_field if config.max_bad_fraction < 1 else None)
     if not faults and not any(source.num_bytes for source in sources) and len(patterns) == len(config.sources):
         return [f"sources: every file there has 0 bytes ({len(sources)}, such as {sources[0].path}); name files that hold text"]
     return [f"sources: {fault}" for fault in faults]

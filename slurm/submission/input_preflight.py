@@ -24,6 +24,7 @@ from pipeline.config.stage import StageConfig
 from pipeline.config.tokenize_text import TokenizeConfig
 from pipeline.config.train_crosscoder import TrainConfig
 from pipeline.model_files import read_config
+from pipeline.run import byte_size
 from slurm.record.known_hashes import KnownHashes
 from slurm.submission import model_preflight
 from slurm.submission.block_names import layer_fault
@@ -306,9 +307,5 @@ def _disk_faults(field: str, path: Path, needed: int, what: str, way_out: str) -
     free = shutil.disk_usage(there).free
     if needed + SPARE_BYTES <= free:
         return []
-    wanted, left = _gigabytes(needed + SPARE_BYTES), _gigabytes(free)
+    wanted, left = byte_size(needed + SPARE_BYTES), byte_size(free)
     return [f"{field} {path} needs {wanted} for {what} and their records, but its disk has {left} free; free some{way_out}"]
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e9:.2f} GB"

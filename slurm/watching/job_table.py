@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.config.load import STAGES
-from pipeline.run import duration, quantity
+from pipeline.run import amount, duration, pace
 from slurm.client.slurm_values import ranges
 from slurm.record.text_table import Column, lay_out
 from slurm.watching import jobs
@@ -230,12 +230,10 @@ def _pace(rows: Sequence[Row], now: float) -> str:
     if stopped := _stopped(rows):
         parts.append(f"{stopped} before")
     elif row.step is not None and len(rows) == 1:
-        of = f"/{quantity(row.total)}" if row.total else ""
         phase = "" if _says_nothing(row) else f"{row.phase} "
-        parts.append(f"{phase}{quantity(row.step)}{of} {row.unit}".rstrip())
+        parts.append(f"{phase}{amount(row.step, row.total, row.unit, '/')}")
     if rate := sum(r.rate or 0.0 for r in rows):
-        pace = f"{quantity(rate)}/s" if rate >= 0.1 else f"{quantity(60 * rate)}/min"
-        parts.append(pace + (" together" if len(rows) > 1 else ""))
+        parts.append(pace(rate, row.unit) + (" together" if len(rows) > 1 else ""))
     ends = [r.ends for r in rows if r.ends is not None]
     if ends:
         left = max(0.0, max(ends) - now)
