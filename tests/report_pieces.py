@@ -1,17 +1,23 @@
 """A trained crosscoder with its evaluation and feature store, as their stages leave them, for tests of the report."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
+import typer.testing
 from feature_pieces import LAYERS, context_row, feature_row, write_store
 
 from pipeline import records
 from pipeline.config import yaml_file
 from pipeline.features import store
+from slurm.commands.command_line import build_app
 from slurm.record import run_directory
 from slurm.record.run_directory import RunDirectory, append_line
+from slurm.reporting import page
 
 NOW = 1_795_424_000.0
 CONFIG = {
@@ -27,6 +33,28 @@ HEADLINE = {
     "dense_fraction": 2 / 3, "cross_entropy_difference": 0.1875, "cross_entropy_difference_of_baseline": 0.1875,
 }  # fmt: skip
 VERDICT = ["h.0: WORSE than the strongest baseline by nats: the crosscoder", "  costs 0.2500.", "h.1: BETTER than it."]
+
+
+def site_without_charts(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The root of runs in `directory`; pages are written without the library of their charts, which takes seconds to come by."""
+    (directory / "site.yaml").write_text(f"runs: {directory / 'runs'}\n")
+    monkeypatch.setenv("CROSSCODER_SITE", str(directory / "site.yaml"))
+    monkeypatch.setattr(page, "chart_library", lambda: "")
+    return directory / "runs"
+
+
+def report(*arguments: str) -> str:
+    result = typer.testing.CliRunner().invoke(build_app(), ["report", *arguments])
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def embedded(html: str, name: str) -> Any:
+    """The JSON of a script of the page."""
+    found = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', html, re.S)
+    assert found is not None, name
+    return json.loads(found[1])
 
 
 def make_run(

@@ -65,6 +65,15 @@ def test_the_demo_ends_with_a_table_and_paths_and_no_warning(place: Place) -> No
     assert all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
 
 
+def test_a_page_about_the_demo_tells_what_its_evaluation_found(place: Place) -> None:
+    trained, result = place.runs("train")[0], records.read_json(place.runs("evaluate")[0] / "result.json")["result"]
+    output = place.crosscoder("report", "train/demo").splitlines()
+    assert len(output) == 3
+    assert all(f"{cost:.4f} nats at {layer}" in output[1] for layer, cost in result["cross_entropy_difference_by_layer"].items())
+    assert f"{result['cross_entropy_difference']:.4f}" in (trained / "report.html").read_text()
+    assert "whole: run" in place.crosscoder("verify", str(trained))
+
+
 def test_the_crosscoder_explains_text_that_it_has_not_seen(place: Place) -> None:
     result = records.read_json(place.runs("evaluate")[0] / "result.json")["result"]
     assert result["explained_variance"] > 0.6

@@ -6,16 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer.testing
 import vl_convert
-from markupsafe import Markup, escape
-from report_pieces import CONFIG, COSTS, evaluated, make_run, stored, trained, write_large_store
+from markupsafe import escape
+from report_pieces import CONFIG, COSTS, embedded, evaluated, make_run, report, site_without_charts, stored, trained, write_large_store
 
 from pipeline.config.errors import UserError
-from slurm.commands.command_line import build_app
 from slurm.reporting import charts, feature_parts, page, words
 from slurm.reporting.subject import find_subject
 from slurm.watching.feature_store import FeatureStore
@@ -23,32 +20,9 @@ from slurm.watching.feature_store import FeatureStore
 BAD = "</script><script>document.title='owned'</script><!--<b>&amp;\u202e\x1b[2J"
 
 
-@pytest.fixture(scope="module")
-def library() -> str:
-    return page.chart_library()
-
-
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str) -> Path:
-    """The root of runs; the charts' library is taken from its package once for all tests."""
-    (tmp_path / "site.yaml").write_text(f"runs: {tmp_path / 'runs'}\n")
-    monkeypatch.setenv("CROSSCODER_SITE", str(tmp_path / "site.yaml"))
-    monkeypatch.setattr(page, "chart_library", lambda: Markup("/* " + str(len(library)) + " */"))
-    return tmp_path / "runs"
-
-
-def report(*arguments: str) -> str:
-    result = typer.testing.CliRunner().invoke(build_app(), ["report", *arguments])
-    if result.exception is not None:
-        raise result.exception
-    return result.stdout
-
-
-def embedded(html: str, name: str) -> Any:
-    """The JSON of a script of the page."""
-    found = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', html, re.S)
-    assert found is not None, name
-    return json.loads(found[1])
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return site_without_charts(tmp_path, monkeypatch)
 
 
 def test_the_verdict_stands_first_with_the_cost_in_nats_beside_the_baseline(site: Path) -> None:
@@ -173,13 +147,13 @@ def test_a_page_written_again_leaves_no_features_of_another_store(site: Path) ->
     assert [path.name for path in old.parent.iterdir()] == [new.name]
 
 
-def test_a_page_of_12288_features_stays_under_5_mb_and_holds_the_strongest(tmp_path: Path, library: str) -> None:
+def test_a_page_of_12288_features_stays_under_5_mb_and_holds_the_strongest(tmp_path: Path) -> None:
     write_large_store(tmp_path / "features", 12_288, with_contexts=256)
     store = FeatureStore.open(tmp_path / "features")
     index, inside = feature_parts.index(store), page.inside(store, 128)
     assert list(inside["features"]) == [str(feature) for feature in range(128)]
     assert len(inside["features"]["0"]["contexts"]) == feature_parts.MOST_STRONGEST + 5 * feature_parts.MOST_OF_A_GROUP
-    size = sum(len(text.encode()) for text in (library, feature_parts.script_json(index), feature_parts.script_json(inside)))
+    size = sum(len(text.encode()) for text in (page.chart_library(), feature_parts.script_json(index), feature_parts.script_json(inside)))
     assert size < 4_500_000  # charts, tables and the record need the rest
     assert len(page.inside(store, 12_288)["features"]) < 1000  # however many are wished for
 

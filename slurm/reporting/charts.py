@@ -16,6 +16,9 @@ MOST_ROWS = 400
 """Of metrics.jsonl that a curve shows, evenly spread."""
 FAR = 3.0
 """Bars that are longer than all but the mean's and the zeros' by so much would leave those no room: they are named in words."""
+FEW_POINTS = 40
+"""So many points of a curve are drawn besides its line, which a single one does not have."""
+ON_FRONT, BEATEN = "on the front", "beaten"
 DENSITY_BINS, SHARE_BINS = 40, 40
 _IS_OWN = {"condition": {"test": "datum.value == 'crosscoder'", "value": "bold"}, "value": "normal"}
 _NAMES = {"labelLimit": 170, "labelFontWeight": _IS_OWN}
@@ -119,6 +122,7 @@ def thin(rows: Sequence[Json]) -> list[Json]:
 
 def curve(points: list[Json], title: str) -> Spec:
     """Lines over training tokens; the point nearest to the pointer tells its value."""
+    is_short = len({point["tokens"] for point in points}) <= FEW_POINTS
     encoding = {
         "x": {
             "field": "tokens",
@@ -141,7 +145,7 @@ def curve(points: list[Json], title: str) -> Spec:
         "data": {"values": points},
         "encoding": encoding,
         "layer": [
-            {"mark": {"type": "line", "strokeWidth": 1.8}},
+            {"mark": {"type": "line", "strokeWidth": 1.8, "point": {"size": 16} if is_short else False}},
             {
                 "params": [hover],
                 "mark": {"type": "point", "filled": True, "size": 60},
@@ -224,4 +228,47 @@ def layer_profile() -> Spec:
             "color": {"field": "measure", "type": "nominal", "sort": None, "title": None, "legend": _legend()},
             "tooltip": [{"field": "layer"}, {"field": "measure"}, {"field": "value", "format": ".3f"}],
         },
+    }
+
+
+# -- several crosscoders ------------------------------------------------------------------------------------------------
+
+
+def front(rows: list[Json], title: str) -> Spec:
+    """`value` over `l0` of each row; a line joins those whose `standing` is `ON_FRONT`."""
+    is_on_front = [{"filter": {"field": "standing", "equal": ON_FRONT}}]
+    x = {"field": "l0", "type": "quantitative", "title": "L0", "scale": {"zero": False}, "axis": {"tickCount": 6}}
+    y = {"field": "value", "type": "quantitative", "title": title, "scale": {"zero": False}}
+    tooltip = [
+        {"field": "label", "title": "crosscoder"},
+        {"field": "l0", "title": "L0", "format": ".1f"},
+        {"field": "value", "title": title, "format": ".4f"},
+        {"field": "varied", "title": "settings"},
+    ]
+    labels: Json = {
+        "mark": {"type": "text", "align": "left", "dx": 8, "dy": -6, "fontSize": 11},
+        "transform": is_on_front,
+        "encoding": {"x": x, "y": y, "text": {"field": "label"}},
+    }
+    return {
+        "width": "container",
+        "height": 300,
+        "data": {"values": rows},
+        "layer": [
+            {
+                "mark": {"type": "line", "strokeWidth": 1.5, "opacity": 0.6},
+                "transform": is_on_front,
+                "encoding": {"x": x, "y": y, "order": {"field": "l0"}},
+            },
+            {
+                "mark": {"type": "point", "filled": True, "size": 90, "opacity": 1},
+                "encoding": {
+                    "x": x,
+                    "y": y,
+                    "tooltip": tooltip,
+                    "color": {"field": "standing", "type": "nominal", "title": None, "sort": [ON_FRONT, BEATEN], "legend": _legend()},
+                },
+            },
+            labels,
+        ],
     }

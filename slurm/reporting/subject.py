@@ -1,5 +1,6 @@
 """What a report is of: a trained crosscoder, with the evaluation and the feature store that were made of it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ from pipeline import records
 from pipeline.config.errors import UserError
 from slurm.record.run_directory import Json, RunDirectory, read_lines
 from slurm.record.run_reference import Named, find
-from slurm.watching.feature_store import FeatureStore, crosscoder_path, newest_of
+from slurm.watching.feature_store import FeatureStore, crosscoder_directory, newest_by_crosscoder
 
 METRICS_FORMAT = "crosscoder-metrics/2"
 
@@ -54,23 +55,36 @@ def find_subject(reference: str, runs: Path) -> Subject:
     The newest finished evaluation and feature store are taken; of a run of `evaluate` or `features`, that one itself.
     """
     named = find(reference, runs)
-    given = named.run
-    if given.stage in ("evaluate", "features"):
+    given, made = named.run, made_of_crosscoders(runs)
+    if given.stage in made:
         _check_finished(given)
         named = _trained_by(given, runs)
-    elif named.record.config_values().get("stage", named.run.stage) != "train":
-        raise UserError(f"{named.reference} trains no crosscoder; name a run of train, evaluate or features, or a task of a sweep of train")
-    return subject_of(named, runs, given)
+        made[given.stage][named.run.task_directory(named.task or 0)] = given
+    check_trains(named)
+    return subject_of(named, made)
 
 
-def subject_of(named: Named, runs: Path, given: RunDirectory | None = None) -> Subject:
-    """Of the run or task `named`; `given` is a run of `evaluate` or `features` to take rather than the newest."""
+def check_trains(named: Named) -> None:
+    """Raises `UserError` for a run or task that trains no crosscoder."""
+    if named.record.config_values().get("stage") != "train":
+        raise UserError(
+            f"{named.reference} trains no crosscoder; name a run of train, evaluate or features, or a sweep of train or a task of it"
+        )
+
+
+Made = dict[str, dict[Path, RunDirectory]]
+"""By stage and by the task directory of a crosscoder, the newest finished run that has read it."""
+
+
+def made_of_crosscoders(runs: Path, *, stages: Sequence[str] = ("evaluate", "features")) -> Made:
+    """Whatever finished runs under the root `runs` have made of crosscoders."""
+    return {stage: newest_by_crosscoder(stage, runs) for stage in stages}
+
+
+def subject_of(named: Named, made: Made) -> Subject:
+    """Of the run or task `named`, with what was made of it."""
     directory = named.run.task_directory(named.task or 0)
-
-    def maker(stage: str) -> RunDirectory | None:
-        return given if given is not None and given.stage == stage else newest_of(stage, directory, runs)
-
-    evaluated, stored = maker("evaluate"), maker("features")
+    evaluated, stored = (made.get(stage, {}).get(directory) for stage in ("evaluate", "features"))
     result = named.run.result(named.task or 0) or {}
     return Subject(
         named=named,
@@ -99,9 +113,7 @@ def _check_finished(run: RunDirectory) -> None:
 
 
 def _trained_by(run: RunDirectory, runs: Path) -> Named:
-    path = crosscoder_path(run)
-    if path is not None and path.parent.name == "checkpoints":
-        path = path.parents[1]
+    path = crosscoder_directory(run)
     if path is None or not path.is_dir():
         raise UserError(f"{run.reference} has read the crosscoder in {path}, which is gone: there is nothing to report on")
     return find(str(path), runs)

@@ -89,16 +89,25 @@ def find_store(reference: str, runs: Path) -> FeatureStore:
 
 def newest_of(stage: str, trained: Path, runs: Path) -> RunDirectory | None:
     """The newest finished run of `stage` that has read the crosscoder of the run directory `trained`, or one of its checkpoints."""
-    made = [run for run in list_runs(runs, stage) if run.state() == "finished" and _reads(run, trained)]
-    return max(made, key=lambda run: run.submitted, default=None)
+    return newest_by_crosscoder(stage, runs).get(trained)
 
 
-def _reads(run: RunDirectory, trained: Path) -> bool:
-    path = crosscoder_path(run)
-    return path is not None and (path == trained or path.is_relative_to(trained / "checkpoints"))
+def newest_by_crosscoder(stage: str, runs: Path) -> dict[Path, RunDirectory]:
+    """By the task directory of each crosscoder that was read, the newest finished run of `stage` that has read it or a checkpoint of it."""
+    found: dict[Path, RunDirectory] = {}
+    for run in list_runs(runs, stage):
+        trained = crosscoder_directory(run)
+        if trained is None or run.state() != "finished":
+            continue
+        if trained not in found or run.submitted >= found[trained].submitted:
+            found[trained] = run
+    return found
 
 
-def crosscoder_path(run: RunDirectory) -> Path | None:
-    """The run of training, the task of a sweep or the checkpoint that a run was given; None of one that reads no crosscoder."""
-    path = run.inputs().get("crosscoder", {}).get("path")
-    return None if path is None else Path(str(path))
+def crosscoder_directory(run: RunDirectory) -> Path | None:
+    """The task directory in which the crosscoder was trained that a run was given; None of one that reads no crosscoder."""
+    named = run.inputs().get("crosscoder", {}).get("path")
+    if named is None:
+        return None
+    path = Path(str(named))
+    return next((parent.parent for parent in path.parents if parent.name == "checkpoints"), path)
