@@ -16,7 +16,7 @@ CROSSCODER := $(BIN)/crosscoder
 DEMO := $(foreach stage,tokenize count cache train evaluate features,configs/demo/$(stage).yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast end-to-end check format lint types tokenize count cache train evaluate features chain jobs accelerators tensorboard cluster cluster-stop sweep clean
+.PHONY: help install demo test test-fast end-to-end check format lint types tokenize count cache train evaluate features generate chain jobs accelerators tensorboard cluster cluster-stop sweep clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1 ~ / / ? "STAGE" : $$1, $$2}'
@@ -70,7 +70,7 @@ format: install  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-tokenize count cache train evaluate features: install  ## submit one stage, tokenize, count, cache, train, evaluate or features: CONFIG=file.yaml
+tokenize count cache train evaluate features generate: install  ## submit one stage, tokenize to evaluate, features or generate: CONFIG=file.yaml
 	@$(CROSSCODER) submit $(or $(CONFIG),configs/demo/$@.yaml) --executor $(EXECUTOR) $(SET)
 
 chain: install  ## submit several, each waiting for what it reads: CONFIG="a.yaml b.yaml"; else the demo's six

@@ -51,10 +51,11 @@ def with_hidden(output: Any, new_BSD: Tensor) -> Any:
     return (new_BSD, *output[1:]) if isinstance(output, tuple) else new_BSD
 
 
-def run(model: Any, tokens_BS: Tensor, actions: Mapping[str, Action]) -> Any:
+def run(model: Any, tokens_BS: Tensor, actions: Mapping[str, Action], *, cache: Any = None) -> Any:
     """The output of a forward pass that calls each block's action after it; None where one of them had read enough.
 
     tokens_BS : on the model's device.
+    cache : the key-value cache of transformers, of the tokens before these, which are added to it; None: the text begins with these.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.suppress(EnoughRead))
@@ -63,5 +64,7 @@ def run(model: Any, tokens_BS: Tensor, actions: Mapping[str, Action]) -> Any:
             stack.callback(hook.remove)
         # A trainer that streams may call from within its own autocast; the model computes in the dtype it was loaded in.
         stack.enter_context(torch.autocast(tokens_BS.device.type, enabled=False))
+        if cache is not None:
+            return model(input_ids=tokens_BS, past_key_values=cache, use_cache=True)
         return model(input_ids=tokens_BS, use_cache=False)
     return None

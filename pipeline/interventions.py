@@ -11,7 +11,7 @@ B contexts in a batch, S positions in a context, N chosen positions, L layers, D
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ class CleanRun(NamedTuple):
     acts_BSLD: Tensor
 
 
-def clean_run(language_model: LanguageModel, tokens_BS: Tensor, layers: Sequence[str]) -> CleanRun:
-    """The last hidden states and the activations of `layers`, from one forward pass."""
+def clean_run(language_model: LanguageModel, tokens_BS: Tensor, layers: Sequence[str], *, cache: Any = None) -> CleanRun:
+    """The last hidden states and the activations of `layers`, from one forward pass; with a `cache` the tokens go on from those in it."""
     read: dict[str, Tensor] = {}
 
     def reader(layer: str) -> Intervention:
@@ -42,7 +42,7 @@ def clean_run(language_model: LanguageModel, tokens_BS: Tensor, layers: Sequence
 
         return read_acts
 
-    hidden_BSD = language_model.before_head(tokens_BS, {layer: reader(layer) for layer in layers})
+    hidden_BSD = language_model.before_head(tokens_BS, {layer: reader(layer) for layer in layers}, cache=cache)
     # In the dtype in which they are trained on: Mamba's blocks give float32 whatever the model's dtype is.
     return CleanRun(hidden_BSD, torch.stack([read[layer] for layer in layers], dim=2).to(language_model.dtype))
 

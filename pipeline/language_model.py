@@ -149,12 +149,13 @@ class LanguageModel:
         return acts_BSLD
 
     @torch.inference_mode()
-    def logits(self, tokens_BS: Tensor, replace: Replacements | None = None) -> Tensor:
+    def logits(self, tokens_BS: Tensor, replace: Replacements | None = None, *, cache: Any = None) -> Tensor:
         """logits_BSV, with the output of each layer in `replace` put through its callable (acts_BSD to acts_BSD).
 
         A later callable sees what the earlier ones changed. The replacement is cast to the model's dtype and device.
+        With a `cache` the tokens go on from those in it (see `pipeline.blocks.run`).
         """
-        logits_BSV: Tensor = blocks.run(self.model, tokens_BS.to(self.device), self._replacing(replace or {})).logits
+        logits_BSV: Tensor = blocks.run(self.model, tokens_BS.to(self.device), self._replacing(replace or {}), cache=cache).logits
         return logits_BSV
 
     @functools.cached_property
@@ -163,10 +164,10 @@ class LanguageModel:
         return PredictionHead.of(self.model)
 
     @torch.inference_mode()
-    def before_head(self, tokens_BS: Tensor, replace: Replacements | None = None) -> Tensor:
+    def before_head(self, tokens_BS: Tensor, replace: Replacements | None = None, *, cache: Any = None) -> Tensor:
         """hidden_BSD that the model's head is given, of the same run as `logits`; of a head that can't be taken apart, the logits."""
         if self.head.linear is None:
-            return self.logits(tokens_BS, replace)
+            return self.logits(tokens_BS, replace, cache=cache)
         read: list[Tensor] = []
 
         def read_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -175,7 +176,7 @@ class LanguageModel:
 
         hook = self.head.linear.register_forward_pre_hook(read_input)
         try:
-            blocks.run(self.model, tokens_BS.to(self.device), self._replacing(replace or {}))
+            blocks.run(self.model, tokens_BS.to(self.device), self._replacing(replace or {}), cache=cache)
         finally:
             hook.remove()
         return read[0]

@@ -33,6 +33,7 @@ from slurm.record import activity, run_directory
 from slurm.record.run_directory import Json, RunDirectory
 from slurm.submission import foreground, preflight, resuming
 from slurm.submission.freezing import Freezer
+from slurm.watching import generation_view
 
 
 class ToyConfig(StageConfig):
@@ -57,6 +58,8 @@ class Place:
         self.finished = self.make("toy", "toy", "finished", 1, "7")
         self.failed = self.make("toy", "failed", "failed", 3, "1042")
         write_store(self.make("features", "made", "finished", 1, "9").path / "features")
+        self.make("generate", "made", "finished", 1, "10")
+        self.make_crosscoder()
         records.claim(root / "data/made", {"stage": "toy", "settings": ToyConfig(name="toy").identity(), "inputs": {}})
         (root / "data/made/numbers.bin").write_bytes(b"123")
         shard = records.commit_shard(root / "data/made", "numbers", "toy/1", ["numbers.bin"], {}, {})
@@ -79,6 +82,14 @@ class Place:
             result = {"status": status, "started": 0.0, "ended": 1.0, "job": job_id, "error": "no disk", "result": {"score": 1.0}}
             records.write_json(directory / "result.json", result)
         return run
+
+    def make_crosscoder(self) -> None:
+        run = self.make("train", "made", "finished", 1, "11")
+        (run.path / "config.yaml").write_text(json.dumps({"activations": {"language_model": {"model": "demo", "device": "cuda"}}}))
+        facts = {"layers": ["transformer.h.2", "transformer.h.3"], "config": {"num_features": 8}}
+        (run.path / "checkpoints/1").mkdir(parents=True)
+        records.write_json(run.path / "checkpoints/1/crosscoder.json", facts)
+        (self.root / "prompts.txt").write_text("def f")
 
     def all_runs(self) -> set[RunDirectory]:
         return set(run_directory.list_runs(self.runs))
@@ -111,6 +122,21 @@ class Outcome(NamedTuple):
 
 
 Check = Callable[[Outcome], bool]
+
+TEXTS = [
+    {
+        "prompt": 0,
+        "prompt_text": "def f",
+        "kind": kind,
+        "strength": None,
+        "text": text,
+        "kl_per_token": 0.1,
+        "cross_entropy": 1.0,
+        "breaks": None,
+    }
+    for kind, text in (("clean", "own"), ("reconstruction", "other"))
+]
+MANIFEST = {"summary": [], "settings": {"breakdown": {"ngram": 4, "cross_entropy_rise": 1.5, "repeated_rise": 0.3}}}
 
 
 class Option(NamedTuple):
@@ -164,6 +190,19 @@ CHANGE = Option("resources.cpus=7", says(r"cpus\W+(1 -> |\S+first\S+ 1, \S+secon
 DRY_RUN, AS_JSON = Option("--dry-run", leaves_nothing), Option("--json", is_json)
 FROZEN = "--resume goes on with the run as it was frozen: give it without "
 LOCAL, DEBUG = "--executor local works on this machine: give it without ", "--executor debug works here and now: give it without "
+
+WRITING = {
+    "KEY=VALUE": Option("sampling.max_new_tokens=7", says('"max_new_tokens": 7')),
+    "--prompt": Option("--prompt f --prompt g", says(r'"prompts": \["f", "g"\]')),
+    "--prompts": Option("--prompts prompts.txt", says(r'"prompts_file": "[^"]*/prompts.txt"')),
+    "--temperature": Option("--temperature 0.5", says('"temperature": 0.5')),
+    "--top-p": Option("--top-p 0.25 sampling.temperature=0.5", says('"top_p": 0.25')),
+    "--seed": Option("--seed 3", says('"seed": 3')),
+    "--layers": Option("--layers transformer.h.3", says(r'"layers": \["transformer.h.3"\]')),
+    "--executor slurm": Option("--executor slurm", says(r'"executor": "slurm"')),
+    "--json": AS_JSON,
+}
+"""What `generate` and `steer` have in common."""
 
 TABLE = {
     "run": Command({"CONFIG": CONFIG, "KEY=VALUE": CHANGE}, {"CONFIG": "toy.yaml"}),
@@ -267,6 +306,25 @@ TABLE = {
         {},
         {("--markdown", "--json"): "two forms of the same"},
     ),
+    "generate": Command(
+        {
+            "RUN": Option("train/made", says(r'"crosscoder": "[^"]*/train/made/')),
+            **WRITING,
+            "--encode-from": Option("--encode-from spliced", says('"encode_from": "spliced"')),
+        },
+        {"RUN": "train/made", "--prompt": "--prompt f"},
+    ),
+    "steer": Command(
+        {
+            "RUN": Option("train/made", says(r'"reconstruct": false')),
+            "--feature": Option("--feature 3,7", says(r'"features": \[3, 7\]')),
+            "--strength": Option("--strength 2,-4.5", says(r'"strengths": \[2.0, -4.5\]')),
+            "--mode": Option("--mode clamp", says('"mode": "clamp"')),
+            "--positions": Option("--positions 5:", says('"positions": "5:"')),
+            **WRITING,
+        },
+        {"RUN": "train/made", "--prompt": "--prompt f", "--feature": "--feature 1", "--strength": "--strength 1"},
+    ),
     "doctor": Command({"--json": AS_JSON}),
     "change": Command(
         {"JOB": Option("1050", passes(reference="1050")), "KEY=VALUE": Option("nice=3", passes(changes=["nice=3"]))},
@@ -368,6 +426,7 @@ def run_command(place: Place, monkeypatch: pytest.MonkeyPatch, name: str, words:
         "cancel",
         lambda targets: called.append({"done": "cancelled", "ids": tuple(i for target in targets for i in target.ids)}) or [],
     )
+    monkeypatch.setattr(generation_view.Texts, "open", lambda run: generation_view.Texts(TEXTS, MANIFEST))
     before = place.all_runs()
     words = words.format(finished=place.finished.reference, failed=place.failed.reference)
     result = typer.testing.CliRunner().invoke(build_app(), [*name.split(), *words.split()], input="y\n")

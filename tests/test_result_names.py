@@ -2,15 +2,26 @@
 
 import fnmatch
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_models import tiny_gpt2
 
+from pipeline import demo
 from pipeline.config import load
 from pipeline.config.site_file import Site
 from pipeline.run import Run
-from pipeline.stages import build_features, cache_activations, count_tokens, evaluate_crosscoder, tokenize_text, train_crosscoder
+from pipeline.stages import (
+    build_features,
+    cache_activations,
+    count_tokens,
+    evaluate_crosscoder,
+    generate_text,
+    tokenize_text,
+    train_crosscoder,
+)
 from slurm.record.comparison import flatten
 
 PROGRAMS = {
@@ -20,6 +31,7 @@ PROGRAMS = {
     "train": train_crosscoder,
     "evaluate": evaluate_crosscoder,
     "features": build_features,
+    "generate": generate_text,
 }
 ONLY_ON_A_GPU = {"peak_memory_gib"}
 
@@ -31,6 +43,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     documents = [{"text": f"def f{number}(x):\n    return x + {number}\n" * 20} for number in range(40)]
     (root / "text.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     model = {"model": str(tiny_gpt2(root / "model", vocab_size=4096)), "device": "cpu"}
+    for file in Path(demo.__path__[0]).glob("model/tokenizer*.json"):
+        shutil.copy(file, root / "model")
     tokens = {"tokens": str(root / "tokens/train"), "language_model": model, "context_tokens": 16}
     values: dict[str, dict[str, Any]] = {
         "tokenize": {
@@ -53,6 +67,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         },
         "evaluate": {**tokens, "tokens": str(root / "tokens/validation"), "crosscoder": str(root / "train"), "max_tokens": 200},
         "features": {**tokens, "tokens": str(root / "tokens/validation"), "crosscoder": str(root / "train"), "max_tokens": 200},
+        "generate": {
+            "crosscoder": str(root / "train"),
+            "language_model": model,
+            "prompts": ["def f1(x):"],
+            "sampling": {"max_new_tokens": 2},
+            "steering": {"features": [1], "strengths": [1.0, 2.0]},
+        },
     }
     names = {}
     for stage, program in PROGRAMS.items():

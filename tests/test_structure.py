@@ -22,7 +22,7 @@ ORDER += [
     "activations",
     "crosscoder",
 ]
-ORDER += ["exchange", "interventions", "evaluation", "features", "stages"]
+ORDER += ["exchange", "interventions", "evaluation", "features", "generation", "stages"]
 SLURM_ORDER = ["client", "cluster", "record", "execution", "submission", "watching", "changing", "reporting", "commands"]
 TORCH_FREE = {
     "pipeline.config",

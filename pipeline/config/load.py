@@ -36,6 +36,7 @@ STAGES = {
     "train": Stage("pipeline.config.train_crosscoder:TrainConfig", "pipeline.stages.train_crosscoder"),
     "evaluate": Stage("pipeline.config.evaluate_crosscoder:EvaluateConfig", "pipeline.stages.evaluate_crosscoder"),
     "features": Stage("pipeline.config.build_features:FeaturesConfig", "pipeline.stages.build_features"),
+    "generate": Stage("pipeline.config.generate_text:GenerateConfig", "pipeline.stages.generate_text"),
 }
 
 

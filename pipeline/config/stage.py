@@ -20,7 +20,7 @@ Name = Annotated[str, AfterValidator(_plain_name)]
 
 
 class StageConfig(Config):
-    """Base of the six stages' configurations; a subclass sets `stage` to a Literal of its own."""
+    """Base of the stages' configurations; a subclass sets `stage` to a Literal of its own."""
 
     RESULT_NAMES: ClassVar[tuple[str, ...]] = ()
     """What a finished task has a result of, with dotted names; `*` stands for a layer or a set. Empty: not known."""

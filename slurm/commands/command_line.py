@@ -31,6 +31,7 @@ COMMAND_MODULES = (
     "slurm.commands.feature_commands",
     "slurm.commands.exchange_commands",
     "slurm.commands.report_commands",
+    "slurm.commands.generation_commands",
 )
 
 

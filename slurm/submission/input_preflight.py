@@ -16,6 +16,7 @@ from pipeline.config.beginning_of_text import is_wanted
 from pipeline.config.cache_activations import CacheConfig
 from pipeline.config.count_tokens import CountConfig
 from pipeline.config.errors import UserError
+from pipeline.config.generate_text import GenerateConfig
 from pipeline.config.held_out_text import HeldOutText
 from pipeline.config.language_model import CONTEXT_FIELDS, LanguageModelConfig
 from pipeline.config.language_models import field_of
@@ -108,6 +109,8 @@ def _stage_faults(config: StageConfig, runs: Path, pending: Sequence[Path]) -> l
         return _train_faults(config, runs, pending)
     if isinstance(config, HeldOutText):
         return _held_out_faults(config, pending)
+    if isinstance(config, GenerateConfig):
+        return _generate_faults(config, pending)
     return []
 
 
@@ -211,12 +214,50 @@ def _reading_faults(context_tokens: int, model: LanguageModelConfig, shape: Mode
 
 def _held_out_faults(config: HeldOutText, pending: Sequence[Path]) -> list[str]:
     models, tokens = config.models, _manifest(config.tokens, pending, "token-set")
-    shapes, faults = _shapes(models), _model_faults(models, config, tokens)
-    trained = _crosscoder(config.crosscoder)
-    if is_pending(config.crosscoder, pending) or not config.crosscoder.exists():
-        return faults
+    faults = _model_faults(models, config, tokens)
+    trained, of_crosscoder = _crosscoder_faults(config.crosscoder, models, pending)
+    faults += of_crosscoder
     if trained is None:
-        return [*faults, f"crosscoder is {config.crosscoder}, which holds no checkpoint; name a run of train, or one of its checkpoints"]
+        return faults
+    if tokens is not None and tokens["tokenizer_hash"] != trained["tokenizer_hash"]:
+        faults.append(
+            f"tokens was made by the tokenizer {tokens['tokenizer_hash'][:12] or '(none)'}, the tokens that the crosscoder was trained on "
+            f"by {trained['tokenizer_hash'][:12] or '(none)'}; tokenize the held-out text with the same tokenizer"
+        )
+    if config.beginning_of_text not in ("auto", "beginning_of_text_id" in trained):
+        does = "begin" if "beginning_of_text_id" in trained else "do not begin"
+        faults.append(
+            f"beginning_of_text is {str(config.beginning_of_text).lower()}, but contexts of the training {does} so; set it to auto"
+        )
+    return faults
+
+
+def _generate_faults(config: GenerateConfig, pending: Sequence[Path]) -> list[str]:
+    faults = model_preflight.faults_of(config.language_model)
+    if config.prompts_file is not None and not config.prompts_file.is_file():
+        faults.append(f"prompts_file is {config.prompts_file}, where there is no file; name one with a prompt a line, or one of JSON lines")
+    trained, of_crosscoder = _crosscoder_faults(config.crosscoder, {"": config.language_model}, pending)
+    faults += of_crosscoder
+    if trained is None:
+        return faults
+    named = {"layers": config.layers or [], "steering.layers": (config.steering and config.steering.layers) or []}
+    unknown = [(field, layer) for field, layers in named.items() for layer in layers if layer not in trained["layers"]]
+    faults += [
+        f"{field} names {layer}, but the crosscoder is of {', '.join(trained['layers'])}; name one of those" for field, layer in unknown
+    ]
+    count = int(trained["config"]["num_features"])
+    features = [] if config.steering is None else [feature for feature in config.steering.features if feature >= count]
+    return faults + [f"steering.features names {feature}, but the crosscoder has features 0 to {count - 1:,}" for feature in features]
+
+
+def _crosscoder_faults(path: Path, models: Models, pending: Sequence[Path]) -> tuple[Facts | None, list[str]]:
+    """The record of the crosscoder at `path`, None where there is none to be seen yet; and what is wrong with it for these models."""
+    if is_pending(path, pending) or not path.exists():
+        return None, []
+    trained = _crosscoder(path)
+    if trained is None:
+        return None, [f"crosscoder is {path}, which holds no checkpoint; name a run of train, or one of its checkpoints"]
+    shapes, faults = _shapes(models), []
     for layer in trained["layers"]:
         site = SiteName.parse(layer)
         if site.model not in shapes:
@@ -229,17 +270,7 @@ def _held_out_faults(config: HeldOutText, pending: Sequence[Path]) -> list[str]:
                 f"crosscoder reads {layer}, but {models[site.model].model} has blocks 0 to {num_blocks - 1}; name the model "
                 "that it was trained on"
             )
-    if tokens is not None and tokens["tokenizer_hash"] != trained["tokenizer_hash"]:
-        faults.append(
-            f"tokens was made by the tokenizer {tokens['tokenizer_hash'][:12] or '(none)'}, the tokens that the crosscoder was trained on "
-            f"by {trained['tokenizer_hash'][:12] or '(none)'}; tokenize the held-out text with the same tokenizer"
-        )
-    if config.beginning_of_text not in ("auto", "beginning_of_text_id" in trained):
-        does = "begin" if "beginning_of_text_id" in trained else "do not begin"
-        faults.append(
-            f"beginning_of_text is {str(config.beginning_of_text).lower()}, but contexts of the training {does} so; set it to auto"
-        )
-    return faults
+    return trained, faults
 
 
 def _crosscoder(path: Path) -> Facts | None:
