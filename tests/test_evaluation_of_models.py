@@ -1,5 +1,6 @@
 """An evaluation of a crosscoder of two models: each model's own sites are replaced in its own run, and figures are given by model."""
 
+import fnmatch
 import io
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
 import torch
 from evaluation_pieces import CONTEXT_TOKENS, D_MODEL, Json, Pieces, evaluated, loss_row, reconstruction_row
 from slow_evaluation import NATS, SHARE
@@ -17,11 +19,13 @@ from pipeline.config.crosscoder import CrosscoderConfig, Group, Normalization, R
 from pipeline.config.errors import UserError
 from pipeline.config.language_model import LanguageModelConfig
 from pipeline.crosscoder.model import Crosscoder
+from pipeline.evaluation.definitions import DEFINITIONS
 from pipeline.features.logit_lens import LogitLens
 from pipeline.language_model import LanguageModel
 from pipeline.language_models import LanguageModels
 from pipeline.run import Run
-from pipeline.stages import build_features
+from pipeline.stages import build_features, evaluate_crosscoder
+from slurm.record.comparison import flatten
 
 SITES = {"base": ["transformer.h.0", "transformer.h.2"], "chat": ["transformer.h.2"]}
 LAYERS = [f"{name}/{layer}" for name, layers in SITES.items() for layer in layers]
@@ -66,7 +70,8 @@ class Both:
         hashes = {name: model.hash for name, model in self.models.items()}
         facts: dict[str, Any] = {"layers": LAYERS, "language_models": hashes, "language_model_hash": LanguageModels(self.models).hash}
         self.run = self.pieces.write_crosscoder(*side_by_side(), run="both", **facts)
-        self.metrics = evaluated(self.pieces, self.run, root / "evaluation", **self.settings())
+        self.directory = root / "evaluation"
+        self.metrics = evaluated(self.pieces, self.run, self.directory, **self.settings())
         self.of_one: dict[str, Json] = {}
         for name in SITES:
             run = self.pieces.write_crosscoder(*alone(name), run=name, layers=SITES[name], language_model_hash=hashes[name])
@@ -116,6 +121,38 @@ def test_cross_entropy_is_given_by_model(both: Both) -> None:
         assert loss_row(both.metrics, f"{name}/mean_over_layers", "crosscoder")["difference"] == pytest.approx(sum(rows) / len(rows))
     every = [loss_row(both.metrics, layer, "crosscoder")["difference"] for layer in LAYERS]
     assert loss_row(both.metrics, "mean_over_layers", "crosscoder")["difference"] == pytest.approx(sum(every) / 3)
+
+
+def test_the_difference_of_the_models_is_measured_and_drawn(both: Both) -> None:
+    rows = {row["name"]: row for row in both.metrics["model_diffing"]}
+    living = sum(row["features"] for row in rows.values())
+    assert set(rows) == {"only_base", "shared", "only_chat", "between"}
+    assert rows["shared"]["features"] == rows["between"]["features"] == 0
+    assert rows["only_base"]["models"] == ["base", "chat"]
+    assert rows["only_base"]["sites"] == ["transformer.h.2"]
+    columns = safetensors.torch.load_file(both.directory / "features.safetensors")
+    fires_F = columns["firing_counts"] > 0
+    assert living == int(fires_F.sum()) > 4
+    assert columns["norm_difference.base-chat"].tolist() == [0.0] * FEATURES + [1.0] * FEATURES
+    # No feature writes in both models, so what the foreign error holds of one is its share of x - x_hat there.
+    nu_F = columns["nu_error.base-chat"][:FEATURES][fires_F[:FEATURES]]
+    assert rows["only_base"]["nu_error"] == pytest.approx(float(nu_F.median()), rel=1e-12)
+    assert (both.directory / "model_diffing.png").read_bytes().startswith(b"\x89PNG")
+    assert not (both.directory.parent / "base/model_diffing.png").exists()
+    assert "model_diffing" not in both.of_one["base"]
+
+
+def test_every_number_and_every_result_has_a_name_that_is_known(both: Both, tmp_path: Path) -> None:
+    for key in ("model_diffing", "clean_cross_entropy_by_model"):
+        assert key.removesuffix("_by_model") in DEFINITIONS
+    assert {name for row in both.metrics["model_diffing"] for name, value in row.items() if isinstance(value, int | float)} <= set(
+        DEFINITIONS
+    )
+    config = both.pieces.config(both.run, **both.settings())
+    result = flatten(evaluate_crosscoder.run(config, Run(tmp_path, output=io.StringIO())))
+    numbers = {name for name, value in result.items() if not isinstance(value, list)} - {"short_of_max_tokens"}
+    assert {name for name in numbers if not any(fnmatch.fnmatchcase(name, known) for known in config.RESULT_NAMES)} == set()
+    assert {"model_diffing.base-chat.only_chat_fraction", "cross_entropy_difference_by_model.chat"} <= numbers
 
 
 def test_other_models_than_those_of_the_training_are_refused(both: Both, tmp_path: Path) -> None:

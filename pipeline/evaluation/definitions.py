@@ -5,6 +5,7 @@ x is the raw activation of a position at a layer, x_hat what stands in for it, e
 
 from pipeline.crosscoder.metrics import DENSE_FRACTION
 from pipeline.evaluation.baselines import RIDGE
+from pipeline.evaluation.model_diffing import ABSENT_FROM_ERROR, ABSENT_FROM_RECONSTRUCTION, ONLY, SHARED_FROM, SHARED_TO
 from pipeline.evaluation.outliers import FEW
 
 _PER_CENT = f"{100 * FEW:g} %"
@@ -98,7 +99,8 @@ DEFINITIONS = {
     "L0 and explained variance of each point are of the same held-out positions. There is no other factor where there are no thresholds "
     "(ReLU, gated)",
     # -- what drives features
-    "features": "features that fire on the held-out text and that some layer drives",
+    "features": "features that fire on the held-out text and that some layer drives; in model_diffing those of the class",
+    "fraction": "of a class, its share of the features that fire on the held-out text and write in either model",
     "drop": "share of a feature's activation, summed over its firings, that goes when this layer's mean stands in place of its activation "
     "in the encoder (what fires no more has lost all); mean over features",
     "survives_alone": "share of a feature's firings that are left when only this layer is encoded, the others' means standing in place of "
@@ -108,6 +110,20 @@ DEFINITIONS = {
     "layers_driving_quantiles": "the same: the values below which so many per cent of the features lie",
     "functional_coherence": "(layers_driving - 1) / (number of layers - 1), mean over features; after the idea of Demou et al. 2026 "
     "(arXiv 2605.09438), the formula being this project's own; null for one layer",
+    # -- model diffing
+    "norm_difference": "(1 + (|d_2| - |d_1|) / max(|d_1|, |d_2|)) / 2 for a feature's decoders d at all sites of the first and of the "
+    "second of two models, in the crosscoder's units: 0 where it writes in the first alone, 1 in the second alone (Minder et al. 2025, "
+    "arXiv 2504.02922)",
+    "model_diffing": "features that fire on the held-out text and write in either of two models, by class: only_<model> (norm_difference "
+    f"up to {ONLY:g}, or from {1 - ONLY:g}), shared ({SHARED_FROM:g} to {SHARED_TO:g}), between",
+    "beta_error": "the factor b for which sum |y - b f d|^2 is least, f being the feature's activation, d its decoder in the model where "
+    "it is stronger, and y = x - x_hat + f d_model, what a model's reconstruction lacks without the feature; in the crosscoder's units, "
+    "at the sites that both models have",
+    "beta_reconstruction": "the same with y = x_hat",
+    "nu_error": "beta_error of the model where the feature is weaker over that of the other: about 0 where the first lacks it (Minder et "
+    "al. 2025); of a class, the median over its features",
+    "nu_reconstruction": "the same of beta_reconstruction: near 1 where other features write it there",
+    "absent": f"features of a class with nu_error below {ABSENT_FROM_ERROR:g} and nu_reconstruction below {ABSENT_FROM_RECONSTRUCTION:g}",
     "layers_by_decoder_norm": "exp of the entropy of a feature's decoder norms over layers, in the crosscoder's units; mean over features: "
     "what decoder norms alone would say",
 }

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline import records
+from pipeline.evaluation.model_diffing import ONLY, SHARED_FROM, SHARED_TO
 
 DEAD, ALIVE, BASELINE, FAINT_BASELINE = "#c44e52", "#4c72b0", "#8c8c8c", "#c9c9c9"
 LOWEST_EXPLAINED_VARIANCE = -0.25
@@ -23,6 +24,17 @@ class LayerBars(NamedTuple):
     affine: float | None
     """Of the best other layer; None where there is no other."""
     other_layer: float | None
+
+
+class NormBars(NamedTuple):
+    """How features write in two models."""
+
+    one: str
+    other: str
+    differences_F: npt.NDArray[np.float64]
+    """Norm differences of those that fire."""
+    shares: dict[str, float]
+    """Of them, by class (see `pipeline.evaluation.model_diffing`)."""
 
 
 def feature_density(
@@ -94,16 +106,35 @@ def explained_variance(path: Path, bars: Sequence[LayerBars]) -> None:
     _save(figure, path)
 
 
-def _new_figure(width_inches: float, height_inches: float) -> tuple[Any, Any]:
+def model_diffing(path: Path, pairs: Sequence[NormBars]) -> None:
+    """Histogram of the norm differences of features between two models, a panel a pair, with the shares of the classes above."""
+    figure, axes = _new_figure(7.0, 3.6 * len(pairs), len(pairs))
+    for panel, pair in zip(axes, pairs, strict=True):
+        panel.hist(pair.differences_F, np.linspace(0, 1, 51), color=ALIVE)
+        classes = {f"only_{pair.one}": (0.0, ONLY), "shared": (SHARED_FROM, SHARED_TO), f"only_{pair.other}": (1 - ONLY, 1.0)}
+        for name, (low, high) in classes.items():
+            panel.axvspan(low, high, color=FAINT_BASELINE, alpha=0.4, linewidth=0, zorder=0)
+            words = name.replace("only_", "only ")
+            panel.annotate(f"{words}\n{100 * pair.shares[name]:.1f} %", ((low + high) / 2, 1.0), xycoords=("data", "axes fraction"),
+                           xytext=(0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=8)  # fmt: skip
+        panel.set_xlim(0, 1)
+        panel.set_xlabel(f"norm difference of decoders: 0 writes in {pair.one} alone, 1 in {pair.other} alone")
+        panel.set_ylabel(f"features (of {len(pair.differences_F):,} that fire)")
+    _save(figure, path)
+
+
+def _new_figure(width_inches: float, height_inches: float, panels: int = 0) -> tuple[Any, Any]:
+    """The figure and its axes; of several panels, one below the other, a list of them."""
     # The object interface, not pyplot: no global state, no window system. matplotlib takes half a second to import.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width_inches, height_inches), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    axes = [figure.add_subplot(max(panels, 1), 1, number + 1) for number in range(max(panels, 1))]
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, axes if panels else axes[0]
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from pipeline.activations.outliers import OutlierLimits
-from pipeline.config.sites import SiteName
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder
 from pipeline.crosscoder.metrics import (
     FiringCounts,
@@ -32,11 +31,12 @@ from pipeline.evaluation.approximations import Approximation
 from pipeline.evaluation.as_trained import EncodingAsTrained
 from pipeline.evaluation.driving import Driving
 from pipeline.evaluation.held_out import HeldOutBatch
+from pipeline.evaluation.model_diffing import ModelDifference, diffings_of
 from pipeline.evaluation.outliers import FEW, HeldOutMoments, LayerOutliers
 from pipeline.evaluation.predictions import ReplacedPredictions, Stand
+from pipeline.evaluation.splicing import Splicing, model_of, of_model
 from pipeline.evaluation.threshold_sweep import SweepPoint, ThresholdSweep
-from pipeline.interventions import CleanRun, clean_run, put
-from pipeline.language_model import LanguageModel
+from pipeline.interventions import CleanRun, clean_run
 from pipeline.language_models import Models, each, in_its_model, sites_of
 from pipeline.run import Run
 
@@ -99,6 +99,8 @@ class Measurements(NamedTuple):
     """Cross-entropy of each unchanged model by its name; a single one is called `""`."""
     losses: dict[Stand, Loss]
     driving: Driving
+    model_differences: list[ModelDifference]
+    """Of each two models; of a single one there is none."""
 
     @property
     def clean_cross_entropy(self) -> float:
@@ -142,6 +144,7 @@ class Measurement:
         self._sweep = ThresholdSweep(trained, self._targets, fit_sample_NLD)
         self._as_trained = EncodingAsTrained(trained, trained.batch_positions, device)
         self._driving = Driving(trained, moments.inliers.mean_LD)
+        self._diffings = diffings_of(trained, list(self._models))
         self._distances = Medians(len(self._layers), device)
         self._predictions = {name: ReplacedPredictions(model) for name, model in self._models.items()}
         self._num_outliers = self._num_excluded = 0
@@ -159,6 +162,8 @@ class Measurement:
         def seen(acts_NLD: Tensor, features_NF: Tensor) -> None:
             self._firing.add(features_NF)
             self._driving.add(acts_NLD, features_NF)
+            for diffing in self._diffings:
+                diffing.add(acts_NLD, features_NF)
 
         layers, read = self._layers, self._layers_read
         found = [approximations.of_run("crosscoder", None, trained, layers, read, seen)]
@@ -190,8 +195,8 @@ class Measurement:
         acts_NXD, outliers_MXD = read_NXD[~outlier_N], read_NXD[outlier_N]
         replaced_BS = batch.replaced_BS.masked_scatter(batch.replaced_BS, ~outlier_N)
         splicing = {n: Splicing(model, self._predictions[n], batch, replaced_BS, run) for n, model in self._models.items()}
-        for name, of_model in clean.items():
-            splicing[name].begin(of_model.hidden_BSD)
+        for name, clean_one in clean.items():
+            splicing[name].begin(clean_one.hidden_BSD)
         self._num_outliers += len(outliers_MXD)
         self._num_excluded += batch.num_excluded
         self._as_trained.add(acts_NXD[:, : len(self._layers)])
@@ -220,7 +225,7 @@ class Measurement:
         for predictions in self._predictions.values():
             predictions.end()
 
-    def _split(self, splicing: dict[str, "Splicing"], by: str, values: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
+    def _split(self, splicing: dict[str, Splicing], by: str, values: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
         """Each model with its positions divided among its own layers."""
         for name, layers in self._split_targets.items():
             splicing[name].split(Stand(of_model(name, SPLIT), by), {layer: values[layer] for layer in layers}, parts[name])
@@ -269,6 +274,7 @@ class Measurement:
             clean_by_model={name: predictions.clean.cross_entropy for name, predictions in self._predictions.items()},
             losses=self._losses(),
             driving=self._driving,
+            model_differences=[diffing.results() for diffing in self._diffings],
         )
 
     def _losses(self) -> dict[Stand, Loss]:
@@ -287,16 +293,6 @@ class Measurement:
         return Loss(found.cross_entropy, found.cross_entropy - clean, found.kl, shares["zero"], shares["mean"])
 
 
-def of_model(name: str, what: str) -> str:
-    """`what`, a name that stands in place of a layer, of the model called `name`."""
-    return f"{name}/{what}" if name else what
-
-
-def model_of(layer: str) -> str:
-    """The name of the model that a layer, or what stands in its place, is of."""
-    return SiteName.parse(layer).model
-
-
 def losses_over(layers: list[str], losses: dict[Stand, Loss], heading: str) -> dict[Stand, Loss]:
     """The mean over `layers` of what stands in at every one of them, each alone; under `heading` in place of a layer."""
     alone: dict[Stand, list[Loss]] = {}
@@ -306,37 +302,6 @@ def losses_over(layers: list[str], losses: dict[Stand, Loss], heading: str) -> d
             alone.setdefault(Stand(heading, stand.by, run), []).append(loss)
     whole = {stand: of_layers for stand, of_layers in alone.items() if len(of_layers) == len(layers) > 0}
     return {stand: Loss(*[mean(values) for values in zip(*of_layers, strict=True)]) for stand, of_layers in whole.items()}  # type: ignore[arg-type]
-
-
-class Splicing:
-    """Runs of a language model on one batch with activations replaced, at sites of its own."""
-
-    def __init__(
-        self, language_model: LanguageModel, predictions: ReplacedPredictions, batch: HeldOutBatch, replaced_BS: Tensor, run: Run
-    ) -> None:
-        self._language_model, self._predictions, self._batch, self._run = language_model, predictions, batch, run
-        self._replaced_BS = replaced_BS
-        self._counted_BS = batch.counted_BS & replaced_BS
-
-    def begin(self, clean_BSD: Tensor) -> None:
-        """Takes the clean run's last hidden states."""
-        self._predictions.begin(clean_BSD[self._counted_BS], self._batch.targets_BS[self._counted_BS])
-
-    def alone(self, stand: Stand, values_ND: Tensor) -> None:
-        """Replaces one layer at every position that counts."""
-        self._add(stand, {stand.layer: (values_ND, self._replaced_BS)})
-
-    def split(self, stand: Stand, values: dict[str, Tensor], parts_BS: Tensor) -> None:
-        """Replaces each layer at its own part of the positions."""
-        parts_N = parts_BS[self._replaced_BS]
-        at = {layer: self._replaced_BS & (parts_BS == part) for part, layer in enumerate(values)}
-        self._add(stand, {layer: (values[layer][parts_N == part], at[layer]) for part, layer in enumerate(values)})
-
-    def _add(self, stand: Stand, values: dict[str, tuple[Tensor, Tensor]]) -> None:
-        self._run.check_stop()
-        replace = {in_its_model(layer): put(values_ND, where_BS) for layer, (values_ND, where_BS) in values.items()}
-        hidden_BSD = self._language_model.before_head(self._batch.tokens_BS, replace)
-        self._predictions.add(stand, hidden_BSD[self._counted_BS])
 
 
 def strongest_baselines(baselines: list[Approximation]) -> dict[int, Approximation]:

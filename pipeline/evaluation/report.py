@@ -14,9 +14,10 @@ from pipeline.evaluation.baselines import Fit, rank_that_explains, ranks_of
 from pipeline.evaluation.definitions import DEFINITIONS
 from pipeline.evaluation.fitting import FEW_POSITIONS_A_DIMENSION
 from pipeline.evaluation.held_out import Parts
-from pipeline.evaluation.measurements import JOINT, MEAN_OVER_LAYERS, SPLIT, Compared, Measurements, of_model
+from pipeline.evaluation.measurements import JOINT, MEAN_OVER_LAYERS, SPLIT, Compared, Measurements
 from pipeline.evaluation.outliers import FEW, MUCH
 from pipeline.evaluation.predictions import Stand
+from pipeline.evaluation.splicing import of_model
 
 METRICS_FORMAT = "crosscoder-metrics/2"
 
@@ -78,6 +79,7 @@ def as_json(evaluation: Evaluation, inputs: dict[str, str]) -> Json:
         "replaced": [{**stand._asdict(), **loss._asdict()} for stand, loss in found.losses.items()],
         "baselines": _baselines(evaluation),
         "driving": _driving(evaluation),
+        **_model_differences(found),
         "threshold_sweep": [point._asdict() for point in found.sweep],
         "compared": [
             {
@@ -138,6 +140,16 @@ def _driving(evaluation: Evaluation) -> Json:
         "layers_by_decoder_norm": found.layers_by_decoder_norm,
         "by_layer": [{"layer": layer, "drop": drop, "survives_alone": alone} for layer, drop, alone in by_layer],
     }
+
+
+def _model_differences(found: Measurements) -> Json:
+    """The entry `model_diffing` where there are several models."""
+    rows = [
+        {"models": [pair.one, pair.other], "sites": pair.sites, **row._asdict()}
+        for pair in found.model_differences
+        for row in pair.classes()
+    ]
+    return {"model_diffing": rows} if rows else {}
 
 
 def check_finite(value: Any, where: str) -> None:
@@ -266,6 +278,7 @@ def headline(evaluation: Evaluation) -> Json:
         "recovered_by_layer": {layer: loss.recovered_against_zero for layer, loss in alone.items()},
         "layers_driving": driving.layers_driving,
         "functional_coherence": driving.functional_coherence,
+        **_shares_of_models(found),
         "positions": found.num_positions,
         "outliers": found.num_outliers,
     }
@@ -274,3 +287,13 @@ def headline(evaluation: Evaluation) -> Json:
 def _by_model(name: str, values: dict[str, float | None] | dict[str, float]) -> Json:
     """The entry `<name>_by_model` where there are several models."""
     return {f"{name}_by_model": dict(values)} if "" not in values else {}
+
+
+def _shares_of_models(found: Measurements) -> Json:
+    """The entry `model_diffing` where there are several models: by pair, the share of each class, and what of `only` is confirmed."""
+    by_pair = {}
+    for pair in found.model_differences:
+        classes = pair.classes()
+        shares = {f"{row.name}_fraction": row.fraction for row in classes}
+        by_pair[pair.name] = shares | {f"{row.name}_absent": row.absent for row in classes if row.name.startswith("only_")}
+    return {"model_diffing": by_pair} if by_pair else {}

@@ -9,9 +9,11 @@ from rich.table import Table
 
 from pipeline.crosscoder.metrics import ReconstructionMetrics
 from pipeline.evaluation.driving import DrivingLayers
-from pipeline.evaluation.measurements import JOINT, MEAN_OVER_LAYERS, SPLIT, Loss, Measurements, of_model
+from pipeline.evaluation.measurements import JOINT, MEAN_OVER_LAYERS, SPLIT, Loss, Measurements
+from pipeline.evaluation.model_diffing import ModelDifference
 from pipeline.evaluation.outliers import FEW, LayerOutliers
 from pipeline.evaluation.predictions import Stand
+from pipeline.evaluation.splicing import of_model
 from pipeline.evaluation.verdict import ORDER, compared_run, number
 from pipeline.language_models import sites_of
 
@@ -51,6 +53,7 @@ def tables(found: Measurements, layers: list[str]) -> str:
     parts = [_outliers(found.outliers), _reconstruction(found, found.layers), _cross_entropy(found, found.layers)]
     if len(layers) > 1:
         parts.append(_driving(found.driving.results(), layers))
+    parts += [_model_difference(pair) for pair in found.model_differences]
     return re.sub(r"\s*\n{2,}", "\n\n", "\n".join(line.rstrip() for line in "\n".join(parts).splitlines()))
 
 
@@ -92,6 +95,16 @@ def _driving(found: DrivingLayers, layers: list[str]) -> str:
     table = _table("What drives the features, mean over those that fire", ["activation lost\nwithout it", "firings left\nwith it alone"])
     for layer, drop, alone in zip(layers, found.drop_L, found.survives_alone_L, strict=True):
         table.add_row(layer, number(drop), number(alone))
+    return _text(table)
+
+
+def _model_difference(pair: ModelDifference) -> str:
+    title = f"Model diffing, {pair.one} to {pair.other}: the {int(pair.fires_F.sum()):,} features that fire, by decoder norms"
+    table = _table(title, ["features", "share", "median\nnu error", "median nu\nreconstr.", "absent from\nthe other"])
+    for row in pair.classes():
+        absent = f"{row.absent:,}" if row.absent is not None and row.name.startswith("only_") else "-"
+        numbers = (f"{100 * row.fraction:.1f} %", number(row.nu_error), number(row.nu_reconstruction), absent)
+        table.add_row(row.name.replace("only_", "only "), f"{row.features:,}", *numbers)
     return _text(table)
 
 

@@ -8,8 +8,12 @@
         max_activation [F] float32
         drop_by_layer [F, L] float32    share of that sum that goes when the layer is masked in the encoder
         survives_alone [F, L] float32   share of its firings that are left when only the layer is encoded
+        and for each two models, such as base-chat (see `pipeline.evaluation.model_diffing`; NaN where a feature never fires):
+        norm_difference.base-chat [F] float64       0: it writes in base alone, 1: in chat alone
+        beta_error.base-chat, beta_reconstruction.base-chat [F, 2] float64, nu_error.base-chat, nu_reconstruction.base-chat [F] float64
     feature_density.png     how often features fire
     explained_variance.png  of each layer, beside the baselines
+    model_diffing.png       where there are several models: which features write in which of two
 
 Nothing is kept of an evaluation that is interrupted: started again, it begins anew.
 """
@@ -36,6 +40,7 @@ from pipeline.evaluation.belonging import check_inputs, check_model, check_reada
 from pipeline.evaluation.fitting import fit
 from pipeline.evaluation.held_out import Parts, divide
 from pipeline.evaluation.measurements import Compared, Measurement, Measurements
+from pipeline.evaluation.model_diffing import ModelDifference
 from pipeline.evaluation.outliers import held_out_moments, outlier_limits
 from pipeline.evaluation.report import Evaluation
 from pipeline.language_models import Models, bind, each, identities, load_models
@@ -230,10 +235,13 @@ def write_files(directory: Path, document: dict[str, Any], evaluation: Evaluatio
         dense_fraction=metrics.DENSE_FRACTION,
     )
     figures.explained_variance(explained, [layer_bars(found, layer) for layer in found.layers])
+    diffing = directory / "model_diffing.png"
+    if found.model_differences:
+        figures.model_diffing(diffing, [norm_bars(pair) for pair in found.model_differences])
     with records.atomic_file(features) as file:
         file.write(safetensors.torch.save(feature_columns(evaluation)))
     records.write_json(directory / "metrics.json", document)
-    return [directory / "metrics.json", density, explained, features]
+    return [directory / "metrics.json", density, explained, *([diffing] if found.model_differences else []), features]
 
 
 def feature_columns(evaluation: Evaluation) -> dict[str, Tensor]:
@@ -247,7 +255,18 @@ def feature_columns(evaluation: Evaluation) -> dict[str, Tensor]:
         "drop_by_layer": driving.drop_by_layer_FL.float(),
         "survives_alone": driving.survives_alone_FL.float(),
     }
+    for pair in evaluation.found.model_differences:
+        for name in ("norm_difference", "nu_error", "nu_reconstruction"):
+            columns[f"{name}.{pair.name}"] = getattr(pair, f"{name}_F")
+        for name in ("beta_error", "beta_reconstruction"):
+            columns[f"{name}.{pair.name}"] = getattr(pair, f"{name}_F2")
     return {name: column.cpu().contiguous() for name, column in columns.items()}
+
+
+def norm_bars(pair: ModelDifference) -> figures.NormBars:
+    """Where the features that fire write."""
+    shares = {row.name: row.fraction for row in pair.classes()}
+    return figures.NormBars(pair.one, pair.other, pair.norm_difference_F[pair.fires_F].numpy(), shares)
 
 
 def layer_bars(found: Measurements, layer: str) -> figures.LayerBars:
