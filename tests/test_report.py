@@ -150,7 +150,7 @@ def test_a_page_written_again_leaves_no_features_of_another_store(site: Path) ->
 def test_a_page_of_12288_features_stays_under_5_mb_and_holds_the_strongest(tmp_path: Path) -> None:
     write_large_store(tmp_path / "features", 12_288, with_contexts=256)
     store = FeatureStore.open(tmp_path / "features")
-    index, inside = feature_parts.index(store), page.inside(store, 128)
+    index, inside = next(feature_parts.indices(store)), page.inside(store, 128)
     assert list(inside["features"]) == [str(feature) for feature in range(128)]
     assert len(inside["features"]["0"]["contexts"]) == feature_parts.MOST_STRONGEST + 5 * feature_parts.MOST_OF_A_GROUP
     size = sum(len(text.encode()) for text in (page.chart_library(), feature_parts.script_json(index), feature_parts.script_json(inside)))

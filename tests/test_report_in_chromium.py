@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from report_pieces import evaluated, stored, trained
 
-from slurm.reporting import page, run_page
+from slurm.reporting import feature_parts, page, run_page
 from slurm.reporting.subject import find_subject
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
@@ -58,3 +58,17 @@ def test_a_page_without_its_folder_says_what_is_missing(written: Path, tmp_path:
     assert "Feature 0</h3>" in opened(Path(alone), "#feature-0", tmp_path / "one")
     dom = opened(Path(alone), "#feature-1", tmp_path / "two")
     assert re.search(r"The page keeps this feature in report\.files/\w{12}/00000\.js, which is not beside it", dom)
+
+
+def test_an_index_that_goes_on_beside_the_page_is_read_to_its_end(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_parts, "FEATURES_AN_INDEX", 1)
+    monkeypatch.setattr(page, "FEATURES_AN_INDEX", 1)
+    run = written.parent
+    subject, path = find_subject(str(run), run.parents[2]), tmp_path / "report.html"
+    page.write(path, run_page.html(subject, path, most_inside=1), subject.store, lambda done, total: None)
+    assert len(list((tmp_path / "report.files").rglob("index-*.js"))) == 2
+    dom = opened(path, "#feature-2", tmp_path / "profile")
+    assert "0 of 3 features" in dom
+    assert "Fires on 0 % of 8 positions (silent)" in dom
+    shutil.rmtree(tmp_path / "report.files")
+    assert "those from 1 on are in files that are not beside this page" in opened(path, "", tmp_path / "profile")

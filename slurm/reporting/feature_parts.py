@@ -1,13 +1,13 @@
 """The features of a store as a page reads them: an index of all, and parts with all that is known of some.
 
-Index, columns over all features: {"layers": ["h.0", "h.1"], "positions": 29835, "density": [...], "max": [...], "mean": [...],
+Index, columns over features: {"features": 3, "layers": ["h.0", "h.1"], "positions": 29835, "density": [...], "max": [...], "mean": [...],
 "norms": [[...] per layer], "alone": [[...] per layer], "cosine": [...] or null with one layer, "dead": [...], "dense": [...],
 "top": [[token, ...], ...], "promoted": [[token, ...], ...]}. A part: {"tokens": [token, ...], "features": {"7": {"promoted": ...,
 "contexts": [[quantile, document, position, peak, activation, [token's place in "tokens", ...], [level, ...]], ...]}}}, where a level is
 the activation at that token in thousandths of the feature's greatest.
 
 A part beside the page is a file of JavaScript, `crosscoderPart("a1b2c3", 3, {...})`: a page opened from disk may run such a file, but not
-read one of JSON.
+read one of JSON. Of more than `FEATURES_AN_INDEX` features the index goes on in such files, `crosscoderIndex("a1b2c3", 1, {...})`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ import msgspec
 from slurm.record.printable import printable_line
 from slurm.watching.feature_store import FeatureStore, Row
 
-FEATURES_A_PART = 64
+FEATURES_A_PART, FEATURES_AN_INDEX = 64, 16_384
 MOST_STRONGEST, MOST_OF_A_GROUP = 10, 2
 """Contexts that a page shows: of the strongest firings, and of each group of the sample."""
 TOP_TOKENS, PROMOTED_TOKENS = 5, 3
@@ -32,14 +32,20 @@ INDEX_COLUMNS = (
 DETAIL_COLUMNS = ("neighbors", "neighbor_cosines", "decoder_norms", "drop_by_layer", "layer_cosines")
 
 
-def index(store: FeatureStore) -> dict[str, Any]:
-    """A few numbers and tokens of every feature, by column."""
+def indices(store: FeatureStore) -> Iterator[dict[str, Any]]:
+    """A few numbers and tokens of every feature, by column, `FEATURES_AN_INDEX` at a time."""
     table = store.columns(INDEX_COLUMNS)
+    for first in range(0, store.num_features, FEATURES_AN_INDEX):
+        yield _index(store, {name: column[first : first + FEATURES_AN_INDEX] for name, column in table.items()}, first)
+
+
+def _index(store: FeatureStore, table: dict[str, list[Any]], first: int) -> dict[str, Any]:
     has_pairs = len(store.layers) > 1
     promoted = [
         list(dict.fromkeys(shown(token) for tokens in row for token in tokens[:PROMOTED_TOKENS])) for row in table["promoted"]
     ]  # fmt: skip
     return {
+        "features": store.num_features,
         "layers": store.layers,
         "positions": store.num_positions,
         "density": rounded(table["density"]),
@@ -48,8 +54,8 @@ def index(store: FeatureStore) -> dict[str, Any]:
         "norms": [rounded(column) for column in zip(*table["relative_norms"], strict=True)],
         "alone": [rounded(column) for column in zip(*table["survives_alone"], strict=True)],
         "cosine": rounded([min(row) for row in table["layer_cosines"]]) if has_pairs else None,
-        "dead": [feature for feature, is_dead in enumerate(table["is_dead_eval"]) if is_dead],
-        "dense": [feature for feature, is_dense in enumerate(table["is_dense"]) if is_dense],
+        "dead": [first + place for place, is_dead in enumerate(table["is_dead_eval"]) if is_dead],
+        "dense": [first + place for place, is_dense in enumerate(table["is_dense"]) if is_dense],
         "top": [[shown(token) for token in tokens[:TOP_TOKENS]] for tokens in table["top_tokens"]],
         "promoted": promoted,
     }

@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -11,7 +11,7 @@ from urllib.parse import quote
 from pipeline import records
 from slurm.record.printable import printable
 from slurm.reporting import feature_parts
-from slurm.reporting.feature_parts import FEATURES_A_PART, Contents, script_json
+from slurm.reporting.feature_parts import FEATURES_A_PART, FEATURES_AN_INDEX, Contents, script_json
 from slurm.watching.feature_store import FeatureStore
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -69,13 +69,16 @@ def chart_library() -> Any:
 def inside(store: FeatureStore, most: int) -> dict[str, Any]:
     """The `most` features of the strongest activations, as a page opens with them; fewer, where they would take too much room."""
     activations = store.columns(["max_activation"])["max_activation"]
-    strongest = sorted(range(len(activations)), key=lambda feature: -activations[feature])[:most]
-    contents, size = Contents(), 0
-    for feature in strongest:
-        size += len(script_json(contents.add(store, feature)))
-        if size > INSIDE_BYTES:
-            break
-    return contents.part()
+    strongest = sorted(range(len(activations)), key=lambda feature: -activations[feature])
+    while True:
+        contents = Contents()
+        for feature in sorted(strongest[:most]):  # in the store's order, which reads each of its row groups once
+            contents.add(store, feature)
+        part = contents.part()
+        size = len(script_json(part))
+        if size <= INSIDE_BYTES:
+            return part
+        most = int(0.95 * len(part["features"]) * INSIDE_BYTES / size)
 
 
 def write(path: Path, html: str, store: FeatureStore | None, said: Callable[[int, int], None]) -> None:
@@ -88,7 +91,7 @@ def write(path: Path, html: str, store: FeatureStore | None, said: Callable[[int
     folder = files_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if store is not None:
-        _write_parts(folder / store.data_id[:12], store, feature_parts.parts(store), said)
+        _write_parts(folder / store.data_id[:12], store, said)
     with records.atomic_file(path) as file:
         file.write(html.encode())
     for other in folder.iterdir() if folder.is_dir() else ():
@@ -96,12 +99,19 @@ def write(path: Path, html: str, store: FeatureStore | None, said: Callable[[int
             shutil.rmtree(other)
 
 
-def _write_parts(directory: Path, store: FeatureStore, parts: Iterable[dict[str, Any]], said: Callable[[int, int], None]) -> None:
+def _write_parts(directory: Path, store: FeatureStore, said: Callable[[int, int], None]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
+
+    def call(name: str, function: str, place: int, value: Any) -> None:
+        with records.atomic_file(directory / name) as file:
+            file.write(f"{function}({script_json(store.data_id)}, {place}, {script_json(value)});\n".encode())
+
+    for place, index in enumerate(feature_parts.indices(store)):
+        if place:  # the first is in the page
+            call(f"index-{place}.js", "crosscoderIndex", place, index)
     total = -(-store.num_features // FEATURES_A_PART)
-    for place, part in enumerate(parts):
-        with records.atomic_file(directory / f"{place:05}.js") as file:
-            file.write(f"crosscoderPart({script_json(store.data_id)}, {place}, {script_json(part)});\n".encode())
+    for place, part in enumerate(feature_parts.parts(store)):
+        call(f"{place:05}.js", "crosscoderPart", place, part)
         said(place + 1, total)
 
 
@@ -113,7 +123,7 @@ def files_of(path: Path) -> Path:
 def beside(path: Path, store: FeatureStore) -> dict[str, Any]:
     """What the page's script needs to find the features that are not in it."""
     folder = "/".join(quote(part) for part in (files_of(path).name, store.data_id[:12]))
-    return {"data": store.data_id, "folder": folder, "features_a_part": FEATURES_A_PART}
+    return {"data": store.data_id, "folder": folder, "features_a_part": FEATURES_A_PART, "features_an_index": FEATURES_AN_INDEX}
 
 
 def relative(path: Path, page: Path) -> str:

@@ -163,7 +163,7 @@ def _browser(subject: Subject, path: Path, most_inside: int) -> Json:
         "that it promotes. Of a token's color: the darker, the stronger the feature is there. "
         f"`crosscoder features {store_reference(subject)}` shows every context kept."
     )
-    values = {"index": feature_parts.index(store), "inside": held, "beside": page.beside(path, store)}
+    values = {"index": next(feature_parts.indices(store)), "inside": held, "beside": page.beside(path, store)}
     return {name: page.embedded(value) for name, value in values.items()} | {"browser_note": note}
 
 

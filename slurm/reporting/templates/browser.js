@@ -3,7 +3,7 @@
 (() => {
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
 const index = read("index"), inside = read("inside"), beside = read("beside");
-const layers = index.layers, numFeatures = index.density.length, ROWS = 50;
+const layers = index.layers, numFeatures = index.features, ROWS = 50;
 const dead = new Set(index.dead), dense = new Set(index.dense);
 const table = document.getElementById("table"), article = document.getElementById("feature");
 const search = document.getElementById("search"), filter = document.getElementById("filter"), more = document.getElementById("more");
@@ -52,13 +52,13 @@ const filters = [
 filters.forEach(([name], place) => filter.append(element("option", { value: place, textContent: name })));
 filter.value = 1;
 
-let sorted = columns[2], isRising = false, chosen = [], numShown = ROWS;
+let sorted = columns[2], isRising = false, chosen = [], numShown = ROWS, isCut = false;
 
 function choose() {
   const wanted = search.value.trim().toLowerCase(), keep = filters[Number(filter.value)][1];
   const holds = (texts) => texts.some((text) => text.toLowerCase().includes(wanted));
   chosen = [];
-  for (let f = 0; f < numFeatures; f++) {
+  for (let f = 0; f < index.density.length; f++) {
     if (keep(f) && (!wanted || String(f) === wanted || holds(index.top[f]) || holds(index.promoted[f]))) chosen.push(f);
   }
   const sign = isRising ? 1 : -1;
@@ -85,7 +85,7 @@ function show() {
   });
   table.tHead.replaceChildren(element("tr", {}, ...heads));
   const shown = Math.min(numShown, chosen.length);
-  document.getElementById("count").textContent = `${chosen.length.toLocaleString("en")} of ${numFeatures.toLocaleString("en")} features; ${shown.toLocaleString("en")} shown`;
+  document.getElementById("count").textContent = `${chosen.length.toLocaleString("en")} of ${numFeatures.toLocaleString("en")} features; ${shown.toLocaleString("en")} shown${isCut ? `; those from ${index.density.length.toLocaleString("en")} on are in files that are not beside this page` : ""}`;
   more.hidden = shown === chosen.length;
 }
 
@@ -101,16 +101,37 @@ const parts = new Map();
 const waiting = new Map();
 globalThis.crosscoderPart = (data, place, part) => { if (data === beside.data) waiting.get(place)?.(part); };
 
+function runFile(name, missing) {
+  const script = element("script", { src: `${beside.folder}/${name}.js`, onerror: missing });
+  document.head.append(script);
+}
+
+// The index of very many features goes on in files beside the page; each brings the next in.
+globalThis.crosscoderIndex = (data, place, more) => {
+  if (data !== beside.data) return;
+  const longer = (column, added) => { for (const value of added) column.push(value); };
+  for (const name of ["density", "max", "mean", "top", "promoted", ...(index.cosine ? ["cosine"] : [])]) longer(index[name], more[name]);
+  for (const name of ["norms", "alone"]) index[name].forEach((column, layer) => longer(column, more[name][layer]));
+  more.dead.forEach((feature) => dead.add(feature));
+  more.dense.forEach((feature) => dense.add(feature));
+  choose();
+  loadIndex(place + 1);
+};
+function loadIndex(place) {
+  if (place * beside.features_an_index < numFeatures) runFile(`index-${place}`, () => { isCut = true; show(); });
+  else open();
+}
 function load(feature) {
   if (inside.features[feature]) return Promise.resolve(inside);
   const place = Math.floor(feature / beside.features_a_part);
   if (!parts.has(place)) {
-    const file = beside.folder === null ? null : `${beside.folder}/${String(place).padStart(5, "0")}.js`;
+    const name = String(place).padStart(5, "0");
     parts.set(place, new Promise((done, fail) => {
-      if (file === null) return fail(new Error("This page was written without the features beyond those in it."));
       waiting.set(place, done);
-      const missing = () => { parts.delete(place); fail(new Error(`The page keeps this feature in ${decodeURI(file)}, which is not beside it: copy that folder along with the page.`)); };
-      document.head.append(element("script", { src: file, onerror: missing }));
+      runFile(name, () => {
+        parts.delete(place);
+        fail(new Error(`The page keeps this feature in ${decodeURI(beside.folder)}/${name}.js, which is not beside it: copy that folder along with the page.`));
+      });
     }));
   }
   return parts.get(place);
@@ -187,6 +208,7 @@ async function open() {
   if (!match) return;
   const feature = Number(match[1]);
   const message = (text) => article.replaceChildren(element("p", { className: "notice", textContent: text }));
+  if (feature >= index.density.length && feature < numFeatures) return message("The index of features is still being read.");
   if (feature >= numFeatures) return message(`There is no feature ${feature}: they are numbered 0 to ${numFeatures - 1}.`);
   try {
     const part = await load(feature);
@@ -201,5 +223,5 @@ async function open() {
 
 choose();
 addEventListener("hashchange", open);
-open();
+loadIndex(1);
 })();
