@@ -11,6 +11,7 @@ import pytest
 from pipeline import records
 from pipeline.config.errors import UserError
 from pipeline.config.resources import Resources
+from pipeline.run import Run
 from slurm.client.node_output import GpuCount, Node
 from slurm.execution import dependencies, frozen_code, job_process, requeue, slurm_job
 from slurm.execution.local_queue import share_of
@@ -93,6 +94,25 @@ def test_a_run_that_is_read_may_carry_the_identity_that_the_stage_gave_it(tmp_pa
     assert run_inputs.check_all({"crosscoder": entry}) == {"crosscoder": entry}
     (run / "result.json").write_text(json.dumps({"status": "finished", "ended": 2.0, "result": {"loss": 2.0}}))
     with pytest.raises(UserError, match=r"crosscoder \(.*\) had content [0-9a-f]{12}, has"):
+        run_inputs.check_all({"crosscoder": entry})
+
+
+def test_a_checkpoint_is_an_input_and_the_stage_may_give_the_crosscoder_in_it_an_identity(tmp_path: Path) -> None:
+    def checkpoint(weights: bytes) -> Path:
+        (tmp_path / "7").mkdir(exist_ok=True)
+        (tmp_path / "7/crosscoder.safetensors").write_bytes(weights)
+        shard = records.commit_shard(tmp_path / "7", "crosscoder", "checkpoint-part/1", ["crosscoder.safetensors"], {}, {})
+        records.write_manifest(tmp_path / "7", "checkpoint/1", {"crosscoder": shard}, {"step": 7})
+        return tmp_path / "7"
+
+    run = Run(tmp_path / "run", output=io.StringIO())
+    records.write_json(run.directory / "inputs.json", {"crosscoder": run_inputs.describe(checkpoint(b"one"))})
+    run.bind_input("crosscoder", "identity of the crosscoder")
+    entry = records.read_json(run.directory / "inputs.json")["crosscoder"]
+    assert (entry["kind"], entry["data_id"]) == ("checkpoint", "identity of the crosscoder")
+    assert run_inputs.check_all({"crosscoder": entry}) == {"crosscoder": entry}
+    checkpoint(b"two")
+    with pytest.raises(UserError, match=r"crosscoder \(.*/7\) had content [0-9a-f]{12}, has"):
         run_inputs.check_all({"crosscoder": entry})
 
 

@@ -4,15 +4,16 @@ inputs.json has an entry a field of the configuration:
 
     {"tokens":     {"path": "/data/tokens/demo/train", "kind": "data set", "data_id": "9f2c..."},
      "crosscoder": {"path": "/runs/train/demo/20261123-...", "kind": "run", "run": "train/demo/20261123-...", "content": "77a0..."},
+     "crosscoder": {"path": "/runs/train/demo/20261123-.../checkpoints/00000391", "kind": "checkpoint", "content": "3917..."},
      "source":     {"path": "/data/text", "kind": "files", "content": "01bb..."},
      "activations": {"path": "/ssd/activations/demo", "kind": "pending", "made_by": "/runs/cache/demo/20261123-..."},
      "language_model": {"kind": "language model", "name": "EleutherAI/pythia-70m", "revision": null, "commit": "a39f...",
                         "files": {"config.json": "51f0...", "model.safetensors": "a2c4..."}, "content": "0d1f...", "data_id": "77ab..."},
      "tokenizer": {"kind": "tokenizer", "name": "/models/llama", "revision": null, "files": {"tokenizer.json": "c3d1..."}, "content": ...}}
 
-`data_id` is the identity that the manifest gives. `content` of a run is a hash of its results, of other files a hash of
-their names, sizes and times: their bytes are not read. A pending input doesn't exist yet; the job that reads it
-completes the entry once the run that makes it has sealed it.
+`data_id` is the identity that the manifest gives. `content` of a run is a hash of its results, of a checkpoint the identity of its
+manifest, of other files a hash of their names, sizes and times: their bytes are not read. A pending input doesn't exist yet; the job
+that reads it completes the entry once the run that makes it has sealed it.
 
 A language model and a tokenizer are known by the bytes of their files (see `pipeline.model_files`), one of which weights are drawn at
 random (`"random_weights": true`) by its config.json. `commit` is what the revision on the hub was when the run was frozen, which the
@@ -86,7 +87,11 @@ def describe_pretrained(
 def describe(path: Path) -> Entry:
     """What stands at `path` now. Raises `UserError` if nothing does, or if it isn't finished."""
     if (path / records.MANIFEST).exists():
-        return {"path": str(path), "kind": "data set", "data_id": records.read_manifest(path)["data_id"]}
+        manifest = records.read_manifest(path)
+        if str(manifest["format"]).startswith("checkpoint/"):
+            # Its data id is no `data_id` here: that is what the stage finds, the identity of the crosscoder in it.
+            return {"path": str(path), "kind": "checkpoint", "content": manifest["data_id"]}
+        return {"path": str(path), "kind": "data set", "data_id": manifest["data_id"]}
     if (path / "job.json").exists():
         return {"path": str(path), "kind": "run", "run": RunDirectory(path).reference, "content": _run_content(path)}
     if (path / records.RECIPE).exists():

@@ -61,7 +61,7 @@ def _checked(run: RunDirectory) -> str:
 def _data_sets_read(run: RunDirectory) -> list[str]:
     """Where the data sets lie that the run's tasks read, one name each."""
     entries = [entry for task in range(run.num_tasks) for entry in _entries(run.task_directory(task) / "inputs.json")]
-    return list(dict.fromkeys(entry["path"] for entry in entries if entry.get("kind") == "data set"))
+    return list(dict.fromkeys(entry["path"] for entry in entries if entry.get("kind") in ("data set", "checkpoint")))
 
 
 def _entries(path: Path) -> list[run_inputs.Entry]:
