@@ -1,12 +1,15 @@
-"""A feature store of three features in a run of `features`, written as the stage writes it, for tests of those who read it."""
+"""A feature store of three features, and a snapshot of them in training, written as the stages write them, for tests of readers."""
 
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from pipeline import records
+from pipeline.crosscoder import checkpoint_files
+from pipeline.crosscoder.checkpoint_files import Part
 from pipeline.features import store
 
 LAYERS = ["h.0", "h.1"]
@@ -48,3 +51,13 @@ def write_store(directory: Path, tokens: list[str] | None = None) -> Path:
     record = records.commit_shard(directory, store.STEM, store.SHARD_FORMAT, names, {"features": 3, "contexts": len(contexts)}, {})
     store.seal(directory, record, {"features": 3, "positions": 8, "layers": LAYERS, "features_a_group": 2})
     return directory
+
+
+def write_snapshot(directory: Path) -> None:
+    """The features' part of a snapshot of step 6 in `history/00000006` of a run of train."""
+    tensors = {"firings": torch.tensor([150, 300, 0]), "activation_sum": torch.tensor([150.0, 600.0, 0.0], dtype=torch.float64)}
+    tensors |= {"tokens_since_fired": torch.tensor([0, 0, 600]), "decoder_norms": torch.ones(3, 2)}
+    facts: dict[str, Any] = {"step": 6, "tokens": 600, "window_tokens": 600, "layers": LAYERS, "dead_window_tokens": 60}
+    facts |= {"measured_on": "the step's batch", "measured_positions": 100}
+    facts |= {f"{name}_by_layer": [0.5, 0.5] for name in ("norm_ratio", "best_scalar", "explained_variance")}
+    checkpoint_files.write(directory.parent, int(directory.name), {"features": Part(tensors, facts)})

@@ -174,7 +174,7 @@ def test_batches_do_not_change_the_metrics(pieces: Pieces, trained_run: Path, me
 def test_the_same_evaluation_gives_the_same_bytes(pieces: Pieces, trained_run: Path, tmp_path: Path) -> None:
     for run in ("one", "two"):
         evaluated(pieces, trained_run, tmp_path / run)
-    for name in ("metrics.json", "features.safetensors", "feature_density.png", "explained_variance.png"):
+    for name in ("metrics.json", "features.safetensors", "feature_density.png", "explained_variance.png", "nats.png", "tables.txt"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 

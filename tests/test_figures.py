@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evaluation_verdict import COSTS, EXPLAINED, RANKS, found
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from pipeline.evaluation import figures
-from pipeline.evaluation.figures import LayerBars
+from pipeline.evaluation import figures, panels
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -69,24 +70,39 @@ def test_density_has_a_place_for_features_that_fire_once(drawn: list[Figure], tm
         assert bar_heights(drawn[-1], "fired late").sum() == 6
 
 
-def test_bars_are_the_explained_variances_and_deep_ones_are_cut_and_written_out(drawn: list[Figure], tmp_path: Path) -> None:
-    bars = [LayerBars("h.7", 0.8, 0.7, -5.0), LayerBars("h.8", 0.9, None, 0.25), LayerBars("h.9", -0.1, 0.5, 0.4)]
-    figures.explained_variance(tmp_path / "explained.png", bars)
-    assert bar_heights(drawn[0], "crosscoder").tolist() == [0.8, 0.9, -0.1]
-    assert bar_heights(drawn[0], "affine map from the best other layer").tolist() == [0.7, 0.5]
-    assert bar_heights(drawn[0], "best other layer, as it is").tolist() == [figures.LOWEST_EXPLAINED_VARIANCE, 0.25, 0.4]
-    axes = drawn[0].axes[0]
-    assert "−5 ↓" in [text.get_text() for text in axes.texts]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["h.7", "h.8", "h.9"]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("layer", "explained variance (predicting the mean: 0)")
+def test_the_cheapest_stands_on_top_and_what_costs_far_more_is_cut_and_written_out(drawn: list[Figure], tmp_path: Path) -> None:
+    panels.draw_nats(tmp_path / "nats.png", found(COSTS, EXPLAINED), RANKS)
+    (axes,) = drawn[0].axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["an affine map from h.3", "the crosscoder", "h.3 as it is", "PCA of rank 32", "the mean", "zeros"]
+    # The crosscoder costs 0.147, more than the strongest baseline: bars end at four times that.
+    assert [bar.get_width() for bar in axes.containers[0]] == pytest.approx([0.044, 0.147, 0.21, 0.5, 0.588, 0.588])
+    assert [text.get_text() for text in axes.texts] == ["0.044", "0.147", "0.210", "0.500", "6.000 →", "7.000 →"]
+    assert axes.get_title(loc="left") == "h.2: WORSE than the strongest baseline"
+    assert axes.get_xlabel() == "nats that the language model loses with the layer replaced"
+    colors = [to_hex(bar.get_facecolor()) for bar in axes.containers[0]]
+    assert colors == [figures.BASELINE, figures.WORSE, *[figures.BASELINE] * 4]
 
 
-def test_a_crosscoder_of_one_layer_is_drawn_alone(drawn: list[Figure], tmp_path: Path) -> None:
-    figures.explained_variance(tmp_path / "explained.png", [LayerBars("h.7", 0.8, None, None)])
-    assert len(drawn[0].axes[0].containers) == 1
+def test_explained_variance_is_beside_every_baseline_and_says_what_the_verdict_by_nats_is(drawn: list[Figure], tmp_path: Path) -> None:
+    panels.draw_explained_variance(tmp_path / "explained.png", found(COSTS, EXPLAINED | {"crosscoder": 0.99, "zero": -5.0}), RANKS)
+    (axes,) = drawn[0].axes
+    assert axes.get_title(loc="left") == "h.2: WORSE by nats (nats.png); here, by explained variance, BETTER"
+    assert len(axes.containers[0]) == len(EXPLAINED)
+    assert axes.containers[0][0].get_width() == 0.99
+    assert to_hex(axes.containers[0][0].get_facecolor()) == figures.WORSE
+    assert axes.containers[0][-1].get_width() == figures.LOWEST_EXPLAINED_VARIANCE
+    assert axes.texts[-1].get_text() == "−5.000 ←"
+
+
+def test_layers_that_never_vary_have_no_figure_of_explained_variance(drawn: list[Figure], tmp_path: Path) -> None:
+    panels.draw_explained_variance(tmp_path / "explained.png", found(COSTS, dict.fromkeys(EXPLAINED)), RANKS)
+    assert not drawn
+    panels.draw_nats(tmp_path / "nats.png", found({"crosscoder": 0.0, "mean": 0.0, "zero": -0.1}, EXPLAINED), RANKS)
+    assert len(drawn) == 1
 
 
 def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        figures.explained_variance(tmp_path / name, [LayerBars("h.7", 0.8, 0.5, None)])
+        panels.draw_nats(tmp_path / name, found(COSTS, EXPLAINED), RANKS)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()

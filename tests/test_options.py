@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pytest
 import typer.main
 import typer.testing
-from feature_pieces import write_store
+from feature_pieces import write_snapshot, write_store
 from pydantic import Field
 
 from pipeline import records
@@ -60,6 +60,8 @@ class Place:
         write_store(self.make("features", "made", "finished", 1, "9").path / "features")
         self.make("generate", "made", "finished", 1, "10")
         self.make_crosscoder()
+        write_snapshot(self.make("train", "kept", "finished", 1, "12").path / "history/00000006")
+        (self.failed.path / "tables.txt").write_text("a wide table\n")
         records.claim(root / "data/made", {"stage": "toy", "settings": ToyConfig(name="toy").identity(), "inputs": {}})
         (root / "data/made/numbers.bin").write_bytes(b"123")
         shard = records.commit_shard(root / "data/made", "numbers", "toy/1", ["numbers.bin"], {}, {})
@@ -258,8 +260,14 @@ TABLE = {
         {"SWEEP": "sweep.yaml"},
     ),
     "show": Command(
-        {"RUN": Option("{failed}", says("failed")), "--config": Option("--config", says(r"max_parallel")), "--json": AS_JSON},
+        {
+            "RUN": Option("{failed}", says("failed")),
+            "--config": Option("--config", says(r"max_parallel")),
+            "--all": Option("--all", says("a wide table")),
+            "--json": AS_JSON,
+        },
         {"RUN": "{failed}"},
+        {("--all", "--json"): "leave --all or --json out"},
     ),
     "logs": Command(
         {
@@ -296,6 +304,14 @@ TABLE = {
         },
         {"RUN": "features/made"},
         {("--json", "--jsonl"): "two forms of the same"},
+    ),
+    "evolution": Command(
+        {
+            "RUN": Option("train/kept", says(r"kept|\b600\b|window_tokens")),
+            "FEATURE": Option("2 1", says(r"feature 2|\"feature\": 2")),
+            "--json": AS_JSON,
+        },
+        {"RUN": "train/kept"},
     ),
     "config": Command(
         {
@@ -352,8 +368,8 @@ TABLE = {
     "cluster stop": Command({"--directory": Option("--directory d", passes(directory=Path("d")))}),
     "cluster status": Command({"--directory": Option("--directory d", passes(directory=Path("d")))}),
 }
-INSTEAD_OF_NEEDED = {"--resume", "--again", "TASK", "--all"}
-"""What is given in the place of the argument that a command needs."""
+INSTEAD_OF_NEEDED = {"--resume", "--again", "TASK", "cancel --all"}
+"""What is given in the place of the argument that a command needs; of one command, after its name."""
 
 
 def commands(group: Any, prefix: str = "") -> dict[str, Any]:
@@ -450,7 +466,7 @@ PAIRS = [
 
 def words_of(name: str, pair: tuple[str, ...]) -> str:
     command = TABLE[name]
-    needed = {} if INSTEAD_OF_NEEDED & set(pair) else command.needed
+    needed = {} if INSTEAD_OF_NEEDED & {*pair, *(f"{name} {option}" for option in pair)} else command.needed
     given = {option: command.options[option].words for option in pair}
     return " ".join((needed | given)[option] for option in command.options if option in needed | given)
 

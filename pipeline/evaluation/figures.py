@@ -11,19 +11,28 @@ import numpy.typing as npt
 from pipeline import records
 from pipeline.evaluation.model_diffing import ONLY, SHARED_FROM, SHARED_TO
 
-DEAD, ALIVE, BASELINE, FAINT_BASELINE = "#c44e52", "#4c72b0", "#8c8c8c", "#c9c9c9"
+DEAD, ALIVE = WORSE, BETTER = "#c44e52", "#4c72b0"
+BASELINE = "#c9c9c9"
 LOWEST_EXPLAINED_VARIANCE = -0.25
 """Bars end here; what lies deeper is written as a number."""
 
 
-class LayerBars(NamedTuple):
-    """Explained variance at one layer."""
+class Bar(NamedTuple):
+    """What stands in for a layer, and one figure of it."""
 
-    layer: str
-    crosscoder: float | None
-    affine: float | None
-    """Of the best other layer; None where there is no other."""
-    other_layer: float | None
+    name: str
+    value: float
+    is_crosscoder: bool = False
+
+
+class Panel(NamedTuple):
+    """One layer."""
+
+    title: str
+    bars: list[Bar]
+    """The best first."""
+    is_worse: bool
+    """Whether the crosscoder costs more nats than a baseline; it is then drawn in another color, by whatever figure."""
 
 
 class NormBars(NamedTuple):
@@ -72,48 +81,45 @@ def feature_density(
     _save(figure, path)
 
 
-def explained_variance(path: Path, bars: Sequence[LayerBars]) -> None:
-    """Explained variance of each layer: the crosscoder beside the best other layer; predicting the mean is the zero line."""
-    figure, axes = _new_figure(max(6.5, 1.5 + 1.2 * len(bars)), 4.0)
-    kinds = {
-        "crosscoder": (ALIVE, "crosscoder"),
-        "affine": (BASELINE, "affine map from the best other layer"),
-        "other_layer": (FAINT_BASELINE, "best other layer, as it is"),
-    }
-    shown = [field for field in kinds if any(getattr(bar, field) is not None for bar in bars)]
-    for index, field in enumerate(shown):
-        color, name = kinds[field]
-        offset = 0.27 * (index - (len(shown) - 1) / 2)
-        values = [getattr(bar, field) for bar in bars]
-        drawn = [(place + offset, value) for place, value in enumerate(values) if value is not None]
-        heights = [max(value, LOWEST_EXPLAINED_VARIANCE) for _, value in drawn]
-        axes.bar([place for place, _ in drawn], heights, 0.25, color=color, label=name)
-        for (place, value), height in zip(drawn, heights, strict=True):
-            below = height < 0
-            text = f"{value:.2f}" if value >= LOWEST_EXPLAINED_VARIANCE else f"{value:.3g} ↓"
-            axes.annotate(text.replace("-", "−"), (place, height), xytext=(0, -3 if below else 3), textcoords="offset points", ha="center",
-                          va="top" if below else "bottom", fontsize=8)  # fmt: skip
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xlim(-0.6, len(bars) - 0.4)
-    any_below = any(value is not None and value < 0 for bar in bars for value in bar[1:])
-    axes.set_ylim(LOWEST_EXPLAINED_VARIANCE - 0.1 if any_below else 0, 1.1)
-    axes.set_yticks(np.arange(-0.25 if any_below else 0, 1.01, 0.25))
-    axes.set_xticks(range(len(bars)), [bar.layer for bar in bars])
-    axes.tick_params(axis="x", length=0)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("explained variance (predicting the mean: 0)")
-    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=len(kinds), columnspacing=1.0)
+def stand_ins(path: Path, panels: Sequence[Panel], *, label: str, least: float, greatest: float) -> None:
+    """A panel a layer: what stands in for it by one figure, the best on top. Bars end at `least` and `greatest`."""
+    heights = [0.9 + 0.24 * len(panel.bars) for panel in panels]
+    figure, axes_of_panels = _new_figure(8.5, 0.5 + sum(heights), rows=heights)
+    for axes, panel in zip(axes_of_panels, panels, strict=True):
+        places = range(len(panel.bars), 0, -1)
+        values = [min(max(bar.value, least), greatest) for bar in panel.bars]
+        own = WORSE if panel.is_worse else BETTER
+        axes.barh(places, values, 0.7, color=[own if bar.is_crosscoder else BASELINE for bar in panel.bars])
+        for place, bar, value in zip(places, panel.bars, values, strict=True):
+            cut = "" if bar.value == value else " →" if bar.value > value else " ←"
+            axes.annotate((_short(bar.value) + cut).replace("-", "−"), (max(value, 0), place), xytext=(3, 0), textcoords="offset points",
+                          va="center", fontsize=8)  # fmt: skip
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(places, [bar.name for bar in panel.bars], fontsize=8)
+        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="x", labelsize=8)
+        for tick, bar in zip(axes.get_yticklabels(), panel.bars, strict=True):
+            tick.set_fontweight("bold" if bar.is_crosscoder else "normal")
+        axes.set_ylim(0.3, len(panel.bars) + 0.7)
+        # A tenth of the axis is left for the number beside the longest bar.
+        axes.set_xlim(least if any(bar.value < 0 for of in panels for bar in of.bars) else 0, greatest + 0.12 * (greatest - min(least, 0)))
+        axes.set_title(panel.title, loc="left", fontsize=9)
+        axes.set_xlabel(label, fontsize=9)
     _save(figure, path)
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}"
 
 
 def model_diffing(path: Path, pairs: Sequence[NormBars]) -> None:
     """Histogram of the norm differences of features between two models, a panel a pair, with the shares of the classes above."""
-    figure, axes = _new_figure(7.0, 3.6 * len(pairs), len(pairs))
+    figure, axes = _new_figure(7.0, 3.6 * len(pairs), rows=[1.0] * len(pairs))
     for panel, pair in zip(axes, pairs, strict=True):
         panel.hist(pair.differences_F, np.linspace(0, 1, 51), color=ALIVE)
         classes = {f"only_{pair.one}": (0.0, ONLY), "shared": (SHARED_FROM, SHARED_TO), f"only_{pair.other}": (1 - ONLY, 1.0)}
         for name, (low, high) in classes.items():
-            panel.axvspan(low, high, color=FAINT_BASELINE, alpha=0.4, linewidth=0, zorder=0)
+            panel.axvspan(low, high, color=BASELINE, alpha=0.4, linewidth=0, zorder=0)
             words = name.replace("only_", "only ")
             panel.annotate(f"{words}\n{100 * pair.shares[name]:.1f} %", ((low + high) / 2, 1.0), xycoords=("data", "axes fraction"),
                            xytext=(0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=8)  # fmt: skip
@@ -123,18 +129,18 @@ def model_diffing(path: Path, pairs: Sequence[NormBars]) -> None:
     _save(figure, path)
 
 
-def _new_figure(width_inches: float, height_inches: float, panels: int = 0) -> tuple[Any, Any]:
-    """The figure and its axes; of several panels, one below the other, a list of them."""
+def _new_figure(width_inches: float, height_inches: float, rows: Sequence[float] | None = None) -> tuple[Any, Any]:
+    """The figure and its axes; with `rows` one axes each, of these heights to one another."""
     # The object interface, not pyplot: no global state, no window system. matplotlib takes half a second to import.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width_inches, height_inches), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = [figure.add_subplot(max(panels, 1), 1, number + 1) for number in range(max(panels, 1))]
-    for panel in axes:
-        panel.spines[["top", "right"]].set_visible(False)
-    return figure, axes if panels else axes[0]
+    made = figure.subplots(1 if rows is None else len(rows), 1, squeeze=False, height_ratios=rows)[:, 0]
+    for axes in made:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, made[0] if rows is None else made
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What an evaluation gives: `metrics.json`, the lines on the terminal, the numbers by which runs are compared."""
+"""What an evaluation gives: `metrics.json`, the verdict, the numbers by which runs are compared."""
 
 import math
 import textwrap
@@ -7,15 +7,12 @@ from typing import Any, NamedTuple
 from pipeline.activations.outliers import OutlierLimits
 from pipeline.config.errors import UserError
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder
-from pipeline.crosscoder.metrics import DENSE_FRACTION
 from pipeline.evaluation import tables, verdict
 from pipeline.evaluation.approximations import Approximation
 from pipeline.evaluation.baselines import Fit, rank_that_explains, ranks_of
 from pipeline.evaluation.definitions import DEFINITIONS
-from pipeline.evaluation.fitting import FEW_POSITIONS_A_DIMENSION
 from pipeline.evaluation.held_out import Parts
 from pipeline.evaluation.measurements import JOINT, MEAN_OVER_LAYERS, SPLIT, Compared, Measurements
-from pipeline.evaluation.outliers import FEW, MUCH
 from pipeline.evaluation.predictions import Stand
 from pipeline.evaluation.splicing import of_model
 
@@ -71,7 +68,7 @@ def as_json(evaluation: Evaluation, inputs: dict[str, str]) -> Json:
             "limits_from": evaluation.limits.source,
             "by_layer": [row._asdict() for row in found.outliers],
         },
-        "sparsity": _sparsity(evaluation),
+        "sparsity": sparsity(evaluation),
         "reconstruction": [{**stand._asdict(), **row._asdict()} for stand, row in found.reconstruction.items()],
         "clean_cross_entropy": found.clean_cross_entropy,
         **_by_model("clean_cross_entropy", found.clean_by_model),
@@ -94,7 +91,19 @@ def as_json(evaluation: Evaluation, inputs: dict[str, str]) -> Json:
     return {**document, "verdict": verdict_lines(evaluation)}
 
 
-def _sparsity(evaluation: Evaluation) -> Json:
+def verdict_lines(evaluation: Evaluation) -> list[str]:
+    """The verdict, in lines of at most 100 columns."""
+    sentences = verdict.verdict(evaluation.found, ranks=ranks_of(evaluation.fit), ranks_needed=evaluation.ranks_needed)
+    return [line for sentence in sentences for line in wrapped(sentence)]
+
+
+def wrapped(sentence: str) -> list[str]:
+    """In lines of at most 100 columns."""
+    return textwrap.wrap(sentence, tables.WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def sparsity(evaluation: Evaluation) -> Json:
+    """How many features fire, and how often."""
     trained, firing, features = evaluation.trained, evaluation.found.firing, evaluation.trained.num_features
     dead = int(trained.dead_F.sum())
     return {
@@ -167,93 +176,9 @@ def check_finite(value: Any, where: str) -> None:
         )
 
 
-# -- on the terminal ------------------------------------------------------------------------------------------------------------
-
-
-def first_lines(evaluation: Evaluation) -> list[str]:
-    """The numbers that say most, what to beware of, and the verdict."""
-    return [*_summary(evaluation), *warnings(evaluation), "", *verdict_lines(evaluation)]
-
-
-def wide_tables(evaluation: Evaluation) -> list[str]:
-    """All the rest, in tables."""
-    return tables.tables(evaluation.found, evaluation.trained.layers).splitlines()
-
-
-def verdict_lines(evaluation: Evaluation) -> list[str]:
-    """The verdict, in lines of at most 100 columns."""
-    sentences = verdict.verdict(evaluation.found, ranks=ranks_of(evaluation.fit), ranks_needed=evaluation.ranks_needed)
-    return [line for sentence in sentences for line in _wrapped(sentence)]
-
-
-def _wrapped(sentence: str) -> list[str]:
-    return textwrap.wrap(sentence, tables.WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-
-
-def _summary(evaluation: Evaluation) -> list[str]:
-    trained, found, held_out = evaluation.trained, evaluation.found, evaluation.parts.measured
-    numbers, sparsity = headline(evaluation), _sparsity(evaluation)
-    show = verdict.number
-    as_trained = "" if found.l0_as_trained is None else f" with the inference threshold, {found.l0_as_trained:.2f} as trained"
-    dead, dead_eval, dense = (_share(sparsity[key], trained.num_features) for key in ("dead", "dead_eval", "dense"))
-    size = f"{len(trained.layers)} layers, {trained.num_features:,} features, {trained.tokens_trained:,} training tokens"
-    measured = f"{len(held_out.indices):,} contexts, {found.num_positions:,} positions, {found.num_predictions:,} predictions"
-    explained, with_outliers = (show(numbers[key]) for key in ("explained_variance", "explained_variance_with_outliers"))
-    clean, more = show(found.clean_cross_entropy), show(numbers["cross_entropy_difference"])
-    lines = [
-        f"crosscoder {trained.identity[:12]}: {size}",
-        f"held-out: {measured}, {_outliers(found)}",
-        f"explained variance {explained}, with outliers {with_outliers}",
-        f"cross-entropy {clean} nats clean, {more} more with a layer replaced (mean over layers, each alone)",
-        f"L0 {sparsity['l0']:.2f}{as_trained}",
-        f"dead: {dead} in the last {trained.dead_window_tokens:,} training tokens, {dead_eval} on the held-out text",
-        f"dense: {dense} fire on over {100 * DENSE_FRACTION:.0f} % of the positions",
-    ]
-    if numbers["functional_coherence"] is not None:
-        lines.append(f"a feature is driven by {numbers['layers_driving']:.2f} of {len(trained.layers)} layers (mean over those that fire)")
-    if found.compared_firing:
-        lines.append(f"compared with {', '.join(verdict.compared_run(found, label) for label in found.compared_firing)}")
-    return [part for line in lines for part in _wrapped(line)]
-
-
-def _outliers(found: Measurements) -> str:
-    excluded = f", {found.num_excluded:,} of excluded tokens" if found.num_excluded else ""
-    return f"{found.num_outliers:,} {'outlier' if found.num_outliers == 1 else 'outliers'}{excluded} left out"
-
-
-def warnings(evaluation: Evaluation) -> list[str]:
-    """A sentence for each thing that makes a figure less than it seems."""
-    sentences = []
-    for row in evaluation.found.outliers:
-        if row.share_of_few > MUCH:
-            sentences.append(
-                f"{row.layer}: beware, {100 * FEW:g} % of the positions hold {100 * row.share_of_few:.0f} % of the variance, outliers left "
-                "out: a few positions decide its explained variance; see its legacy ratios and median error, or lower outlier_norm_ratio"
-            )
-    fit = evaluation.fit.covariances
-    if fit.num_positions < FEW_POSITIONS_A_DIMENSION * fit.d_model:
-        sentences.append(
-            f"beware, the baselines were fitted on {fit.num_positions:,} positions, little for a width of {fit.d_model:,}: they are "
-            "weaker than they could be; allow more fit_tokens, or name training_tokens"
-        )
-    if not evaluation.exact_head:
-        sentences.append(
-            "beware, what this language model does between its head and its logits is not known: cross-entropy and KL come from "
-            "logits in its own precision"
-        )
-    return [line for sentence in sentences for line in _wrapped(sentence)]
-
-
-def _share(count: int, total: int) -> str:
-    return f"{count:,} ({100 * count / total:.1f} %)"
-
-
-# -- in the result --------------------------------------------------------------------------------------------------------------
-
-
 def headline(evaluation: Evaluation) -> Json:
     """The numbers by which runs are compared."""
-    found, layers, sparsity = evaluation.found, evaluation.found.layers, _sparsity(evaluation)
+    found, layers, firing = evaluation.found, evaluation.found.layers, sparsity(evaluation)
     joint = found.reconstruction[Stand(JOINT, "crosscoder")]
     mean, split = found.losses[Stand(MEAN_OVER_LAYERS, "crosscoder")], found.losses.get(Stand(SPLIT, "crosscoder"))
     by_model = {name: found.losses.get(Stand(of_model(name, MEAN_OVER_LAYERS), "crosscoder")) for name in found.clean_by_model}
@@ -261,12 +186,12 @@ def headline(evaluation: Evaluation) -> Json:
     baseline_nats, baseline_variance = verdict.best_of_baselines(found)
     driving = found.driving.results()
     return {
-        "l0": sparsity["l0"],
+        "l0": firing["l0"],
         "explained_variance": joint.explained_variance,
         "explained_variance_with_outliers": joint.explained_variance_with_outliers,
         "explained_variance_by_layer": {layer: found.reconstruction[Stand(layer, "crosscoder")].explained_variance for layer in layers},
         "explained_variance_of_baseline": baseline_variance,
-        **{key: sparsity[key] for key in ("dead_fraction", "dead_eval_fraction", "dense_fraction")},
+        **{key: firing[key] for key in ("dead_fraction", "dead_eval_fraction", "dense_fraction")},
         "clean_cross_entropy": found.clean_cross_entropy,
         **_by_model("clean_cross_entropy", found.clean_by_model),
         "cross_entropy_difference": mean.difference,

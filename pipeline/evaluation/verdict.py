@@ -20,10 +20,17 @@ class LayerVerdict(NamedTuple):
     """The strongest baseline by name, and its figure; None where there is none."""
     beaten: list[str]
     not_beaten: list[str]
+    others: list[tuple[str, float]]
+    """Every baseline by name, and its figure."""
 
     @property
     def is_better(self) -> bool:
         return not self.not_beaten
+
+    @property
+    def outcome(self) -> str:
+        """In a word, beside the strongest baseline."""
+        return "BETTER" if self.is_better else "WORSE"
 
 
 def verdict(found: Measurements, *, ranks: dict[str, int], ranks_needed: list[int | None]) -> list[str]:
@@ -68,22 +75,20 @@ def _compare(
             best = (phrase(stand), value)
     beaten = [phrase(stand) for stand, value in others if beats(own, value)]
     not_beaten = [phrase(stand) for stand, value in others if not beats(own, value)]
-    return LayerVerdict(own, best, beaten, not_beaten)
+    return LayerVerdict(own, best, beaten, not_beaten, [(phrase(stand), value) for stand, value in others])
 
 
 def _cost(layer: str, found: LayerVerdict) -> str:
     assert found.best is not None  # mean and zero are always there
-    outcome = "BETTER" if found.is_better else "WORSE"
-    start = f"{layer}: {outcome} than the strongest baseline by nats: the crosscoder costs {number(found.own)}, "
+    start = f"{layer}: {found.outcome} than the strongest baseline by nats: the crosscoder costs {number(found.own)}, "
     return f"{start}{found.best[0]} {number(found.best[1])}. {_list(found)}"
 
 
 def _variance(found: LayerVerdict) -> str:
     if found.best is None:
         return "  No explained variance: the activations never vary here."
-    outcome = "BETTER" if found.is_better else "WORSE"
-    start = f"  {outcome} by explained variance: the crosscoder's is {number(found.own)}, that of {found.best[0]} {number(found.best[1])}. "
-    return start + _list(found)
+    start = f"  {found.outcome} by explained variance: the crosscoder's is {number(found.own)}, that of "
+    return f"{start}{found.best[0]} {number(found.best[1])}. {_list(found)}"
 
 
 def _at_other_l0(found: Measurements, layer: str, best: tuple[str, float]) -> list[str]:

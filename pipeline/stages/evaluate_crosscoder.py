@@ -1,6 +1,7 @@
-"""Measures a trained crosscoder on held-out text: tables on the terminal, `metrics.json` and figures in the run directory.
+"""Measures a trained crosscoder on held-out text: five numbers and the verdict on the terminal, the rest in the run directory.
 
     metrics.json            every number, and under `definitions` what each is; written last, so it is whole or not there
+    tables.txt              the same to read, in tables of 100 columns
     features.safetensors    a row a feature, over the held-out positions; 0 where a feature never fires:
         firing_counts [F] int64         positions on which it fires
         tokens_since_fired [F] int64    training tokens since it last fired
@@ -11,8 +12,9 @@
         and for each two models, such as base-chat (see `pipeline.evaluation.model_diffing`; NaN where a feature never fires):
         norm_difference.base-chat [F] float64       0: it writes in base alone, 1: in chat alone
         beta_error.base-chat, beta_reconstruction.base-chat [F, 2] float64, nu_error.base-chat, nu_reconstruction.base-chat [F] float64
+    nats.png                what the crosscoder costs the language model at each layer, beside every baseline
+    explained_variance.png  of each layer, beside every baseline
     feature_density.png     how often features fire
-    explained_variance.png  of each layer, beside the baselines
     model_diffing.png       where there are several models: which features write in which of two
 
 Nothing is kept of an evaluation that is interrupted: started again, it begins anew.
@@ -33,13 +35,13 @@ from pipeline.config.token_limit import notices, short_of
 from pipeline.contexts import Contexts
 from pipeline.crosscoder import metrics
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder, load_crosscoder
-from pipeline.evaluation import figures, report
+from pipeline.evaluation import figures, panels, report, summary
 from pipeline.evaluation.approximations import written_layers
-from pipeline.evaluation.baselines import fitted_baselines
+from pipeline.evaluation.baselines import fitted_baselines, ranks_of
 from pipeline.evaluation.belonging import check_inputs, check_model, check_readable, find_run
 from pipeline.evaluation.fitting import fit
 from pipeline.evaluation.held_out import Parts, divide
-from pipeline.evaluation.measurements import Compared, Measurement, Measurements
+from pipeline.evaluation.measurements import Compared, Measurement
 from pipeline.evaluation.model_diffing import ModelDifference
 from pipeline.evaluation.outliers import held_out_moments, outlier_limits
 from pipeline.evaluation.report import Evaluation
@@ -76,7 +78,7 @@ def run(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     fitted_on = "tokens" if training is None else "training_tokens"
     found = evaluate(trained, compared, models, parts, config, run, fitted_on=fitted_on)
     document = report.as_json(found, inputs)
-    for line in [*report.first_lines(found), "", *report.wide_tables(found)]:
+    for line in [*summary.first_lines(found), ""]:
         run.say(line)
     paths = write_files(run.directory, document, found)
     for path in paths:
@@ -224,9 +226,10 @@ def evaluate(
 
 
 def write_files(directory: Path, document: dict[str, Any], evaluation: Evaluation) -> list[Path]:
-    """Writes figures and features, then `metrics.json`, each whole or not at all; gives their paths, `metrics.json` first."""
-    density, explained, features = (directory / name for name in ("feature_density.png", "explained_variance.png", "features.safetensors"))
-    trained, found = evaluation.trained, evaluation.found
+    """Writes figures and features, then `metrics.json`, each whole or not at all; gives their paths, the first to look at first."""
+    names = ("tables.txt", "nats.png", "explained_variance.png", "feature_density.png", "features.safetensors")
+    text, nats, explained, density, features = (directory / name for name in names)
+    trained, found, ranks = evaluation.trained, evaluation.found, ranks_of(evaluation.fit)
     figures.feature_density(
         density,
         found.firing.counts_F.cpu().numpy(),
@@ -234,14 +237,17 @@ def write_files(directory: Path, document: dict[str, Any], evaluation: Evaluatio
         num_positions=found.num_positions,
         dense_fraction=metrics.DENSE_FRACTION,
     )
-    figures.explained_variance(explained, [layer_bars(found, layer) for layer in found.layers])
+    panels.draw_nats(nats, found, ranks)
+    panels.draw_explained_variance(explained, found, ranks)
+    with records.atomic_file(text) as file:
+        file.write(("\n".join(summary.all_lines(evaluation)) + "\n").encode())
     diffing = directory / "model_diffing.png"
     if found.model_differences:
         figures.model_diffing(diffing, [norm_bars(pair) for pair in found.model_differences])
     with records.atomic_file(features) as file:
         file.write(safetensors.torch.save(feature_columns(evaluation)))
     records.write_json(directory / "metrics.json", document)
-    return [directory / "metrics.json", density, explained, *([diffing] if found.model_differences else []), features]
+    return [path for path in (directory / "metrics.json", nats, text, explained, diffing, density, features) if path.exists()]
 
 
 def feature_columns(evaluation: Evaluation) -> dict[str, Tensor]:
@@ -267,13 +273,3 @@ def norm_bars(pair: ModelDifference) -> figures.NormBars:
     """Where the features that fire write."""
     shares = {row.name: row.fraction for row in pair.classes()}
     return figures.NormBars(pair.one, pair.other, pair.norm_difference_F[pair.fires_F].numpy(), shares)
-
-
-def layer_bars(found: Measurements, layer: str) -> figures.LayerBars:
-    """Explained variance of the crosscoder and of what another layer gives."""
-
-    def best(by: str) -> float | None:
-        rows = [row.explained_variance for stand, row in found.reconstruction.items() if (stand.layer, stand.by) == (layer, by)]
-        return max((value for value in rows if value is not None), default=None)
-
-    return figures.LayerBars(layer, best("crosscoder"), best("affine"), best("other_layer"))

@@ -31,6 +31,7 @@ def register(app: typer.Typer) -> None:
 def show(
     reference: TaskArgument,
     whole_config: Annotated[bool, typer.Option("--config", help="All settings, not only those that differ from their defaults.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Of an evaluation: all its tables, too.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show how a run stands and what came out of it, its settings, attempts and changes, and what it was made from."""
@@ -39,12 +40,19 @@ def show(
     from slurm.record.run_reference import find
     from slurm.watching.job_listing import standing_of
 
+    if everything and as_json:
+        raise UserError("--all prints tables, which metrics.json of the run holds as JSON; leave --all or --json out")
     run, task = find(reference, load_site().runs)
     standing = standing_of(run)
     if as_json:
         print_json(as_values(run, standing, task=task))
-    else:
-        print(as_text(run, standing, whole_config=whole_config, task=task))
+        return
+    print(as_text(run, standing, whole_config=whole_config, task=task))
+    if everything:
+        path = (run.path if run.num_tasks > 1 and task is None else run.task_directory(task or 0)) / "tables.txt"
+        if not path.exists():
+            raise UserError(f"{path} does not exist: tables are what finished runs of evaluate have; leave --all out")
+        print("", path.read_text(encoding="utf-8").rstrip("\n"), sep="\n")
 
 
 def logs(
