@@ -68,7 +68,9 @@ def test_a_dry_resumption_says_what_would_go_on_and_changes_nothing(project: Toy
     done = project.crosscoder("submit", "--resume", "toy/toy", "--dry-run")
     assert done.returncode == 0, done.stderr
     asked = "3 tasks, executor debug, 60 minutes, 1 core, 2 GB, no GPU each"
-    assert done.stdout == f"toy/toy/{run.name}: tasks 0-2 of 3 would go on: {asked}\n"
+    assert done.stdout == (
+        f"toy/toy/{run.name}: tasks 0-2 of 3 would go on: {asked}\n  task 0 failed before: the toy fails at step 1, as it was told\n"
+    )
     (row,) = json.loads(project.crosscoder("submit", "--resume", f"{run}/tasks/1", "--dry-run", "--json").stdout)
     assert (row["run"], row["tasks"], row["num_tasks"], row["resources"]["mem_gb"]) == (str(run), [1], 3, 2)
     assert content(project.runs) == before

@@ -45,6 +45,21 @@ def change(what: dict[str, Any], how: str = "scontrol") -> dict[str, Any]:
 # -- show -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("was stopped (SIGTERM); requeued as job 1042", "stopped (SIGTERM): requeued as job 1042"),
+        ("was stopped; stays as it is", "stopped: stays as it is"),
+        ("was stopped", "stopped"),
+        ("its node died", "stopped: its node died"),
+        ("", "stopped"),
+    ],
+)
+def test_a_state_has_its_cause_beside_it_and_no_empty_part(tmp_path: Path, reason: str, said: str) -> None:
+    run = make_run(tmp_path)
+    assert record_view.as_text(run, {0: ("stopped", reason)}).splitlines()[0] == f"{run.reference}: {said}"
+
+
 def test_results_come_first_in_five_digits_and_speed_last_of_them(tmp_path: Path) -> None:
     run = make_run(tmp_path, {"seconds": 161.65204604999963, "loss": 43.442677782166676, "tokens": 1000000, "by_layer": [0.93267834, 1.0]})
     head, empty, title, *lines = record_view.as_text(run).splitlines()

@@ -138,7 +138,7 @@ def finished(project: ToyProject, name: str = "toy", **values: object) -> RunDir
 
 
 def told(project: ToyProject, run: RunDirectory) -> "tuple[list[str], list[str]]":
-    return verify(str(run.path), project.runs)
+    return verify(str(run.path), project.runs)[:2]
 
 
 def test_verify_names_every_file_of_a_finished_run_that_was_changed(project: ToyProject) -> None:
@@ -179,7 +179,7 @@ def test_a_seal_that_is_missing_is_named_and_an_older_run_is_not_called_whole(pr
     records.write_json(run.path / "result.json", {key: value for key, value in result.items() if key != "seal"})
     done = project.crosscoder("verify", run.reference)
     limit = "; it finished before runs were sealed, so results, metrics and figures could not be checked"
-    assert (done.returncode, done.stdout) == (0, f"whole: run {run.path}{limit}\n")
+    assert (done.returncode, done.stdout) == (0, f"no damage found: run {run.path}{limit}\n")
     (run.path / "result.json").write_bytes(b"\0\0")
     assert "is not valid JSON" in told(project, run)[1][0]
 
@@ -187,9 +187,9 @@ def test_a_seal_that_is_missing_is_named_and_an_older_run_is_not_called_whole(pr
 def test_a_run_that_failed_has_no_seal_and_is_not_called_whole_without_a_word(project: ToyProject) -> None:
     done = project.crosscoder("submit", "--executor", "debug", project.config(crash_at=1))
     run = RunDirectory(project.only_run())
-    checked, damages = told(project, run)
-    assert (done.returncode, damages, (run.path / seal.SEAL).exists()) == (70, [], False)
-    assert checked[0].endswith("; it did not finish, so only what was frozen and read, and checkpoints, could be checked")
+    checked, damages, is_all = verify(str(run.path), project.runs)
+    assert (done.returncode, damages, (run.path / seal.SEAL).exists(), is_all) == (70, [], False, False)
+    assert checked[0].endswith("; it did not finish (failed), so only what was frozen and read, and checkpoints, could be checked")
 
 
 KILLED_BEFORE_ITS_RESULT = """

@@ -122,11 +122,11 @@ def verify(path: Annotated[str, typer.Argument(metavar="PATH", help="A data set,
     from slurm.commands.command_line import print_json
     from slurm.record.verification import verify as verify_path
 
-    checked, damages = verify_path(path, load_site().runs)
+    checked, damages, is_all = verify_path(path, load_site().runs)
     if as_json:
         print_json({"checked": checked, "damages": damages})
     else:
-        print("\n".join(damages) or f"whole: {', '.join(checked)}")
+        print("\n".join(damages) or f"{'whole' if is_all else 'no damage found'}: {', '.join(checked)}")
     if damages:
         raise SystemExit(1)
 

@@ -103,7 +103,9 @@ def _state_of(task: Json) -> str:
     if word == "finished" and result and result.get("started") and result.get("ended"):
         return f"finished in {duration(result['ended'] - result['started'])}, {_when(result['ended'])}"
     reason = task["queue"]["reason"] if task["queue"] and word not in ("finished", "failed") else ""
-    reason = reason.removeprefix(f"was {word}").removeprefix("; ")
+    if reason.startswith(f"was {word}"):  # `was stopped (SIGTERM); goes on ...` is `stopped (SIGTERM): goes on ...` here
+        cause, _, reason = reason.removeprefix(f"was {word}").partition("; ")
+        word += cause
     return f"{word}: {reason}" if reason else word
 
 

@@ -1,7 +1,9 @@
 """Rehashes what lies on disk against its records, and names what is damaged."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline import records
 from pipeline.config.errors import UserError
@@ -10,8 +12,19 @@ from slurm.record.run_directory import RunDirectory
 from slurm.record.run_reference import find
 
 
-def verify(reference: str, runs: Path) -> tuple[list[str], list[str]]:
-    """What was checked, and a sentence for each damage found, in the data sets or the run that `reference` names.
+class Verified(NamedTuple):
+    """What a check came to."""
+
+    checked: list[str]
+    """The data sets or the run; of a run also what could not be checked."""
+    damages: list[str]
+    """A sentence for each."""
+    is_all: bool
+    """Whether all that was written could be checked, so that what has no damage is whole."""
+
+
+def verify(reference: str, runs: Path) -> Verified:
+    """Checks the data sets or the run that `reference` names.
 
     A directory that holds data sets (`tokens/demo`, with `train` and `validation`) stands for all of them.
     """
@@ -19,7 +32,8 @@ def verify(reference: str, runs: Path) -> tuple[list[str], list[str]]:
     if path.is_dir() and not (path / "job.json").exists():
         sets = sorted({manifest.parent for pattern in (records.MANIFEST, f"*/{records.MANIFEST}") for manifest in path.glob(pattern)})
         if sets:
-            return [f"data set {directory}" for directory in sets], [damage for directory in sets for damage in records.verify(directory)]
+            damages = [damage for directory in sets for damage in records.verify(directory)]
+            return Verified([f"data set {directory}" for directory in sets], damages, is_all=True)
         if not path.is_relative_to(runs):
             raise UserError(f"{path} is neither a finished data set ({records.MANIFEST}) nor a run (job.json); {_contents(path)}")
     try:
@@ -30,7 +44,9 @@ def verify(reference: str, runs: Path) -> tuple[list[str], list[str]]:
         raise UserError(
             f"no run is called {reference!r} under {runs}, and {path} does not exist; {_contents(path.parent, path.name)}"
         ) from None
-    return [_checked(run)], verify_run(run)
+    standings = [_standing(run, task) for task in range(run.num_tasks)]
+    is_all = not {"not finished", "finished before seals"} & set(standings)
+    return Verified([_checked(run, standings)], verify_run(run), is_all)
 
 
 def _contents(directory: Path, name: str = "", most: int = 8) -> str:
@@ -42,14 +58,16 @@ def _contents(directory: Path, name: str = "", most: int = 8) -> str:
     return f"{directory} holds {', '.join(names[:most])}{more}" if names else f"{directory} is empty"
 
 
-def _checked(run: RunDirectory) -> str:
+def _checked(run: RunDirectory, standings: Sequence[str]) -> str:
     """The run, and what of it could not be checked."""
-    states = [_standing(run, task) for task in range(run.num_tasks)]
-    unfinished, unsealed = states.count("not finished"), states.count("finished before seals")
+    states = [run.task_state(task) for task, standing in enumerate(standings) if standing == "not finished"]
+    unfinished, unsealed = len(states), standings.count("finished before seals")
     which = "it" if run.num_tasks == 1 else "{} of its tasks"
     said = f"run {run.path}"
     if unfinished:
-        said += f"; {which.format(unfinished)} did not finish, so only what was frozen and read, and checkpoints, could be checked"
+        counted = [state if run.num_tasks == 1 else f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
+        said += f"; {which.format(unfinished)} did not finish ({', '.join(counted)})"
+        said += ", so only what was frozen and read, and checkpoints, could be checked"
     if unsealed:
         said += f"; {which.format(unsealed)} finished before runs were sealed, so results, metrics and figures could not be checked"
     if sets := _data_sets_read(run):

@@ -60,6 +60,7 @@ def describe_again(run: RunDirectory, tasks: Sequence[int], behind: Sequence[Run
         "executor": job["executor"],
         "tasks": list(tasks),
         "num_tasks": job["num_tasks"],
+        "ended": _endings(run, tasks),
         "resources": job["resources"],
         "waits_for": [parent.reference for parent in map(RunDirectory, map(Path, job["after"])) if parent.state() != "finished"],
         "sbatch": slurm_job.submission_text(run) if is_slurm else None,
@@ -72,8 +73,22 @@ def again_as_lines(row: Row) -> list[str]:
     reference, tasks = RunDirectory(Path(row["run"])).reference, row["tasks"]
     which = f"task{'s' if len(tasks) > 1 else ''} {ranges(tasks)} of {row['num_tasks']}" if row["num_tasks"] > 1 else "it"
     waits = f"; waits for {', '.join(row['waits_for'])}" if row["waits_for"] else ""
-    lines = [f"{reference}: {which} would go on: {_asked(row | {'tasks': len(tasks)})}{waits}", *resume_next(row)]
+    lines = [f"{reference}: {which} would go on: {_asked(row | {'tasks': len(tasks)})}{waits}"]
+    for ending in row["ended"]:
+        of = f"task{'s' if len(ending['tasks']) > 1 else ''} {ranges(ending['tasks'])} " if row["num_tasks"] > 1 else "it "
+        lines.append(f"  {of}{ending['status']} before" + (f": {ending['error']}" if ending["error"] else ""))
+    lines += resume_next(row)
     return lines + (["", f"the sbatch script of {_name(row)}:", row["sbatch"].rstrip()] if row["sbatch"] is not None else [])
+
+
+def _endings(run: RunDirectory, tasks: Sequence[int]) -> list[Row]:
+    """How `tasks` ended the last time, those that ended alike in one row: status, the error's first line, tasks."""
+    alike: dict[tuple[str, str], list[int]] = {}
+    for task in tasks:
+        if (result := run.result(task)) is not None:
+            first = (str(result.get("error") or "").splitlines() or [""])[0]
+            alike.setdefault((result["status"], first), []).append(task)
+    return [{"status": status, "error": error, "tasks": ended} for (status, error), ended in alike.items()]
 
 
 def resume_next(row: Row) -> list[str]:
