@@ -292,10 +292,10 @@ def claim(directory: Path, recipe: Record, *, measured: Record | None = None) ->
     if not path.exists():
         if occupied:
             raise UserError(f"{directory} is not empty and has no {RECIPE}: it was not made by this pipeline; choose another output")
-        write_once(path, with_checksum({**recipe, "inputs": {**recipe["inputs"], **measured}}))
+        write_once(path, with_checksum(_with_inputs(recipe, measured)))
     found = read_recipe(directory)
-    decided = {key: found["inputs"][key] for key in measured if key in found["inputs"]}
-    wanted = json.loads(json.dumps({**recipe, "inputs": {**recipe["inputs"], **measured, **decided}}))
+    decided = {key: found["inputs"][key] for key in measured if key in found.get("inputs", {})}
+    wanted = json.loads(json.dumps(_with_inputs(recipe, measured | decided)))
     if found == wanted:
         return decided
     key, before, now = _first_difference(found, wanted)
@@ -303,6 +303,10 @@ def claim(directory: Path, recipe: Record, *, measured: Record | None = None) ->
         f"{directory} was made with other settings: {key} was {_short(before)}, now it is {_short(now)}; "
         "choose another output, or delete the directory to make it anew"
     )
+
+
+def _with_inputs(recipe: Record, further: Record) -> Record:
+    return {**recipe, "inputs": {**recipe.get("inputs", {}), **further}} if further else recipe
 
 
 def read_recipe(directory: Path) -> Record:
