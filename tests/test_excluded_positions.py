@@ -12,6 +12,7 @@ from tiny_models import tiny_gpt2, tiny_token_set
 from toy_activations import VARIANTS
 
 from pipeline import records
+from pipeline.activations import harvest
 from pipeline.activations.harvest import Harvester
 from pipeline.activations.held_out_rows import held_out_rows
 from pipeline.activations.left_out import LeftOut, rows_between
@@ -22,8 +23,10 @@ from pipeline.config.errors import UserError
 from pipeline.config.schema import build
 from pipeline.config.train_crosscoder import HeldOut, TrainConfig
 from pipeline.crosscoder.checkpoint import load_crosscoder
+from pipeline.language_model import LanguageModel
 from pipeline.run import Run, Stopped
 from pipeline.stages import cache_activations, train_crosscoder
+from pipeline.tokens import TokenSet
 
 SINK, EXCLUDED = 118, 7
 """An id whose embedding is 300 times as large, and one whose positions are left out by `exclude_token_ids`."""
@@ -114,6 +117,22 @@ def test_statistics_are_of_the_rows(pair, kind):
     assert statistics.num_positions == len(rows) < pair[kind].num_positions
     torch.testing.assert_close(statistics.mean_LD, rows.mean(0), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(statistics.mean_squared_norm_L, rows.square().sum(-1).mean(0), rtol=1e-12, atol=0)
+
+
+def test_limits_are_of_the_leading_model_batches_alone(inputs, monkeypatch):
+    monkeypatch.setattr(harvest, "LEADING_TOKENS", 100)
+    settings = StreamedActivations(kind="stream", **harvest_settings(inputs))
+    model = LanguageModel.load(settings.language_model)
+    harvester = Harvester(TokenSet.open(inputs / "tokens"), model, settings, lambda: None)
+    batches = [made.rows.acts_BLD for generation in range(3) for made in harvester.rows(generation)]
+    before = [sum(map(len, batches[:number])) for number in range(len(batches))]
+    leading = [batch for batch, num_before in zip(batches, before, strict=True) if num_before < 100]
+    assert 1 < len(leading) < len(batches)
+    norms_NL = torch.cat(leading).double().norm(dim=-1).sort(0).values
+    passes, said = [], []
+    monkeypatch.setattr(harvester, "_check_stop", lambda: passes.append(1))
+    assert harvester.measured_norms(said.append) == pytest.approx((10 * norms_NL[(len(norms_NL) - 1) // 2]).tolist(), rel=1e-6)
+    assert (len(passes), len(said)) == (len(leading), 1)
 
 
 def test_records_count_what_is_left_out_and_what_it_holds(pair, whole):

@@ -50,10 +50,7 @@ def test_a_type_is_said_in_words():
 
 def test_a_setting_is_printed_with_its_values_default_and_meaning():
     text = printed("train")
-    assert (
-        "  batch_positions: whole number from 1; default 4096\n      Positions in a step; the last batch of an epoch may be shorter."
-        in text
-    )
+    assert "  batch_positions: whole number from 1; default 4096\n      Positions in a step, those counted that are left out" in text
     assert "  k: whole number from 1; required" in text
 
 

@@ -95,16 +95,14 @@ class Harvester:
             return None
         found, num_positions = list[Tensor](), 0
         exclusion = Exclusion(self.settings.exclude_token_ids, None, self.model.device)
-        for generation in range(self.order.num_generations):
-            for batch in self.order.model_batches(generation):
-                if num_positions >= LEADING_TOKENS:
-                    break
-                self._check_stop()
-                rows = self._rows_of(batch)
-                _FiniteCheck.of(rows, self.layers, batch).raise_if_not_finite()
-                norms_NL = norms(counted(rows, self.settings, exclusion.reasons(rows)))
-                found.append(norms_NL)
-                num_positions += len(norms_NL)
+        for batch in (batch for generation in range(self.order.num_generations) for batch in self.order.model_batches(generation)):
+            self._check_stop()
+            rows = self._rows_of(batch)
+            _FiniteCheck.of(rows, self.layers, batch).raise_if_not_finite()
+            found.append(norms(counted(rows, self.settings, exclusion.reasons(rows))))
+            num_positions += len(found[-1])
+            if num_positions >= LEADING_TOKENS:
+                break
         if num_positions == 0:
             raise UserError(f"{self.settings.tokens} has no position left when those of exclude_token_ids are left out; exclude fewer ids")
         norms_NL = torch.cat(found).cpu()

@@ -46,7 +46,7 @@ class Order:
         self._contexts, self._kept = _take(lengths, dropped, settings)
         first_of_generation = np.arange(0, len(self._contexts), settings.contexts_per_generation)
         self.rows: Numbers = np.add.reduceat(self._kept, first_of_generation) if len(self._kept) else np.empty(0, np.int64)
-        """Rows of each generation."""
+        """Positions of each generation: its rows, and those left out for what stands there (see `left_out`)."""
         self.num_positions = int(self.rows.sum())
         if self.num_positions == 0:
             raise UserError(f"{settings.tokens} has no position left when {dropped.tolist()} of each context are dropped")

@@ -155,14 +155,15 @@ class TrainConfig(StageConfig):
     loss: Loss
     optimizer: Optimizer = Optimizer()
     num_tokens: PositiveCount | None = None
-    """Positions to train on in all, over as many epochs as that takes; give this or `epochs`."""
+    """Positions to train on in all, those counted that are left out for their norm or token, over as many epochs as that takes; give
+    this or `epochs`."""
     epochs: PositiveCount | None = None
     """Times that every position is trained on; give this or `num_tokens`."""
     overfit: bool = False
     """Trains on the first batch alone, again and again, and says after how many steps it explains 0.99 of that batch's variance: a
     first check of any variant. `num_tokens` over `batch_positions` are the steps."""
     batch_positions: PositiveCount = 4096
-    """Positions in a step; the last batch of an epoch may be shorter."""
+    """Positions in a step, those counted that are left out for their norm or token; the last batch of an epoch may be shorter."""
     micro_batch_positions: PositiveCount | None = None
     """Positions that go through the crosscoder at a time, to save memory; their gradients add up to those of the whole batch, and
     TopK over the batch is taken over all of it. Costs up to two more passes without a gradient. Null takes the batch at once."""
@@ -177,7 +178,8 @@ class TrainConfig(StageConfig):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the matrix products; weights, their updates and sums in the loss are float32 in either case."""
     compile: bool = False
-    """Compile the step with torch.compile: a minute at the start, fewer passes over memory then."""
+    """Compile the step with torch.compile: a minute at the start, fewer passes over memory then. The first batch of another size, as
+    where positions are left out, has it compiled once more, for any size."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Field(json_schema_extra=OPERATIONAL)] = "auto"
     """`auto` takes a GPU when there is one."""
     held_out: HeldOut | None = None
