@@ -104,6 +104,29 @@ def stored(runs: Path, crosscoder: Path, tokens: list[str] | None = None) -> Run
     return run
 
 
+def generated(runs: Path, crosscoder: Path, text: str, num_prompts: int = 1) -> RunDirectory:
+    """A run of generate: of each prompt the model's own text and one with feature 1 turned up, which is `text` and broken."""
+    run = make_run(runs, "generate", {"stage": "generate", "name": "demo", "crosscoder": str(crosscoder)})
+    costs = {"kl_per_token": 0.5, "cross_entropy": 1.25, "repeated_share": 0.125}
+    kinds = [("clean", None, " own", None), ("steered", 8.0, text, "repeats")]
+    rows = [
+        {"prompt": number, "prompt_text": f"after {number}: {text}", "kind": kind, "strength": strength, "text": one, "breaks": breaks}
+        | costs
+        for number in range(num_prompts) for kind, strength, one, breaks in kinds
+    ]  # fmt: skip
+    directory = run.path / "generations"
+    directory.mkdir()
+    (directory / "generations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = records.commit_shard(directory, "generations", "generations-shard/1", ["generations.jsonl"], {}, {})
+    summary = [
+        {"kind": kind, "strength": strength, "texts": num_prompts, "broken": num_prompts if breaks else 0} | costs
+        for kind, strength, _, breaks in kinds
+    ]
+    settings = {"breakdown": {"ngram": 4, "cross_entropy_rise": 2.0, "repeated_rise": 0.25}, "steering": {"features": [1]}}
+    records.write_manifest(directory, "generations/1", {"generations": record}, {"summary": summary, "settings": settings})
+    return run
+
+
 def write_large_store(directory: Path, num_features: int, *, with_contexts: int) -> None:
     """As full as the default settings make one; the first features, those of the strongest activations, have contexts."""
     words = [f"{ending}{number:03}" for number in range(250) for ending in (" word", "tion", " self.", "\t\t")]

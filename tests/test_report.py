@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 import vl_convert
 from markupsafe import escape
-from report_pieces import CONFIG, COSTS, embedded, evaluated, make_run, report, site_without_charts, stored, trained, write_large_store
+from report_pieces import (
+    CONFIG,
+    COSTS,
+    embedded,
+    evaluated,
+    generated,
+    make_run,
+    report,
+    site_without_charts,
+    stored,
+    trained,
+    write_large_store,
+)
 
 from pipeline.config.errors import UserError
 from slurm.reporting import charts, feature_parts, page, words
@@ -98,6 +110,7 @@ def test_no_text_of_a_document_becomes_part_of_the_page(site: Path) -> None:
     run = trained(site, CONFIG | {"activations": {"kind": "disk", "path": f"/data/{BAD}"}})
     evaluated(site, run.path)
     stored(site, run.path, [BAD, BAD, BAD])
+    generated(site, run.path, BAD)
     report(run.reference, "--inside", "1")
     html = (run.path / "report.html").read_text()
     assert html.lower().count("</script") == html.lower().count("<script") == 7
@@ -133,6 +146,22 @@ def test_a_feature_is_the_same_in_the_page_and_in_its_part_beside_it(site: Path)
     index = embedded(html, "index")
     assert (index["density"], index["dead"], index["norms"][1]) == ([0.25, 0.5, 0], [2], [0.5, 0.4, 0.3])
     assert index["promoted"] == [["up0"], ["up1"], ["up2"]]
+
+
+def test_what_was_generated_stands_under_its_prompt_with_its_cost(site: Path) -> None:
+    run = trained(site)
+    stored(site, run.path)
+    texts = generated(site, run.path, " loud", num_prompts=8)
+    report(texts.reference)
+    html = (run.path / "report.html").read_text()
+    section = html[html.index('<section id="text">') :]
+    assert '(here <a href="#feature-1">1</a>)' in section
+    assert '<th scope="row">steered, strength 8</th><td class="number">0.500</td>' in section
+    assert '<td class="number">8 of 8</td>' in section
+    places = [section.index(text) for text in ("after 0:  loud", "> own<", "broken: repeats", "> loud<", "after 1:", "after 5:")]
+    assert places == sorted(places)
+    assert "after 6" not in section
+    assert f"The first 6 of 8 prompts of {texts.reference}" in section
 
 
 def test_a_page_written_again_leaves_no_features_of_another_store(site: Path) -> None:

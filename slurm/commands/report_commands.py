@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 def report(
     references: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="Runs of train, evaluate or features, sweeps of train or tasks; several: side by side."),
+        typer.Argument(metavar="RUN...", help="Runs of train, evaluate, features or generate; sweeps; several: side by side."),
     ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE.html", help="Where to.", show_default="report.html in the run directory")

@@ -6,7 +6,7 @@ from pathlib import Path
 from slurm.record import record_view
 from slurm.record.run_directory import Json
 from slurm.record.text_table import figure
-from slurm.reporting import charts, feature_parts, page, words
+from slurm.reporting import charts, feature_parts, generated_text, page, words
 from slurm.reporting.subject import Subject
 
 SURVIVING = 0.5
@@ -18,13 +18,14 @@ Specs = dict[str, charts.Spec]
 def html(subject: Subject, path: Path, *, most_inside: int) -> str:
     """The page at `path`, which holds `most_inside` features whole; the others are read from the folder beside it."""
     specs: Specs = {}
-    values = _verdict(subject, specs) | _training(subject, specs) | _features(subject, specs)
+    values = _verdict(subject, specs) | _training(subject, specs) | _features(subject, specs) | generated_text.section(subject)
     if subject.store is not None:
         values |= _browser(subject, path, most_inside)
     sections = [("verdict", "Verdict"), ("trained", "What was trained")]
     sections += [("training", "Training")] if values["curves"] else []
     sections += [("reconstruction", "Reconstruction")] if values["explained"] else []
     sections += [("features", "Features"), ("browser", "Feature browser")] if subject.store is not None else []
+    sections += [("text", "Generated text")] if values["prompts"] else []
     return page.render(
         "run.html.j2",
         title=subject.named.reference,

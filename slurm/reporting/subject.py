@@ -9,6 +9,7 @@ from pipeline.config.errors import UserError
 from slurm.record.run_directory import Json, RunDirectory, read_lines
 from slurm.record.run_reference import Named, find
 from slurm.watching.feature_store import FeatureStore, crosscoder_directory, newest_by_crosscoder
+from slurm.watching.generation_view import Texts
 
 METRICS_FORMAT = "crosscoder-metrics/2"
 
@@ -35,6 +36,9 @@ class Subject(NamedTuple):
     evaluation: Evaluation | None
     store: FeatureStore | None
     store_run: RunDirectory | None
+    texts: Texts | None
+    """What it wrote, and steered."""
+    texts_run: RunDirectory | None
 
     @property
     def directory(self) -> Path:
@@ -50,9 +54,9 @@ class Subject(NamedTuple):
 
 
 def find_subject(reference: str, runs: Path) -> Subject:
-    """The crosscoder that a run of `train`, a task of a sweep, or a run of `evaluate` or `features` names.
+    """The crosscoder that a run of `train`, a task of a sweep, or a run of `evaluate`, `features` or `generate` names.
 
-    The newest finished evaluation and feature store are taken; of a run of `evaluate` or `features`, that one itself.
+    The newest finished evaluation, feature store and texts are taken; those of the run that is named, where it made them.
     """
     named = find(reference, runs)
     given, made = named.run, made_of_crosscoders(runs)
@@ -67,16 +71,15 @@ def find_subject(reference: str, runs: Path) -> Subject:
 def check_trains(named: Named) -> None:
     """Raises `UserError` for a run or task that trains no crosscoder."""
     if named.record.config_values().get("stage") != "train":
-        raise UserError(
-            f"{named.reference} trains no crosscoder; name a run of train, evaluate or features, or a sweep of train or a task of it"
-        )
+        kinds = "a run of train, evaluate, features or generate, or a sweep of train or a task of it"
+        raise UserError(f"{named.reference} trains no crosscoder; name {kinds}")
 
 
 Made = dict[str, dict[Path, RunDirectory]]
 """By stage and by the task directory of a crosscoder, the newest finished run that has read it."""
 
 
-def made_of_crosscoders(runs: Path, *, stages: Sequence[str] = ("evaluate", "features")) -> Made:
+def made_of_crosscoders(runs: Path, *, stages: Sequence[str] = ("evaluate", "features", "generate")) -> Made:
     """Whatever finished runs under the root `runs` have made of crosscoders."""
     return {stage: newest_by_crosscoder(stage, runs) for stage in stages}
 
@@ -84,7 +87,7 @@ def made_of_crosscoders(runs: Path, *, stages: Sequence[str] = ("evaluate", "fea
 def subject_of(named: Named, made: Made) -> Subject:
     """Of the run or task `named`, with what was made of it."""
     directory = named.run.task_directory(named.task or 0)
-    evaluated, stored = (made.get(stage, {}).get(directory) for stage in ("evaluate", "features"))
+    evaluated, stored, written = (made.get(stage, {}).get(directory) for stage in ("evaluate", "features", "generate"))
     result = named.run.result(named.task or 0) or {}
     return Subject(
         named=named,
@@ -94,6 +97,8 @@ def subject_of(named: Named, made: Made) -> Subject:
         evaluation=None if evaluated is None else read_evaluation(evaluated),
         store=None if stored is None else FeatureStore.open(stored.path / "features"),
         store_run=stored,
+        texts=None if written is None else Texts.open(written),
+        texts_run=written,
     )
 
 
