@@ -25,13 +25,15 @@ WRITTEN = {
     "shared-features": [BOTH] * 128 + [FIRST] * 448 + [SECOND] * 448,
     "weakly-causal": [BOTH] * 512 + [SECOND] * 512,
     "transcoder": [SECOND] * 1024,
+    "diffing": [BOTH] * 512 + [FIRST] * 256 + [SECOND] * 256,
 }
 READ = WRITTEN | {"weakly-causal": [FIRST] * 512 + [SECOND] * 512, "transcoder": [FIRST] * 1024}
 
 
 def trainer(directory: Path, path: Path) -> Trainer:
     """The shipped configuration on toy activations of width 6 at the sites that it names."""
-    config = load.load(path, site=Site())
+    (directory / "data/models/answers").mkdir(parents=True, exist_ok=True)  # what python -m pipeline.demo.answering_model makes
+    config = load.load(path, site=Site(data=directory / "data"))
     assert isinstance(config, TrainConfig)
     small: dict[str, Any] = {"num_tokens": 280, "held_out": None, "batch_positions": 32, "log_every_steps": 3, "device": "cpu"}
     source = MemorySource(random_activations(200))
