@@ -67,13 +67,25 @@ def whole_pass(language_model: LanguageModel, tokens: Sequence[int], fixed: Mapp
     return {**found, "log_p": logits_V.log_softmax(-1)}
 
 
-def slow_changed(language_model: LanguageModel, trained: TrainedCrosscoder, intervention: Intervention, tokens: Sequence[int]) -> Tensor:
+def slow_changed(
+    models: LanguageModel | Mapping[str, LanguageModel],
+    trained: TrainedCrosscoder,
+    intervention: Intervention,
+    tokens: Sequence[int],
+    written_by: str = "",
+) -> Tensor:
     """log_p_V behind the last token of a text whose pass is changed: a pass of its own for every layer."""
-    clean = whole_pass(language_model, tokens, {}, trained.layers)
-    order = [layer for layer in clean if layer != "log_p"]
-    read, fixed = {layer: clean[layer] for layer in trained.layers}, dict[str, Tensor]()
+    by_name = models if isinstance(models, Mapping) else {"": models}
+    read, order = dict[str, Tensor](), list[str]()
+    for name, model in by_name.items():
+        prefix = f"{name}/" if name else ""
+        own = [layer.removeprefix(prefix) for layer in trained.layers if layer.startswith(prefix)]
+        found = {prefix + layer: acts_SD for layer, acts_SD in whole_pass(model, tokens, {}, own).items() if layer != "log_p"}
+        read |= found
+        order += found if name == written_by else []
+    fixed, prefix, own = dict[str, Tensor](), f"{written_by}/" if written_by else "", [layer.rpartition("/")[2] for layer in order]
     for layer in order:
-        here = whole_pass(language_model, tokens, fixed, trained.layers)[layer]
+        here = whole_pass(by_name[written_by], tokens, fixed, own)[layer.removeprefix(prefix)]
         if intervention.encode_from == "spliced":
             read[layer] = here
         if layer not in intervention.layers:
@@ -95,6 +107,6 @@ def slow_changed(language_model: LanguageModel, trained: TrainedCrosscoder, inte
         if edit is not None and intervention.keep_error:
             edited_SD = here + edited_SD - trained.decode(features_SF, raw_SLD)[:, number]
         first = max(1, intervention.first_position)
-        fixed[layer] = torch.cat([here[:first], edited_SD[first:]])
-    log_p_V: Tensor = whole_pass(language_model, tokens, fixed, trained.layers)["log_p"]
+        fixed[layer.removeprefix(prefix)] = torch.cat([here[:first], edited_SD[first:]])
+    log_p_V: Tensor = whole_pass(by_name[written_by], tokens, fixed, own)["log_p"]
     return log_p_V

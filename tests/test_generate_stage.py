@@ -24,6 +24,7 @@ from pipeline.generation.editing import Edit
 from pipeline.generation.prompts import Prompts, read_prompts
 from pipeline.generation.splicing import Intervention
 from pipeline.language_model import LanguageModel
+from pipeline.language_models import hashes, load_models
 from pipeline.run import Run
 from pipeline.stages import generate_text
 
@@ -138,9 +139,13 @@ def test_a_file_of_prompts_is_read_by_lines_or_as_json_lines(place: Place, tmp_p
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"layers": ["transformer.h.1"]}, "layers names transformer.h.1, which the crosscoder doesn't know; it writes transformer.h.0, "),
+        (
+            {"layers": ["transformer.h.1"]},
+            "layers names transformer.h.1, which the crosscoder doesn't know; name transformer.h.0 or transformer.h.2",
+        ),
         ({"steering": {"features": [24], "strengths": [1.0]}}, "feature 24 is none of the crosscoder's, which has features 0 to 23"),
         ({"sampling": {"max_new_tokens": 80}}, "reads at most 64 tokens; use a shorter prompt, or fewer new tokens"),
+        ({"written_by": "chat"}, "written_by is 'chat', but there is one language_model alone"),
         ({"prompts": []}, "there is no prompt"),
         ({"prompts": [""]}, "the prompt '' has no tokens"),
         ({"sampling": {"top_p": 0.5}}, "top_p is 0.5, but with temperature 0 nothing is drawn"),
@@ -169,3 +174,23 @@ def test_another_tokenizer_or_language_model_than_in_training_is_refused(place: 
     other = place.train("train-another", language_model_hash="f" * 64)
     with pytest.raises(UserError, match="was trained on a language model of hash ffffffffffff"):
         place.generate(tmp_path / "c", crosscoder=str(other))
+
+
+def test_with_several_language_models_the_one_that_is_named_writes(place: Place, tmp_path: Path) -> None:
+    other = tiny_gpt2(tmp_path / "other", seed=1)
+    tiny_tokenizer(other)
+    model = {"device": "cpu"}
+    several = {
+        "language_model": None,
+        "language_models": {"base": {"model": str(other), **model}, "chat": {"model": str(place.model), **model}},
+    }
+    config = place.config(**several, written_by="chat")
+    provenance = {"language_models": hashes(load_models(config)), "language_model_hash": load_models(config).hash}
+    layers = [f"base/{LAYERS[0]}", f"chat/{LAYERS[1]}"]
+    both = place.train("train-both", layers=layers, **provenance)
+    result, rows, _ = place.generate(tmp_path / "run", **several, written_by="chat", crosscoder=str(both))
+    _, alone, _ = place.generate(tmp_path / "alone")
+    assert [row["token_ids"] for row in rows if row["kind"] == "clean"] == [row["token_ids"] for row in alone if row["kind"] == "clean"]
+    assert result["reconstruction"]["kl_per_token"] > 0
+    with pytest.raises(UserError, match="written_by is missing, expected one of base, chat"):
+        place.config(**several)

@@ -22,6 +22,7 @@ from pipeline.generation.growing_text import can_be_cached
 from pipeline.generation.sampling import NextToken
 from pipeline.generation.splicing import Intervention
 from pipeline.language_model import LanguageModel
+from pipeline.language_models import LanguageModels
 
 FIRST, SECOND, THIRD = (f"transformer.h.{number}" for number in range(3))
 PROMPT = [17, 203, 5, 88, 140]
@@ -42,12 +43,15 @@ def trained(language_model: LanguageModel) -> TrainedCrosscoder:
     return trained_on(language_model, [THIRD, FIRST, SECOND])
 
 
-def check_against_whole_passes(writer: Writer, language_model: LanguageModel, trained: TrainedCrosscoder, change: Intervention) -> None:
+def check_against_whole_passes(
+    writer: Writer, models: LanguageModel | dict[str, LanguageModel], trained: TrainedCrosscoder, change: Intervention, written_by: str = ""
+) -> None:
+    language_model = models[written_by] if isinstance(models, dict) else models
     found = writer.continue_text(PROMPT, GREEDY, change)
     tokens = list(PROMPT)
     for token, kl, cross_entropy in zip(found.token_ids, found.kl, found.cross_entropies, strict=True):
         clean_V = whole_pass(language_model, tokens, {}, [])["log_p"]
-        changed_V = slow_changed(language_model, trained, change, tokens)
+        changed_V = slow_changed(models, trained, change, tokens, written_by)
         assert float(changed_V[token]) == pytest.approx(float(changed_V.max()), abs=TOLERANCE)
         assert kl == pytest.approx(float(torch.sum(clean_V.exp() * (clean_V - changed_V))), abs=TOLERANCE)
         assert cross_entropy == pytest.approx(-float(clean_V[token]), abs=TOLERANCE)
@@ -86,8 +90,25 @@ def test_a_transcoder_with_a_dense_path_and_groups_agrees_with_whole_passes(enco
     writer = Writer(language_model, transcoder)
     assert writer.splicer.written == [written]
     check_against_whole_passes(writer, language_model, transcoder, Intervention([written], encode_from=encode_from))
-    with pytest.raises(UserError, match=f"layers names {read}, which the crosscoder reads but doesn't write; it writes {written}"):
+    with pytest.raises(UserError, match=f"layers names {read}, which the crosscoder reads but doesn't write; name {written}"):
         writer.continue_text(PROMPT, GREEDY, Intervention([read]))
+
+
+@pytest.mark.parametrize("encode_from", ["clean", "spliced"])
+def test_of_several_models_one_writes_and_the_others_read_the_same_text(
+    encode_from: Any, language_model: LanguageModel, tmp_path: Path
+) -> None:
+    other = LanguageModel.load(LanguageModelConfig(model=str(tiny_gpt2(tmp_path, seed=1)), device="cpu"))
+    models = {"base": other, "chat": language_model}
+    layers = [f"chat/{SECOND}", f"base/{FIRST}", f"chat/{FIRST}"]
+    both, trained = LanguageModels(models), trained_on(language_model, layers)
+    writer = Writer(both, trained, written_by="chat")
+    assert writer.splicer.written == [f"chat/{SECOND}", f"chat/{FIRST}"]
+    check_against_whole_passes(writer, models, trained, Intervention(writer.splicer.written, encode_from=encode_from), "chat")
+    with pytest.raises(UserError, match=f"names base/{FIRST}, which the crosscoder has in a model that only reads; name chat/{SECOND} or"):
+        writer.continue_text(PROMPT, GREEDY, Intervention(layers))
+    with pytest.raises(UserError, match="written_by is 'cat', but the models are base, chat"):
+        Writer(both, trained, written_by="cat")
 
 
 @pytest.mark.parametrize(("architecture", "is_cached"), [("Gemma 2", True), ("GPT-NeoX", True), ("Mamba", False), ("Jamba", False)])

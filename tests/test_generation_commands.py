@@ -13,7 +13,7 @@ from slurm.commands.command_line import build_app
 from slurm.record import run_directory
 from slurm.record.run_directory import RunDirectory
 from slurm.record.run_reference import Named
-from slurm.submission.model_of_training import language_model_of
+from slurm.submission.model_of_training import models_of
 from slurm.watching.generation_view import Texts, text_lines
 
 SETTINGS = {"breakdown": {"ngram": 4, "cross_entropy_rise": 1.5, "repeated_rise": 0.3}}
@@ -93,21 +93,20 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 
 def test_the_language_model_is_found_where_training_names_it(place: Place) -> None:
     named = Named(RunDirectory(place.train.path))
-    assert language_model_of(named) == {"model": "demo"}
+    assert models_of(named) == {"language_model": {"model": "demo"}}
     place.set({"kind": "disk", "path": "/gone"}, held_out={"language_model": {"model": "a", "dtype": "bfloat16"}})
-    assert language_model_of(named) == {"model": "a", "dtype": "bfloat16"}
+    assert models_of(named) == {"language_model": {"model": "a", "dtype": "bfloat16"}}
 
     activations = place.root / "activations"
     place.set({"kind": "disk", "path": str(activations)})
     with pytest.raises(UserError, match=r"does not tell which language model it was trained on.*say language_model\.model=NAME"):
-        language_model_of(named)
+        models_of(named)
     activations.mkdir()
     shard = records.commit_shard(activations, "000000", "activation-shard/1", [], {}, {"language_model": "b"})
     records.write_manifest(activations, "activation-set/1", {"000000": shard}, {"dtype": "float16"})
-    assert language_model_of(named) == {"model": "b", "dtype": "float16"}
-    place.set({"kind": "stream", "language_models": {"base": {"model": "a"}}})
-    with pytest.raises(UserError, match="reads several language models"):
-        language_model_of(named)
+    assert models_of(named) == {"language_model": {"model": "b", "dtype": "float16"}}
+    place.set({"kind": "stream", "language_models": {"base": {"model": "a", "device": "cuda"}, "chat": {"model": "b"}}})
+    assert models_of(named) == {"language_models": {"base": {"model": "a"}, "chat": {"model": "b"}}}
 
 
 @pytest.mark.parametrize(

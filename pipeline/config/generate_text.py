@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pipeline.config.language_model import LanguageModelConfig
+from pipeline.config.language_models import NeedsModels
 from pipeline.config.schema import OPERATIONAL, RUN, Config, Count, DataPath, Fraction, PositiveCount
 from pipeline.config.sites import SiteText
 from pipeline.config.stage import StageConfig
@@ -89,7 +89,7 @@ class Breakdown(Config):
         return "repeats" if repeated_share - own_repeated_share > self.repeated_rise else None
 
 
-class GenerateConfig(StageConfig):
+class GenerateConfig(NeedsModels, StageConfig):
     RESULT_NAMES: ClassVar[tuple[str, ...]] = (
         "output",
         "data_id",
@@ -102,8 +102,8 @@ class GenerateConfig(StageConfig):
     stage: Literal["generate"] = "generate"
     crosscoder: Annotated[DataPath, Field(json_schema_extra=RUN)]
     """A run of `train`, the folder of all runs of one name (the newest finished one is taken; `train/demo` names it), or one checkpoint."""
-    language_model: LanguageModelConfig
-    """The model whose activations the crosscoder was trained on; its tokenizer reads the prompts."""
+    written_by: str = ""
+    """Of several `language_models`, the name of the one that writes, whose layers are changed. The others read the same text unchanged."""
     prompts: list[str] = []
     """Texts to go on from. Each begins with beginning-of-text where contexts of the training did."""
     prompts_file: Annotated[DataPath | None, Field(json_schema_extra=OPERATIONAL)] = None
@@ -123,6 +123,10 @@ class GenerateConfig(StageConfig):
 
     @model_validator(mode="after")
     def _has_prompts(self) -> "GenerateConfig":
+        if self.written_by not in self.models:
+            found = f"written_by is {self.written_by!r}" if self.written_by else "written_by is missing"
+            names = [name for name in self.models if name]
+            raise ValueError(f"{found}, " + (f"expected one of {', '.join(names)}" if names else "but there is one language_model alone"))
         if not self.prompts and self.prompts_file is None:
             raise ValueError("there is no prompt; list some in prompts, or name a file in prompts_file")
         if self.layers == []:

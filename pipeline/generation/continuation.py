@@ -15,10 +15,10 @@ from torch import Tensor
 from pipeline.config.errors import UserError
 from pipeline.config.generate_text import Sampling
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder
-from pipeline.generation.growing_text import GrowingText, can_be_cached
+from pipeline.generation.growing_text import CleanText, GrowingText, can_be_cached
 from pipeline.generation.sampling import NextToken
 from pipeline.generation.splicing import Intervention, Splicer
-from pipeline.language_model import LanguageModel
+from pipeline.language_models import Models, each
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,20 @@ class Continuation:
 class Writer:
     """A language model that writes, and a trained crosscoder that its passes can be changed by."""
 
-    def __init__(self, language_model: LanguageModel, trained: TrainedCrosscoder) -> None:
-        self.splicer = Splicer(trained)
-        self.is_cached = can_be_cached(language_model)
+    def __init__(self, models: Models, trained: TrainedCrosscoder, *, written_by: str = "") -> None:
+        """written_by : of several models, the name of the one that writes. The others read what it writes, for the crosscoder.
+
+        Raises `UserError` for a model that there is none of, or of which the crosscoder writes no layer.
+        """
+        self._models = each(models)
+        if written_by not in self._models:
+            raise UserError(f"written_by is {written_by!r}, but the models are {', '.join(self._models)}; name the one that writes")
+        self._written_by, self._language_model = written_by, self._models[written_by]
+        self.splicer = Splicer(trained, written_by)
+        if not self.splicer.written:
+            raise UserError(f"the crosscoder writes no layer of {self._language_model.name}; choose another model in written_by")
+        self.is_cached = all(can_be_cached(model) for model in self._models.values())
         """Whether a pass reads new tokens alone; else every pass reads the whole text again."""
-        self._language_model = language_model
 
     @torch.inference_mode()
     def continue_text(
@@ -74,17 +83,17 @@ class Writer:
         """
         if intervention is not None:
             self.splicer.check(intervention.layers, () if intervention.edit is None else intervention.edit.features)
-        clean, changed = (GrowingText(self._language_model, is_cached=self.is_cached) for _ in range(2))
+        clean = CleanText(self._models, self.splicer.layers, written_by=self._written_by, is_cached=self.is_cached)
+        changed = GrowingText(self._language_model, is_cached=self.is_cached)
         next_token = NextToken(sampling, seed)
         token_ids, kl, cross_entropies = list(prompt), list[float](), list[float]()
         ends = set(self._language_model.end_of_text_ids)
         while len(kl) < sampling.max_new_tokens and not (kl and token_ids[-1] in ends):
             tokens_1S = torch.tensor([token_ids], device=self._language_model.device)
-            first = clean.first
-            read = clean.read_clean(tokens_1S, self.splicer.layers)
-            clean_log_p_V = log_p_V = self._log_p(read.hidden_BSD)
+            read = clean.read(tokens_1S)
+            clean_log_p_V = log_p_V = self._log_p(read.hidden_1ND)
             if intervention is not None:
-                replace = self.splicer.replacements(intervention, read.acts_BSLD[0], first)
+                replace = self.splicer.replacements(intervention, read.acts_NLD, read.first)
                 log_p_V = self._log_p(changed.read_changed(tokens_1S, replace))
             if bool(log_p_V.isnan().any()):
                 what = "the language model's predictions" if intervention is None else "predictions of the changed model"

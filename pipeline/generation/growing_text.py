@@ -3,7 +3,8 @@
 Shapes: S positions of the text, N of them that a pass reads, L layers, D model width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from transformers import DynamicCache
 from pipeline import model_trial
 from pipeline.interventions import CleanRun, clean_run
 from pipeline.language_model import LanguageModel, Replacements
+from pipeline.language_models import in_its_model, sites_of
 
 
 class GrowingText:
@@ -42,6 +44,33 @@ class GrowingText:
 
     def _new(self, tokens_1S: Tensor) -> Tensor:
         return tokens_1S[:, self.first :]
+
+
+class CleanRead(NamedTuple):
+    """What one step read of a text in which nothing is changed."""
+
+    hidden_1ND: Tensor
+    """What the head of the model that writes is given."""
+    acts_NLD: Tensor
+    """Of all of the crosscoder's sites, in their order."""
+    first: int
+    """The position of the first of them."""
+
+
+class CleanText:
+    """One text, read by every model that the crosscoder has sites in."""
+
+    def __init__(self, models: Mapping[str, LanguageModel], sites: Sequence[str], *, written_by: str, is_cached: bool) -> None:
+        self._sites, self._written_by = list(sites), written_by
+        self._own = {name: sites_of(name, self._sites) for name in models}
+        self._texts = {name: GrowingText(model, is_cached=is_cached) for name, model in models.items() if self._own[name]}
+
+    def read(self, tokens_1S: Tensor) -> CleanRead:
+        """The positions that are new, or all of them without a cache."""
+        first = self._texts[self._written_by].first
+        found = {name: text.read_clean(tokens_1S, list(map(in_its_model, self._own[name]))) for name, text in self._texts.items()}
+        by_site = {site: found[name].acts_BSLD[0, :, at] for name in found for at, site in enumerate(self._own[name])}
+        return CleanRead(found[self._written_by].hidden_BSD, torch.stack([by_site[site] for site in self._sites], dim=1), first)
 
 
 @torch.inference_mode()

@@ -8,6 +8,8 @@ A crosscoder reads several layers at once, so what it makes of an early one need
                it, each before its own change, and for layers to come from the clean pass. At the first layer that is changed this is
                the same as `clean` as long as the text before was changed nowhere; at the last, nothing comes from the clean pass.
 
+Of a crosscoder of several language models one writes, and its layers alone are changed; the others read the same text unchanged.
+
 Shapes: N positions that a pass reads, L layers, D model width, F features, K edited features.
 """
 
@@ -23,6 +25,7 @@ from pipeline.crosscoder.checkpoint import TrainedCrosscoder
 from pipeline.crosscoder.folding import Folded, fold
 from pipeline.generation.editing import Edit
 from pipeline.language_model import Replacements
+from pipeline.language_models import in_its_model, sites_of
 
 
 @dataclass(frozen=True)
@@ -42,34 +45,39 @@ class Intervention:
 class Splicer:
     """A trained crosscoder as it is spliced into passes: normalization and parameterization are folded in once, on raw activations."""
 
-    def __init__(self, trained: TrainedCrosscoder) -> None:
+    def __init__(self, trained: TrainedCrosscoder, written_by: str = "") -> None:
+        """written_by : the name of the model whose passes are changed, where there are several."""
+        self._of_writer = set(sites_of(written_by, trained.layers))
         self.layers = trained.layers
         self.num_features = trained.num_features
         device = trained.normalizer.scale_L.device
         self._folded = Folded(*(None if part is None else part.to(device) for part in fold(trained.crosscoder, trained.normalizer)))  # type: ignore[arg-type]
         groups = trained.crosscoder.groups
-        self.written = [layer for number, layer in enumerate(self.layers) if groups is None or bool(groups.written_L[number])]
-        """The layers that some feature writes: those that can be changed."""
+        written = [layer for number, layer in enumerate(self.layers) if groups is None or bool(groups.written_L[number])]
+        self.written = [layer for layer in written if layer in self._of_writer]
+        """The layers that some feature writes, of the model that writes: those that can be changed."""
 
     def check(self, layers: Sequence[str], features: Sequence[int] = (), *, field: str = "layers") -> None:
         """Raises `UserError` for a layer that the crosscoder doesn't write and for a feature that it doesn't have."""
         for layer in layers:
             if layer not in self.written:
-                does = "reads but doesn't write" if layer in self.layers else "doesn't know"
-                raise UserError(f"{field} names {layer}, which the crosscoder {does}; it writes {', '.join(self.written)}")
+                elsewhere = "has in a model that only reads" if layer in self.layers else "doesn't know"
+                does = "reads but doesn't write" if layer in self._of_writer else elsewhere
+                raise UserError(f"{field} names {layer}, which the crosscoder {does}; name {' or '.join(self.written)}")
         for feature in features:
             if not 0 <= feature < self.num_features:
                 raise UserError(f"feature {feature:,} is none of the crosscoder's, which has features 0 to {self.num_features - 1:,}")
 
     def replacements(self, intervention: Intervention, clean_acts_NLD: Tensor, first: int) -> Replacements:
-        """By layer, what a changed pass over the positions from `first` on is to give in place of its activations.
+        """By the layer's name in its model, what a changed pass over the positions from `first` on is to give in place of its activations.
 
         clean_acts_NLD : of the same positions, in the language model's dtype.
         """
         pass_ = _ChangedPass(self._folded, self.layers, intervention, clean_acts_NLD, first)
         # A layer that is not changed needs to be read only where features are read from what the changed pass gives.
         touched = self.layers if intervention.encode_from == "spliced" else intervention.layers
-        return {layer: pass_.at(number) for number, layer in enumerate(self.layers) if layer in touched}
+        here = self._of_writer.intersection(touched)
+        return {in_its_model(layer): pass_.at(number) for number, layer in enumerate(self.layers) if layer in here}
 
 
 class _ChangedPass:

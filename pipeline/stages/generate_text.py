@@ -20,6 +20,7 @@ from pipeline.generation.editing import Edit
 from pipeline.generation.prompts import Prompts, read_prompts
 from pipeline.generation.splicing import Intervention
 from pipeline.language_model import LanguageModel
+from pipeline.language_models import bind, each, identities, load_models
 from pipeline.run import Run
 
 
@@ -33,23 +34,24 @@ class Change(NamedTuple):
 
 def run(config: GenerateConfig, run: Run) -> dict[str, Any]:
     """Runs the stage; gives where the texts lie and what they cost."""
-    language_model = LanguageModel.load(config.language_model)
-    trained = load_crosscoder(find_run(config.crosscoder), language_model.device)
-    check_model(trained, language_model, f"the crosscoder in {config.crosscoder}")
-    model = config.language_model
+    models = load_models(config)
+    trained = load_crosscoder(find_run(config.crosscoder), models.device)
+    check_model(trained, models, f"the crosscoder in {config.crosscoder}")
+    model, language_model = config.models[config.written_by], each(models)[config.written_by]
     prompts = Prompts.of(language_model, trained, revision=model.revision, check_tokenizer=model.check_tokenizer)
     texts = [*config.prompts, *([] if config.prompts_file is None else read_prompts(config.prompts_file))]
     encoded = [prompts.encode(text) for text in texts]
-    _check_lengths(encoded, config, language_model)
-    language_model.check_use(trained.layers, max(map(len, encoded)), predictions=True)
-    writer = Writer(language_model, trained)
+    for reader in each(models).values():
+        _check_lengths(encoded, config, reader)
+    models.check_use(trained.layers, max(map(len, encoded)), predictions=True)
+    writer = Writer(models, trained, written_by=config.written_by)
     check(config, writer)
-    inputs = {"crosscoder": trained.identity, "language_model": language_model.hash}
-    for field, identity in inputs.items():
-        run.bind_input(field, identity, language_model.files if field == "language_model" else None)
+    run.bind_input("crosscoder", trained.identity)
+    bind(models, run)
+    inputs = {"crosscoder": trained.identity, **identities(models)}
     if config.prompts_file is not None:
         run.bind_input("prompts_file", hashlib.sha256("\n".join(texts).encode()).hexdigest())
-    for line in [*language_model.remarks, *_remarks(prompts, writer, language_model)]:
+    for line in [*models.remarks, *_remarks(prompts, writer, language_model)]:
         run.say(line)
     output = run.directory / "generations"
     records.claim(output, {"stage": "generate", "settings": config.identity(), "inputs": {**inputs, "prompts": texts}})
@@ -67,7 +69,7 @@ def run(config: GenerateConfig, run: Run) -> dict[str, Any]:
     run.report("written", total, total, unit="continuations", done=True)
     manifest = samples.write(output, rows, {**inputs, "layers": trained.layers, "prompts": len(texts), "settings": config.resolved()})
     run.say(f"{len(rows):,} continuations of {len(texts):,} prompts: {output / 'generations.jsonl'}")
-    return _result(manifest, str(output)) | language_model.memory_used()
+    return _result(manifest, str(output)) | models.memory_used()
 
 
 def changes(config: GenerateConfig, writer: Writer, prompt_tokens: int) -> Iterator[Change]:

@@ -150,12 +150,12 @@ def _configuration(
     crosscoder: Path, named: "Named", start: dict[str, Any], settings: dict[str, Any], changes: Sequence[str], site: "Site"
 ) -> Any:
     from pipeline.config import load
-    from slurm.submission.model_of_training import language_model_of
+    from slurm.submission.model_of_training import models_of
 
     where = named.reference
     values: dict[str, Any] = {"stage": "generate", "name": named.run.job()["name"], "crosscoder": str(crosscoder), **start}
-    if not any(change.startswith("language_model.model=") for change in changes):
-        values["language_model"] = language_model_of(named)
+    if not any(change.startswith(("language_model.model=", "language_models")) for change in changes):
+        values |= models_of(named)
     for key, value in settings.items():
         group, _, last = key.rpartition(".")
         (values.setdefault(group, {}) if group else values)[last] = value

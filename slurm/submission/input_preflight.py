@@ -233,18 +233,17 @@ def _held_out_faults(config: HeldOutText, pending: Sequence[Path]) -> list[str]:
 
 
 def _generate_faults(config: GenerateConfig, pending: Sequence[Path]) -> list[str]:
-    faults = model_preflight.faults_of(config.language_model)
+    faults = [fault for name, model in config.models.items() for fault in model_preflight.faults_of(model, field=field_of(name))]
     if config.prompts_file is not None and not config.prompts_file.is_file():
         faults.append(f"prompts_file is {config.prompts_file}, where there is no file; name one with a prompt a line, or one of JSON lines")
-    trained, of_crosscoder = _crosscoder_faults(config.crosscoder, {"": config.language_model}, pending)
+    trained, of_crosscoder = _crosscoder_faults(config.crosscoder, config.models, pending)
     faults += of_crosscoder
     if trained is None:
         return faults
     named = {"layers": config.layers or [], "steering.layers": (config.steering and config.steering.layers) or []}
-    unknown = [(field, layer) for field, layers in named.items() for layer in layers if layer not in trained["layers"]]
-    faults += [
-        f"{field} names {layer}, but the crosscoder is of {', '.join(trained['layers'])}; name one of those" for field, layer in unknown
-    ]
+    known = [layer for layer in trained["layers"] if SiteName.parse(layer).model == config.written_by]
+    unknown = [(field, layer) for field, layers in named.items() for layer in layers if layer not in known]
+    faults += [f"{field} names {layer}, but the crosscoder is of {', '.join(known)}; name one of those" for field, layer in unknown]
     count = int(trained["config"]["num_features"])
     features = [] if config.steering is None else [feature for feature in config.steering.features if feature >= count]
     return faults + [f"steering.features names {feature}, but the crosscoder has features 0 to {count - 1:,}" for feature in features]
