@@ -25,8 +25,9 @@ from report_pieces import (
 )
 
 from pipeline.config.errors import UserError
-from slurm.reporting import charts, feature_parts, page, words
-from slurm.reporting.subject import find_subject
+from slurm.record.run_directory import RunDirectory
+from slurm.reporting import charts, feature_charts, feature_parts, page, words
+from slurm.reporting.subject import Evaluation, find_subject
 from slurm.watching.feature_store import FeatureStore
 
 BAD = "</script><script>document.title='owned'</script><!--<b>&amp;\u202e\x1b[2J"
@@ -185,6 +186,24 @@ def test_a_page_of_12288_features_stays_under_5_mb_and_holds_the_strongest(tmp_p
     size = sum(len(text.encode()) for text in (page.chart_library(), feature_parts.script_json(index), feature_parts.script_json(inside)))
     assert size < 4_500_000  # charts, tables and the record need the rest
     assert len(page.inside(store, 12_288)["features"]) < 1000  # however many are wished for
+
+
+def test_many_layers_are_drawn_and_told_of_together(tmp_path: Path) -> None:
+    layers = [f"h.{number}" for number in range(12)]
+    rows = [
+        {"layer": layer, "by": by, "source": None, "difference": cost, "explained_variance": 0.5}
+        for number, layer in enumerate(layers) for by, cost in (("crosscoder", 0.25), ("affine", number / 8))
+    ]  # fmt: skip
+    metrics = {"layers": layers, "replaced": rows, "reconstruction": rows}
+    assert words.verdict_in_short(Evaluation(RunDirectory(tmp_path), metrics, {})) == (
+        "By cross-entropy it is better at 9 of 12 layers than the strongest baselines: in a layer's place it costs 0.2500 nats, mean "
+        "over 12 layers (strongest baselines: 0.6875); it stands worst at h.0 with 0.2500 (affine map of another layer: 0.0000)."
+    )
+    shares = {layer: [0.0, 0.5, 1.0] for layer in layers}
+    for spec in (charts.costs(metrics)[0], charts.explained(metrics), feature_charts.share_histogram(shares, "share")):
+        assert vl_convert.vegalite_to_svg({**spec, "width": 300}, page.VEGALITE_VERSION).startswith("<svg")
+    heat = feature_charts.share_histogram(shares, "share")["data"]["values"]
+    assert [row["count"] for row in heat if row["layer"] == "h.3" and row["count"]] == [1, 1, 1]
 
 
 def test_rows_are_thinned_evenly_with_both_ends() -> None:

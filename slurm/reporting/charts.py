@@ -4,11 +4,11 @@ Each has a width of "container" and no colors or fonts of its own: the page give
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from slurm.record.run_directory import Json
-from slurm.reporting.words import stand_name
+from slurm.reporting.words import MANY_LAYERS, stand_name
 
 Spec = dict[str, Any]
 
@@ -19,9 +19,8 @@ FAR = 3.0
 FEW_POINTS = 40
 """So many points of a curve are drawn besides its line, which a single one does not have."""
 ON_FRONT, BEATEN = "on the front", "beaten"
-DENSITY_BINS, SHARE_BINS = 40, 40
 _IS_OWN = {"condition": {"test": "datum.value == 'crosscoder'", "value": "bold"}, "value": "normal"}
-_NAMES = {"labelLimit": 170, "labelFontWeight": _IS_OWN}
+NAMES: Json = {"labelLimit": 170, "labelFontWeight": _IS_OWN}
 
 
 # -- held-out measures --------------------------------------------------------------------------------------------------
@@ -49,29 +48,41 @@ def _bar(row: Json, value: float) -> Json:
 
 
 def _bars(rows: Sequence[Json], title: str, number: str, domain: list[float] | None = None) -> Spec:
+    """Bars by stand-in and layer; of many layers lines over them, as there would be no room for so many bars."""
     names = list(dict.fromkeys(row["name"] for row in sorted(rows, key=lambda row: row["by"] != "crosscoder")))
     layers = list(dict.fromkeys(row["layer"] for row in rows))
-    scale: Json = {} if domain is None else {"scale": {"domain": domain}}
-    return {
-        "width": "container",
+    value: Json = {"field": "value", "type": "quantitative", "title": title, "axis": {"tickCount": 6}}
+    value |= {} if domain is None else {"scale": {"domain": domain}}
+    tooltip = [{"field": "name", "title": "stand-in"}, {"field": "layer"}, {"field": "value", "title": title, "format": number}]
+    chart: Spec = {"width": "container", "data": {"values": list(rows)}}
+    if len(layers) > MANY_LAYERS:
+        width = {"condition": {"test": "datum.by == 'crosscoder'", "value": 4}, "value": 1.5}
+        return chart | {
+            "height": 300,
+            "mark": {"type": "line", "clip": True, "point": True},
+            "encoding": {
+                "x": {"field": "layer", "type": "nominal", "sort": layers, "title": None, "axis": {"labelLimit": 170, "labelAngle": -40}},
+                "y": value,
+                "color": {"field": "name", "type": "nominal", "sort": names, "title": None, "legend": legend()},
+                "strokeWidth": width,
+                "tooltip": tooltip,
+            },
+        }
+    return chart | {
         "height": {"step": 18 if len(layers) > 1 else 26},
-        "data": {"values": list(rows)},
         "mark": {"type": "bar", "clip": True},
         "encoding": {
-            "y": {"field": "name", "type": "nominal", "sort": names, "title": None, "axis": _NAMES},
+            "y": {"field": "name", "type": "nominal", "sort": names, "title": None, "axis": NAMES},
             "yOffset": {"field": "layer", "sort": layers},
-            "x": {"field": "value", "type": "quantitative", "title": title, "axis": {"tickCount": 6}, **scale},
-            "color": {"field": "layer", "type": "nominal", "sort": layers, "title": "layer", "legend": _legend()},
-            "tooltip": [
-                {"field": "name", "title": "stand-in"},
-                {"field": "layer"},
-                {"field": "value", "title": title, "format": number},
-            ],
+            "x": value,
+            "color": {"field": "layer", "type": "nominal", "sort": layers, "title": "layer", "legend": legend()},
+            "tooltip": tooltip,
         },
     }
 
 
-def _legend() -> Json:
+def legend() -> Json:
+    """Below the chart; the page says in how many columns."""
     return {"orient": "bottom", "labelLimit": 300}
 
 
@@ -131,7 +142,7 @@ def curve(points: list[Json], title: str) -> Spec:
             "axis": {"labelExpr": "datum.value == 0 ? '0' : format(datum.value, '~s')", "tickCount": 5},
         },
         "y": {"field": "value", "type": "quantitative", "title": title, "scale": {"zero": False}},
-        "color": {"field": "series", "type": "nominal", "sort": None, "title": None, "legend": _legend()},
+        "color": {"field": "series", "type": "nominal", "sort": None, "title": None, "legend": legend()},
     }
     hover = {"name": "near", "select": {"type": "point", "on": "pointerover", "nearest": True, "clear": "pointerout"}}
     tooltip = [
@@ -152,82 +163,6 @@ def curve(points: list[Json], title: str) -> Spec:
                 "encoding": {"tooltip": tooltip, "opacity": {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0}},
             },
         ],
-    }
-
-
-# -- features -----------------------------------------------------------------------------------------------------------
-
-
-def density_histogram(densities: Sequence[float]) -> Spec:
-    """How often features fire; those that never do are left out."""
-    import numpy as np
-
-    logs = np.log10([density for density in densities if density > 0] or [1.0])
-    low, high = math.floor(float(logs.min())), 0.0
-    counts, edges = np.histogram(logs, bins=DENSITY_BINS, range=(min(low, -1), high))
-    bars = [{"from": 10.0**a, "to": 10.0**b, "count": n} for a, b, n in _bins(counts, edges)]
-    chart = _histogram(bars, "share of positions on which a feature fires", ".2~e")
-    chart["encoding"]["x"]["scale"] = {"type": "log"}
-    chart["encoding"]["x"]["axis"] = {"format": "~g", "tickCount": 6}
-    return chart
-
-
-def share_histogram(values_by_layer: Mapping[str, Sequence[float]], title: str) -> Spec:
-    """Shares between 0 and 1 of all features, a step line a layer."""
-    import numpy as np
-
-    bars = []
-    for layer, values in values_by_layer.items():
-        counts, edges = np.histogram(np.asarray(values, np.float64), bins=SHARE_BINS, range=(0.0, 1.0))
-        bars += [{"layer": layer, "from": a, "to": b, "count": n} for a, b, n in _bins(counts, edges)]
-    chart = _histogram(bars, title, ".3~f")
-    if len(values_by_layer) > 1:
-        chart["mark"] |= {"opacity": 0.55}
-        chart["encoding"]["color"] = {"field": "layer", "type": "nominal", "sort": None, "title": "layer", "legend": _legend()}
-        chart["encoding"]["y"]["stack"] = None
-        chart["encoding"]["tooltip"].insert(0, {"field": "layer"})
-    return chart
-
-
-def _bins(counts: Any, edges: Any) -> Iterator[tuple[float, float, int]]:
-    """Of numpy's counts and edges, from where to where and how many."""
-    ends = edges.tolist()
-    return zip(ends[:-1], ends[1:], counts.tolist(), strict=True)
-
-
-def _histogram(bars: list[Json], title: str, number: str) -> Spec:
-    return {
-        "width": "container",
-        "height": 220,
-        "data": {"values": bars},
-        "mark": {"type": "bar", "binSpacing": 0},
-        "encoding": {
-            "x": {"field": "from", "type": "quantitative", "title": title, "bin": {"binned": True}, "axis": {"tickCount": 5}},
-            "x2": {"field": "to"},
-            "y": {"field": "count", "type": "quantitative", "title": "features"},
-            "tooltip": [
-                {"field": "from", "format": number},
-                {"field": "to", "format": number},
-                {"field": "count", "title": "features", "format": ","},
-            ],
-        },
-    }
-
-
-def layer_profile() -> Spec:
-    """One feature by layer; the page puts rows of `layer`, `measure` and `value` in."""
-    return {
-        "width": "container",
-        "height": {"step": 14},
-        "data": {"values": []},
-        "mark": "bar",
-        "encoding": {
-            "y": {"field": "layer", "type": "nominal", "sort": None, "title": None, "axis": _NAMES},
-            "yOffset": {"field": "measure", "sort": None},
-            "x": {"field": "value", "type": "quantitative", "title": "share", "axis": {"tickCount": 6}, "scale": {"domain": [0, 1]}},
-            "color": {"field": "measure", "type": "nominal", "sort": None, "title": None, "legend": _legend()},
-            "tooltip": [{"field": "layer"}, {"field": "measure"}, {"field": "value", "format": ".3f"}],
-        },
     }
 
 
@@ -266,7 +201,7 @@ def front(rows: list[Json], title: str) -> Spec:
                     "x": x,
                     "y": y,
                     "tooltip": tooltip,
-                    "color": {"field": "standing", "type": "nominal", "title": None, "sort": [ON_FRONT, BEATEN], "legend": _legend()},
+                    "color": {"field": "standing", "type": "nominal", "title": None, "sort": [ON_FRONT, BEATEN], "legend": legend()},
                 },
             },
             labels,

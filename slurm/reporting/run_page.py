@@ -6,7 +6,7 @@ from pathlib import Path
 from slurm.record import record_view
 from slurm.record.run_directory import Json
 from slurm.record.text_table import figure
-from slurm.reporting import charts, feature_parts, generated_text, page, words
+from slurm.reporting import charts, feature_charts, feature_parts, generated_text, page, words
 from slurm.reporting.subject import Subject
 
 SURVIVING = 0.5
@@ -117,11 +117,11 @@ def _features(subject: Subject, specs: Specs) -> Json:
         return {layer: [table[name][feature][number] for feature in alive] for number, layer in enumerate(store.layers)}
 
     norms, alone = by_layer("relative_norms"), by_layer("survives_alone")
-    specs["density"] = charts.density_histogram(table["density"])
+    specs["density"] = feature_charts.density_histogram(table["density"])
     shown = {store.layers[-1]: norms[store.layers[-1]]} if len(store.layers) == 2 else norms
-    specs["norms"] = charts.share_histogram(shown, "relative decoder norm")
-    specs["alone"] = charts.share_histogram(alone, "share of firings left on one layer alone")
-    specs["profile"] = charts.layer_profile()
+    specs["norms"] = feature_charts.share_histogram(shown, "relative decoder norm")
+    specs["alone"] = feature_charts.share_histogram(alone, "share of firings left on one layer alone")
+    specs["profile"] = feature_charts.layer_profile()
     silent = store.num_features - len(alive)
     drawn = [
         ("density", "Density.", f"How often features fire; {silent:,} never do here and are left out."),

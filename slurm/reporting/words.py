@@ -8,6 +8,8 @@ from slurm.record.run_directory import Json
 from slurm.record.text_table import figure
 from slurm.reporting.subject import Evaluation, Subject
 
+MANY_LAYERS = 3
+"""More of them are not told of one by one."""
 UNFITTED = ("crosscoder", "dense_path", "compared")
 """Stand-ins that are no baselines."""
 
@@ -67,9 +69,21 @@ def verdict_in_short(evaluation: Evaluation | None) -> str:
     costs = layer_costs(evaluation.metrics)
     better = sum(cost.is_better for cost in costs)
     outcome = "better" if better == len(costs) else "worse" if not better else f"better at {better} of {len(costs)} layers"
-    told = "; ".join(f"{_number(cost.own)} nats at {cost.layer} ({cost.baseline}: {_number(cost.baseline_cost)})" for cost in costs)
+    told = (
+        _costs_of_many(costs)
+        if len(costs) > MANY_LAYERS
+        else "; ".join(f"{_number(cost.own)} nats at {cost.layer} ({cost.baseline}: {_number(cost.baseline_cost)})" for cost in costs)
+    )
     than = "the strongest baseline" if len(costs) == 1 else "the strongest baselines"
     return f"By cross-entropy it is {outcome} than {than}: in a layer's place it costs {told}."
+
+
+def _costs_of_many(costs: Sequence[LayerCost]) -> str:
+    own = sum(cost.own for cost in costs) / len(costs)
+    baseline = sum(cost.baseline_cost for cost in costs) / len(costs)
+    worst = max(costs, key=lambda cost: cost.own - cost.baseline_cost)
+    at_worst = f"it stands worst at {worst.layer} with {_number(worst.own)} ({worst.baseline}: {_number(worst.baseline_cost)})"
+    return f"{_number(own)} nats, mean over {len(costs)} layers (strongest baselines: {_number(baseline)}); {at_worst}"
 
 
 def verdict_paragraphs(evaluation: Evaluation) -> list[str]:

@@ -12,7 +12,7 @@ function theme(width) {
   return {
     background: null, font, view: { stroke: null },
     axis: { ...words, domainColor: color("--line"), tickColor: color("--line"), gridColor: color("--grid") },
-    legend: { ...words, columns: width < 480 ? 1 : 3 }, bar: { color: series[0] }, line: { color: series[0] }, point: { color: series[0] }, text: { color: color("--text") }, rule: { color: color("--quiet") },
+    legend: { ...words, columns: width < 480 ? 1 : 3 }, bar: { color: series[0] }, line: { color: series[0] }, point: { color: series[0] }, rect: { color: series[0] }, text: { color: color("--text") }, rule: { color: color("--quiet") },
     range: { category: series },
   };
 }
