@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 NUM_ROUNDS = 8
+# On a CPU: so few stay in its cache, and are less than PyTorch would share among threads, which wait for each other at every operation.
+_AT_A_TIME = 16_384
 _LOW_63_BITS = (1 << 63) - 1
 
 
@@ -29,6 +31,8 @@ class Permutation:
 
     def __call__(self, indices: Tensor) -> Tensor:
         """Where the permutation puts each of `indices` (int64, each in 0 ... n-1), on their device."""
+        if indices.device.type == "cpu" and indices.numel() > _AT_A_TIME:
+            return torch.cat([self(some) for some in torch.split(indices, _AT_A_TIME)])
         out = self._rounds(indices)
         while bool((outside := out >= self.n).any()):
             out = torch.where(outside, self._rounds(out), out)

@@ -1,6 +1,9 @@
-"""Pools of an epoch's order from shards on disk: blocks are read side by side, each row put where the pool's permutation has it.
+"""Pools of an epoch's order from shards on disk: blocks are read side by side, batches gathered from them by the pool's permutation.
 
-While batches are cut from one pool, the next is read: two pools are in memory, and a third as long as batches of it are kept.
+While batches are gathered from one pool, the next is read. So two pools are in memory, which is used again and again: memory
+that a process touches for the first time costs more than the copy into it.
+
+Shapes: P positions in a pool.
 """
 
 from collections.abc import Callable, Iterator
@@ -8,12 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.activations.epoch_order import Block, EpochOrder, Pool, Strip, batch_sizes, num_before
-from pipeline.activations.order import Numbers
 from pipeline.activations.shard_file import ShardFile
 from pipeline.activations.source import ActivationBatch
 
@@ -22,10 +23,10 @@ NUM_READERS = 4
 
 
 class BlockReader:
-    """Reads the rows of an epoch; a context manager, which ends its threads. Shapes: P positions in a pool.
+    """Reads the rows of an epoch, once; a context manager, which ends its threads.
 
     open_shard : opens the shard of a generation.
-    empty : memory for so many rows, on the CPU.
+    empty : memory for a batch of so many rows, on the CPU.
     check : raises `UserError` if the shard of a generation is damaged. Called from threads, before its first row is read.
     """
 
@@ -42,6 +43,8 @@ class BlockReader:
         self._empty = empty
         self._check = check
         self._opened: dict[int, ShardFile] = {}
+        self._free: list[ActivationBatch] = []
+        """Memory of pools that are used up."""
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="check-hashes")
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="read-blocks")
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
@@ -58,29 +61,22 @@ class BlockReader:
         self._keep_open(set())
 
     def batches(self, batch_positions: int, cursor: int) -> Iterator[ActivationBatch]:
-        """The rest of the epoch from `cursor` on. A batch is a part of a pool's memory, or memory of its own where it crosses pools."""
+        """The rest of the epoch from `cursor` on, each batch in memory of its own."""
         pools = self._pools(self._order.strips_from(cursor), cursor)
-        pool, place = _EMPTY, 0
+        pool, place = _InMemory(self._empty(0), torch.empty(0, dtype=torch.int64)), 0
         for size in batch_sizes(self._order.num_positions - cursor, batch_positions):
-            parts, missing = [], size
+            batch, num_rows, missing = self._empty(size), 0, size
             while missing:
-                if place == pool.num_positions:
-                    pool, place = _EMPTY, 0  # before the next is waited for, so that its memory is free
-                    pool = next(pools)
-                count = min(missing, pool.num_positions - place)
-                parts.append(pool.rows_between(place, place + count))
+                if place == len(pool.rows_P):
+                    pool, place = next(pools), 0
+                count = min(missing, len(pool.rows_P) - place)
+                num_rows += pool.gather(place, place + count, _from(batch, num_rows))
                 place, missing = place + count, missing - count
-            yield parts[0] if len(parts) == 1 else self._joined(parts)
+            yield _up_to(batch, num_rows)
 
-    def _joined(self, parts: list[ActivationBatch]) -> ActivationBatch:
-        joined = self._empty(sum(len(part.tokens_B) for part in parts))
-        for column, values in zip(joined, zip(*parts, strict=True), strict=True):
-            torch.cat(values, out=column)
-        return joined
-
-    def _pools(self, strips: list[Strip], cursor: int) -> Iterator["_PoolRows"]:
-        """The rows of each pool, in their order, without those before `cursor`."""
-        reading: Future[_PoolRows] | None = None
+    def _pools(self, strips: list[Strip], cursor: int) -> Iterator["_InMemory"]:
+        """Each pool in its order, without what comes before `cursor`; its memory is used again when the next is asked for."""
+        reading: Future[_InMemory] | None = None
         checks: list[Future[None]] = []
         for number, strip in enumerate(strips):
             if number == 0:
@@ -94,38 +90,41 @@ class BlockReader:
                 coming = self._ahead.submit(self._read, pool, checks, cursor)
                 if reading is not None:
                     yield reading.result()
+                    self._free.append(reading.result().memory)
                 reading = coming
             checks = next_checks
         if reading is not None:
             yield reading.result()
 
-    def _read(self, pool: Pool, checks: list[Future[None]], cursor: int) -> "_PoolRows":
+    def _read(self, pool: Pool, checks: list[Future[None]], cursor: int) -> "_InMemory":
         for check in checks:
             check.result()
         self._keep_open({block.generation for block in pool.blocks})
+        memory = self._memory_for(pool.num_positions)
         places = torch.split(pool.places(torch.device("cpu")), [block.num_positions for block in pool.blocks])
         # Positions that the harvest left out have a place, but no row.
-        kept = [
-            places_B.numpy()[self._opened[block.generation].kept_between(block.start, block.stop)]
-            for block, places_B in zip(pool.blocks, places, strict=True)
-        ]
-        has_row = np.zeros(pool.num_positions, np.int64)
-        has_row[np.concatenate(kept)] = 1
-        num_before_P = np.concatenate(([0], np.cumsum(has_row)))
-        rows = self._empty(int(num_before_P[-1]))
-        reads = [self._readers.submit(self._read_block, block, num_before_P[at], rows) for block, at in zip(pool.blocks, kept, strict=True)]
+        rows_P = torch.full((pool.num_positions,), -1, dtype=torch.int64)
+        reads, start = [], 0
+        for block, places_B in zip(pool.blocks, places, strict=True):
+            kept = torch.from_numpy(self._opened[block.generation].kept_between(block.start, block.stop))
+            rows_P[places_B[kept]] = torch.arange(start, start + len(kept))
+            reads.append(self._readers.submit(self._read_block, block, _from(memory, start)))
+            start += block.num_positions
         for read in reads:
             read.result()
-        return _PoolRows(rows, num_before_P).without_first(num_before(pool, cursor))
+        return _InMemory(memory, rows_P[num_before(pool, cursor) :])
 
-    def _read_block(self, block: Block, rows_B: Numbers, into: ActivationBatch) -> None:
-        """Reads the rows of a block and puts them where `rows_B` says."""
+    def _read_block(self, block: Block, into: ActivationBatch) -> None:
+        """Reads the rows of a block, the first to the first row of `into`."""
         shard = self._opened[block.generation]
         first, last = shard.rows_between(block.start, block.stop)
-        rows = ActivationBatch(*(torch.empty((last - first, *column.shape[1:]), dtype=column.dtype) for column in into))
-        shard.read(first, last, rows)
-        for column, values in zip(into, rows, strict=True):
-            _rows_as_bytes(column)[rows_B] = _rows_as_bytes(values)
+        shard.read(first, last, _up_to(into, last - first))
+
+    def _memory_for(self, num_positions: int) -> ActivationBatch:
+        memory = self._free.pop() if self._free else None
+        if memory is not None and len(memory.tokens_B) >= num_positions:
+            return memory
+        return ActivationBatch(*(torch.empty((num_positions, *column.shape[1:]), dtype=column.dtype) for column in self._empty(0)))
 
     def _keep_open(self, generations: set[int]) -> None:
         """Closes the shards of other generations, and opens those that are not."""
@@ -135,34 +134,25 @@ class BlockReader:
             self._opened[generation] = self._open_shard(generation)
 
 
-class _PoolRows(NamedTuple):
+class _InMemory(NamedTuple):
     """What is left of a pool, in memory."""
 
-    rows: ActivationBatch
-    num_before_P: Numbers
-    """Rows before each of its positions, and before its end."""
+    memory: ActivationBatch
+    rows_P: Tensor
+    """int64: the row of each position, in the pool's order; -1 where there is none."""
 
-    @property
-    def num_positions(self) -> int:
-        return len(self.num_before_P) - 1
-
-    def rows_between(self, start: int, stop: int) -> ActivationBatch:
-        """The rows of its positions `start` to `stop`, in the same memory."""
-        first, last = self.num_before_P[[start, stop]].tolist()
-        return ActivationBatch(*(column[first:last] for column in self.rows))
-
-    def without_first(self, num_positions: int) -> "_PoolRows":
-        return self._replace(num_before_P=self.num_before_P[num_positions:])
+    def gather(self, start: int, stop: int, into: ActivationBatch) -> int:
+        """Copies the rows of the positions `start` to `stop` to the beginning of `into`; gives their number."""
+        rows_B = self.rows_P[start:stop]
+        rows_B = rows_B[rows_B >= 0]
+        for column, target in zip(self.memory, _up_to(into, len(rows_B)), strict=True):
+            torch.index_select(column, 0, rows_B, out=target)
+        return len(rows_B)
 
 
-def _rows_as_bytes(column: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.void]]:
-    """A contiguous CPU tensor as an array of rows. NumPy copies such rows whole, without holding up other threads.
-
-    PyTorch's `index_copy_` took twice as long for rows of 3 KB.
-    """
-    rows = column.flatten(1) if column.dim() > 1 else column[:, None]
-    data: np.ndarray[tuple[int, ...], np.dtype[np.void]] = rows.view(torch.uint8).numpy().view(f"V{rows.shape[1] * rows.itemsize}")[:, 0]
-    return data
+def _from(batch: ActivationBatch, start: int) -> ActivationBatch:
+    return ActivationBatch(*(column[start:] for column in batch))
 
 
-_EMPTY = _PoolRows(ActivationBatch(*(torch.empty(0) for _ in range(4))), np.zeros(1, np.int64))
+def _up_to(batch: ActivationBatch, stop: int) -> ActivationBatch:
+    return ActivationBatch(*(column[:stop] for column in batch))

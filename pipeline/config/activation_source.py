@@ -76,8 +76,8 @@ class Shuffle(Config):
     shuffle_generations: Annotated[PositiveCount, Field(le=512)] = 16
     """Generations (shards) that are read side by side, so that a batch holds few positions of each context."""
     shuffle_positions: PositiveCount = 131_072
-    """Positions permuted together, in blocks of at most 2,048 that lie one behind the other in their shard. From disk, up to three
-    times so many are in the CPU's memory: 1.2 GB at two layers of width 768 in bfloat16."""
+    """Positions permuted together, in blocks of at most 2,048 that lie one behind the other in their shard. From disk, twice
+    so many are in the CPU's memory: 0.8 GB at two layers of width 768 in bfloat16."""
 
 
 class DiskActivations(Shuffle):
