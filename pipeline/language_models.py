@@ -42,9 +42,14 @@ class LanguageModels:
 
     def check_use(self, layers: list[str], context_tokens: int, *, predictions: bool = False) -> None:
         """Raises `UserError` unless each model can be read at its own of the sites (see `LanguageModel.check_use`)."""
-        for layer in layers:
-            if SiteName.parse(layer).model not in self.by_name:
+        for index, layer in enumerate(layers):
+            name = SiteName.parse(layer).model
+            if name not in self.by_name:
                 raise UserError(f"{layer} is a site of none of the models {', '.join(self.by_name)}; begin it with one of these names")
+            try:
+                self.by_name[name].check_layers([in_its_model(layer)])
+            except UserError as error:  # it counts the sites of that model alone
+                raise UserError(str(error).replace("layers[0] is ", f"layers[{index}] is {name}/", 1)) from None
         for name, model in self.by_name.items():
             model.check_use([in_its_model(layer) for layer in sites_of(name, layers)], context_tokens, predictions=predictions)
 

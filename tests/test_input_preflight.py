@@ -64,6 +64,38 @@ def test_what_the_model_cannot_do_is_said_with_the_file(
     assert str(error.value) == "cache.yaml: " + fault.format(model=inputs["language_model"]["model"])
 
 
+@pytest.mark.parametrize(
+    ("chat", "changes", "faults"),
+    [
+        ({}, {}, []),
+        (
+            {},
+            {"layers": ["base/transformer.h.0", "chat/transformer.h.3"]},
+            ["layers[1] is chat/transformer.h.3, but {chat} has blocks 0 to 2"],
+        ),
+        ({"d_model": 32}, {}, ["language_models have width 16 (base), 32 (chat), but sites of a crosscoder have one width"]),
+        ({"vocab_size": 310}, {}, ["language_models have numbers of embeddings 300 (base), 310 (chat), but all read the same ids"]),
+    ],
+)
+def test_of_several_models_each_is_looked_at_and_all_together(
+    inputs: dict[str, Any], tmp_path: Path, chat: dict[str, int], changes: dict[str, Any], faults: list[str]
+) -> None:
+    models = {"base": inputs.pop("language_model"), "chat": {"model": str(tiny_gpt2(tmp_path / "chat", **chat))}}
+    settings = {"language_models": models, "layers": ["base/transformer.h.0", "chat/transformer.h.2"], **changes}
+    found = input_preflight.faults_of(cache(inputs, **settings), tmp_path)
+    assert len(found) == len(faults)
+    for sentence, fault in zip(found, faults, strict=True):
+        assert sentence.startswith(fault.format(chat=models["chat"]["model"]))
+
+
+def test_a_model_that_cannot_be_loaded_is_named_by_its_setting(inputs: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "chat").mkdir()
+    models = {"base": inputs.pop("language_model"), "chat": {"model": str(tmp_path / "chat")}}
+    settings = {"language_models": models, "layers": ["base/transformer.h.0", "chat/transformer.h.2"]}
+    (fault,) = input_preflight.faults_of(cache(inputs, **settings), tmp_path)
+    assert fault == f"language_models.chat.model is {tmp_path / 'chat'}, a directory without a config.json"
+
+
 def test_the_disk_that_a_cache_needs_is_positions_times_layers_times_width_times_bytes(
     inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,8 +84,8 @@ def test_models_that_do_not_go_together_are_refused(inputs: Inputs, tmp_path: Pa
     models = LanguageModels({"base": base, "chat": more}, check_tokenizer=False)
     with pytest.raises(UserError, match=r"instruct/transformer\.h\.0 is a site of none of the models base, chat"):
         models.check_use(["base/transformer.h.0", "instruct/transformer.h.0"], 16)
-    with pytest.raises(UserError, match=re.escape("layers[0] is transformer.h.3, but")):
-        models.check_use(["base/transformer.h.3"], 16)
+    with pytest.raises(UserError, match=re.escape("layers[1] is chat/transformer.h.3, but")):
+        models.check_use(["base/transformer.h.0", "chat/transformer.h.3"], 16)
 
 
 @pytest.mark.parametrize(

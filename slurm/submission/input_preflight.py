@@ -176,6 +176,13 @@ def _model_faults(models: Models, config: Harvest | HeldOutText, tokens: Facts |
     if len(set(widths.values())) > 1:
         listed = ", ".join(f"{width:,} ({name})" for name, width in widths.items())
         faults.append(f"language_models have width {listed}, but sites of a crosscoder have one width; take models of one size")
+    sizes = {name: shape.vocab_size for name, shape in shapes.items() if shape.vocab_size is not None}
+    if len(set(sizes.values())) > 1 and all(model.check_tokenizer for model in models.values()):
+        listed = ", ".join(f"{size:,} ({name})" for name, size in sizes.items())
+        faults.append(
+            f"language_models have numbers of embeddings {listed}, but all read the same ids; take models of one vocabulary, or set "
+            "check_tokenizer of all to false if the ids mean the same"
+        )
     return faults
 
 
