@@ -100,6 +100,7 @@ def test_every_table_is_in_a_file_within_100_columns(pieces: Pieces, trained_run
         "Reconstruction",
         "Cross-entropy",
         "each position at one layer",
+        "At other L0s",
         "What drives the features",
     ):
         assert phrase in text
@@ -127,8 +128,8 @@ def test_the_terminal_shows_five_numbers_the_verdict_and_where_the_rest_is(piece
     assert lines[first + 2].split()[1] == f"{document['sparsity']['l0']:.2f}"
     assert lines[first + 5 : first + 6 + len(document["verdict"])] == ["", *document["verdict"]]
     paths = [line for line in lines if line.startswith(str(tmp_path))]
-    named = ["metrics.json", "nats.png", "tables.txt", "explained_variance.png", "feature_density.png", "features.safetensors"]
-    assert [Path(path).name for path in paths] == named
+    named = ["metrics.json", "nats.png", "tables.txt", "explained_variance.png", "l0_curves.png", "feature_density.png"]
+    assert [Path(path).name for path in paths] == [*named, "features.safetensors"]
     assert "Reconstruction" not in text, "the wide tables are in the file"
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluation_verdict import COSTS, EXPLAINED, RANKS, found
+from evaluation_verdict import COSTS, EXPLAINED, RANKS, SWEEP, found
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -100,6 +100,17 @@ def test_layers_that_never_vary_have_no_figure_of_explained_variance(drawn: list
     assert not drawn
     panels.draw_nats(tmp_path / "nats.png", found({"crosscoder": 0.0, "mean": 0.0, "zero": -0.1}, EXPLAINED), RANKS)
     assert len(drawn) == 1
+
+
+def test_curves_are_the_points_of_the_sweep_with_the_strongest_baseline_of_the_layer(drawn: list[Figure], tmp_path: Path) -> None:
+    panels.draw_sweep(tmp_path / "curves.png", found(COSTS, EXPLAINED), RANKS)
+    curve, own, baseline = drawn[0].axes[0].lines
+    assert curve.get_xydata().tolist() == [[point.l0, point.explained_variance["h.2"]] for point in SWEEP]
+    assert own.get_xydata().tolist() == [[30.0, 0.916]]
+    assert set(baseline.get_ydata()) == {0.939}
+    assert baseline.get_label() == "h.2: an affine map from h.3"
+    panels.draw_sweep(tmp_path / "none.png", found(COSTS, EXPLAINED, SWEEP[:1]), RANKS)
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:

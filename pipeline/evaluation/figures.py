@@ -35,6 +35,18 @@ class Panel(NamedTuple):
     """Whether the crosscoder costs more nats than a baseline; it is then drawn in another color, by whatever figure."""
 
 
+class Curve(NamedTuple):
+    """Explained variance of one layer at several L0s."""
+
+    layer: str
+    points: list[tuple[float, float]]
+    """L0 and explained variance, from the lowest L0 on."""
+    own: tuple[float, float] | None
+    """Of the crosscoder as it was trained."""
+    baseline: tuple[str, float] | None
+    """The strongest one by name, and what it explains."""
+
+
 class NormBars(NamedTuple):
     """How features write in two models."""
 
@@ -110,6 +122,27 @@ def stand_ins(path: Path, panels: Sequence[Panel], *, label: str, least: float, 
 
 def _short(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}"
+
+
+def l0_curves(path: Path, curves: Sequence[Curve]) -> None:
+    """Explained variance against L0, a line a layer, dashed where its strongest baseline lies; the dot is the crosscoder as trained."""
+    figure, axes = _new_figure(7.0, 4.2)
+    for number, curve in enumerate(curves):
+        color = f"C{number % 10}"
+        axes.plot(*zip(*curve.points, strict=True), color=color, linewidth=1.2, marker=".", markersize=4, label=curve.layer)
+        if curve.own is not None:
+            axes.plot(*curve.own, color=color, marker="o", markersize=7, linestyle="none")
+        if curve.baseline is not None:
+            name, share = curve.baseline
+            axes.axhline(share, color=color, linewidth=0.9, linestyle="--", label=f"{curve.layer}: {name}")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="both", which="both", labelsize=8)
+    axes.set_xlabel("L0, with the crosscoder's thresholds times one factor (dot: as it was trained)", fontsize=9)
+    axes.set_ylabel("explained variance", fontsize=9)
+    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=2)
+    _save(figure, path)
 
 
 def model_diffing(path: Path, pairs: Sequence[NormBars]) -> None:

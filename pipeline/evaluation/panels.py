@@ -1,9 +1,9 @@
-"""Figures of the verdict: of every layer, the crosscoder beside each baseline, by cost in nats and by explained variance."""
+"""Figures of the verdict: the crosscoder beside each baseline, by cost in nats, by explained variance, and that at other L0s."""
 
 from pathlib import Path
 
 from pipeline.evaluation import figures, verdict
-from pipeline.evaluation.figures import Bar, Panel
+from pipeline.evaluation.figures import Bar, Curve, Panel
 from pipeline.evaluation.measurements import Measurements
 from pipeline.evaluation.verdict import LayerVerdict
 
@@ -38,6 +38,19 @@ def draw_explained_variance(path: Path, found: Measurements, ranks: dict[str, in
     if panels:
         label = "explained variance (predicting the mean: 0)"
         figures.stand_ins(path, panels, label=label, least=figures.LOWEST_EXPLAINED_VARIANCE, greatest=1.0)
+
+
+def draw_sweep(path: Path, found: Measurements, ranks: dict[str, int]) -> None:
+    """What the crosscoder explains at other L0s, beside the strongest baseline of each layer; nothing where it has no thresholds."""
+    curves = []
+    for layer in found.layers:
+        known = [(point, share) for point in found.sweep if (share := point.explained_variance[layer]) is not None]
+        own = next(((point.l0, share) for point, share in known if point.threshold_factor == 1), None)
+        best = verdict.compare(found, layer, ranks)[1].best
+        curves.append(Curve(layer, [(point.l0, share) for point, share in known if point.l0 > 0], own, best))
+    curves = [curve for curve in curves if len(curve.points) > 1]
+    if curves:
+        figures.l0_curves(path, curves)
 
 
 def _bars(of: LayerVerdict, *, sign: int) -> list[Bar]:

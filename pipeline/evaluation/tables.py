@@ -51,6 +51,8 @@ _OUTLIER_COLUMNS = {
 def tables(found: Measurements, layers: list[str]) -> str:
     """Outliers, reconstruction, cross-entropy, and what drives the features, for all layers that the crosscoder reads."""
     parts = [_outliers(found.outliers), _reconstruction(found, found.layers), _cross_entropy(found, found.layers)]
+    if len(found.sweep) > 1:
+        parts.append(_sweep(found))
     if len(layers) > 1:
         parts.append(_driving(found.driving.results(), layers))
     parts += [_model_difference(pair) for pair in found.model_differences]
@@ -88,6 +90,17 @@ def _cross_entropy(found: Measurements, layers: list[str]) -> str:
     for layer in [*layers, *(headings if len(layers) > 1 else [])]:
         rows = {stand: row for stand, row in found.losses.items() if stand.layer == layer}
         _section(table, headings.get(layer, layer), rows, _LOSS_COLUMNS)
+    return _text(table)
+
+
+def _sweep(found: Measurements) -> str:
+    table = _table(
+        "At other L0s: the crosscoder with its thresholds times a factor",
+        ["factor", "L0", *(f"explained,\n{layer}" for layer in found.layers)],
+    )
+    for point in found.sweep:
+        shares = [number(point.explained_variance[layer]) for layer in found.layers]
+        table.add_row("as trained" if point.threshold_factor == 1 else "", number(point.threshold_factor), f"{point.l0:.2f}", *shares)
     return _text(table)
 
 

@@ -65,7 +65,7 @@ class ThresholdSweep:
 
 
 def threshold_factors(trained: TrainedCrosscoder, sample_NLD: Tensor) -> list[float]:
-    """1, and the factors that give `MULTIPLES` of the crosscoder's L0 on the sample, as far as there are positive values for that.
+    """1, and the factors that give `MULTIPLES` of the crosscoder's L0 on the sample; 0 in the place of those with too few positive values.
 
     1 alone where the activation function has no thresholds that a factor would move.
     """
@@ -76,11 +76,10 @@ def threshold_factors(trained: TrainedCrosscoder, sample_NLD: Tensor) -> list[fl
     ratios = (value_NF / threshold_F)[(value_NF > 0) & (threshold_F > 0)]
     num_firing = int((ratios > 1).sum())
     wanted = [round(multiple * num_firing) for multiple in MULTIPLES]
-    wanted = [count for count in wanted if 0 < count < len(ratios)]
-    if not wanted:
-        return [1.0]
-    highest = torch.topk(ratios, max(wanted) + 1).values
-    return [1.0, *dict.fromkeys(highest[count].item() for count in wanted)]
+    chosen = [count for count in wanted if 0 < count < len(ratios)]
+    highest = torch.topk(ratios, max(chosen, default=0) + 1).values if chosen else ratios
+    factors = [1.0, *(highest[count].item() for count in chosen)]
+    return list(dict.fromkeys(factors if max(wanted) < len(ratios) else [*factors, 0.0]))
 
 
 class Crossing(NamedTuple):

@@ -15,6 +15,7 @@
     nats.png                what the crosscoder costs the language model at each layer, beside every baseline
     explained_variance.png  of each layer, beside every baseline
     feature_density.png     how often features fire
+    l0_curves.png           explained variance at other L0s, where the crosscoder has thresholds to move
     model_diffing.png       where there are several models: which features write in which of two
 
 Nothing is kept of an evaluation that is interrupted: started again, it begins anew.
@@ -239,6 +240,8 @@ def write_files(directory: Path, document: dict[str, Any], evaluation: Evaluatio
     )
     panels.draw_nats(nats, found, ranks)
     panels.draw_explained_variance(explained, found, ranks)
+    curves = directory / "l0_curves.png"
+    panels.draw_sweep(curves, found, ranks)
     with records.atomic_file(text) as file:
         file.write(("\n".join(summary.all_lines(evaluation)) + "\n").encode())
     diffing = directory / "model_diffing.png"
@@ -247,7 +250,7 @@ def write_files(directory: Path, document: dict[str, Any], evaluation: Evaluatio
     with records.atomic_file(features) as file:
         file.write(safetensors.torch.save(feature_columns(evaluation)))
     records.write_json(directory / "metrics.json", document)
-    return [path for path in (directory / "metrics.json", nats, text, explained, diffing, density, features) if path.exists()]
+    return [path for path in (directory / "metrics.json", nats, text, explained, curves, diffing, density, features) if path.exists()]
 
 
 def feature_columns(evaluation: Evaluation) -> dict[str, Tensor]:
