@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from feature_pieces import write_store
 from typer.testing import CliRunner
 
 from pipeline import records
@@ -55,6 +56,22 @@ def test_a_row_breaks_down_where_half_of_its_texts_are_broken() -> None:
     assert found[2] == ["steered", "-8", "0.250", "1.500", "12", "%", "2", "of", "3", "BREAKS", "DOWN"]
 
 
+def test_what_is_known_of_the_edited_features_is_said(place: "Place") -> None:
+    run = place.written({"breakdown": SETTINGS["breakdown"], "steering": {"features": [1, 2]}}, ROWS, [sums("clean", None, 0)])
+    records.write_json(run.path / "inputs.json", {"crosscoder": {"path": str(place.train.path / "checkpoints/1")}})
+    words = ["generate", run.reference]
+    assert "feature 1" not in CliRunner().invoke(build_app(), words).output
+    store = place.make("features")
+    records.write_json(store.path / "inputs.json", {"crosscoder": {"path": str(place.train.path)}})
+    records.write_json(store.path / "result.json", {"status": "finished", "started": 0.0, "ended": 1.0, "result": {}})
+    write_store(store.path / "features")
+    output = CliRunner().invoke(build_app(), words).output
+    assert output.endswith(
+        "feature 1 fires on 50 % of positions, activation 1 on average and 2 at most; strongest on ·one\n"
+        "feature 2 fires on 0 % of positions, activation 1 on average and 2 at most; strongest on none\n"
+    )
+
+
 class Place:
     """A root of runs with a run of train."""
 
@@ -72,6 +89,17 @@ class Place:
         run = run_directory.create(self.runs, stage, "x")
         job = {"id": run.id, "stage": stage, "name": "x", "executor": "debug", "submitted": 0.0, "num_tasks": 1, "after": [], "jobs": []}
         run.write_job(job)
+        return run
+
+    def written(self, settings: dict[str, Any], rows: list[dict[str, Any]], summary: list[dict[str, Any]]) -> RunDirectory:
+        """A finished run of generate."""
+        run = self.make("generate")
+        records.write_json(run.path / "result.json", {"status": "finished", "started": 0.0, "ended": 1.0, "result": {}})
+        directory = run.path / "generations"
+        directory.mkdir()
+        (directory / "generations.jsonl").write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows))
+        shard = records.commit_shard(directory, "generations", "generations-shard/1", ["generations.jsonl"], {}, {})
+        records.write_manifest(directory, "generations/1", {"generations": shard}, {"summary": summary, "settings": settings})
         return run
 
     def set(self, activations: dict[str, Any], **values: Any) -> None:
@@ -128,21 +156,15 @@ def test_what_can_not_be_is_refused_before_anything_starts(words: tuple[str, ...
 
 
 def test_a_run_of_generate_is_shown_and_takes_no_settings(place: Place) -> None:
-    run = place.make("generate")
-
     def invoke(*words: str) -> Any:
         return CliRunner().invoke(build_app(), ["generate", "generate/x", *words])
 
+    place.make("generate")
     assert "it has no texts yet" in str(invoke().exception)
-    records.write_json(run.path / "result.json", {"status": "finished", "started": 0.0, "ended": 1.0, "result": {}})
-    directory = run.path / "generations"
-    directory.mkdir()
     # Letters that Python takes for line breaks, as a model may write them.
     rows = [row("clean", None, "a\u2028b\x0b\x85c")]
-    (directory / "generations.jsonl").write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows))
-    shard = records.commit_shard(directory, "generations", "generations-shard/1", ["generations.jsonl"], {}, {})
-    facts = {"summary": [sums("clean", None, 0)], "settings": SETTINGS}
-    records.write_manifest(directory, "generations/1", {"generations": shard}, facts)
-    assert "-- the model itself\n   cross-entropy 1.50\n" in invoke().output
-    assert json.loads(invoke("--json").output) == rows
-    assert "has its texts already" in str(invoke("--seed", "1").exception)
+    run = place.written(SETTINGS, rows, [sums("clean", None, 0)])
+    words = ["generate", str(run.path)]
+    assert "-- the model itself\n   cross-entropy 1.50\n" in CliRunner().invoke(build_app(), words).output
+    assert json.loads(CliRunner().invoke(build_app(), [*words, "--json"]).output) == rows
+    assert "has its texts already" in str(CliRunner().invoke(build_app(), [*words, "--seed", "1"]).exception)

@@ -13,6 +13,7 @@ from slurm.commands.run_commands import Executor
 
 if TYPE_CHECKING:
     from pipeline.config.site_file import Site
+    from slurm.record.run_directory import RunDirectory
     from slurm.record.run_reference import Named
 
 RunArgument = Annotated[
@@ -117,8 +118,6 @@ def _show_or_start(
 ) -> None:
     """Shows a run of generate; of a run of train, starts one with the settings that are `given` by dotted keys, and shows that."""
     from pipeline.config.site_file import load_site
-    from slurm.commands.command_line import print_json, print_lines, terminal_width
-    from slurm.watching.generation_view import Texts, text_lines
 
     site = load_site()
     settings = {key: value for key, value in given.items() if value is not None}
@@ -126,13 +125,27 @@ def _show_or_start(
     if named.run.stage == "generate":
         if settings or changes or executor is not Executor.debug:
             raise UserError(f"{named.reference} has its texts already, and they are shown: name a run of train for others")
-        texts = Texts.open(named.run)
-        print_json(texts.rows) if as_json else print_lines(text_lines(texts, terminal_width()))
+        _show(named.run, site, as_json=as_json)
         return
     config = _configuration(crosscoder, named, (start or {}), settings, changes, site)
     if (run := _start(config, executor, site, as_json=as_json)) is not None:
-        texts = Texts.open(run)
-        print_json(texts.rows) if as_json else print_lines(["", *text_lines(texts, terminal_width())])
+        _show(run, site, as_json=as_json)
+
+
+def _show(run: "RunDirectory", site: "Site", *, as_json: bool) -> None:
+    """The texts and, below the table, what the newest feature store of the crosscoder says of the features that were edited."""
+    from slurm.commands.command_line import print_json, print_lines, terminal_width
+    from slurm.watching import generation_view
+    from slurm.watching.feature_store import FeatureStore, crosscoder_directory, newest_of
+
+    texts = generation_view.Texts.open(run)
+    if as_json:
+        print_json(texts.rows)
+        return
+    trained = crosscoder_directory(run) if texts.features else None
+    made = None if trained is None else newest_of("features", trained, site.runs)
+    known = [] if made is None else generation_view.edited_features(texts.features, FeatureStore.open(made.path / "features"))
+    print_lines([*generation_view.text_lines(texts, terminal_width()), *known])
 
 
 def _crosscoder(reference: str, site: "Site") -> "tuple[Path, Named]":

@@ -13,7 +13,9 @@ from pipeline import records
 from pipeline.config.errors import UserError
 from slurm.record.printable import printable_line
 from slurm.record.run_directory import RunDirectory
-from slurm.record.text_table import GAP, Column, lay_out
+from slurm.record.text_table import GAP, Column, figure, lay_out
+from slurm.watching.feature_store import FeatureStore
+from slurm.watching.feature_view import token_text
 
 SET_FORMAT, SHARD_FORMAT = "generations/1", "generations-shard/1"
 LEAST_WIDTH, MOST_WIDTH = 36, 100
@@ -30,6 +32,12 @@ class Texts:
         self.rows = rows
         self.summary: list[Row] = manifest["summary"]
         self.settings: Row = manifest["settings"]
+
+    @property
+    def features(self) -> list[int]:
+        """Those that are edited."""
+        steering = self.settings.get("steering")
+        return [] if steering is None else list(steering["features"])
 
     @classmethod
     def open(cls, run: RunDirectory) -> "Texts":
@@ -53,6 +61,15 @@ def text_lines(texts: Texts, width: int | None) -> list[str]:
         rows = [row for row in texts.rows if row["prompt"] == number]
         lines += [f"prompt {number}", *_indented(rows[0]["prompt_text"]), *_side_by_side([_block(row) for row in rows], width), ""]
     return [*lines, *table(texts, width)]
+
+
+def edited_features(features: Sequence[int], store: FeatureStore) -> list[str]:
+    """A line for each edited feature: how strongly it fires on held-out text, and on what."""
+    return [
+        f"feature {row['feature']} fires on {100 * row['density']:.3g} % of positions, activation {figure(row['mean_activation'])} on "
+        f"average and {figure(row['max_activation'])} at most; strongest on {'  '.join(map(token_text, row['top_tokens'][:6])) or 'none'}"
+        for row in store.features(features)
+    ]
 
 
 def table(texts: Texts, width: int | None) -> list[str]:
