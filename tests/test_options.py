@@ -282,6 +282,7 @@ TABLE = {
     ),
     "compare": Command({"RUN": Option("{failed}/tasks/0 {failed}/tasks/1"), "--json": AS_JSON}, {"RUN": "{failed} {finished}"}),
     "verify": Command({"PATH": Option("data/made"), "--json": AS_JSON}, {"PATH": "data/made"}),
+    "clean": Command({"--dry-run": DRY_RUN, "--json": AS_JSON}),
     "results": Command({"RUN": Option("{failed}"), "--json": AS_JSON}, {"RUN": "{failed}"}, {ANY: "is not a sweep"}),
     "jobs": Command(
         {

@@ -1,4 +1,4 @@
-"""`crosscoder show`, `logs`, `compare` and `verify`: read what runs and data sets recorded."""
+"""`crosscoder show`, `logs`, `compare`, `verify` and `clean`: read what runs and data sets recorded."""
 
 import sys
 import time
@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
     app.command("logs")(logs)
     app.command("compare")(compare)
     app.command("verify")(verify)
+    app.command("clean")(clean)
     app.command("config")(config)
 
 
@@ -129,6 +130,32 @@ def verify(path: Annotated[str, typer.Argument(metavar="PATH", help="A data set,
         print("\n".join(damages) or f"{'whole' if is_all else 'no damage found'}: {', '.join(checked)}")
     if damages:
         raise SystemExit(1)
+
+
+def clean(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete what no run needs any more: frozen code of runs that were deleted, and hashes of models' files that are gone."""
+    from pipeline.run import byte_size
+    from slurm.commands.command_line import print_json
+    from slurm.record.activity import one_submission_at_a_time
+    from slurm.record.text_table import number_of
+    from slurm.submission import cleaning
+
+    runs = load_site().runs
+    with one_submission_at_a_time(runs):
+        found = cleaning.leftovers(runs)
+        own = [leftover for leftover in found if leftover.is_own]
+        if not dry_run:
+            cleaning.delete(own)
+    if as_json:
+        print_json([{"path": str(leftover.path), "bytes": leftover.num_bytes} for leftover in own])
+        return
+    size = byte_size(sum(leftover.num_bytes for leftover in own))
+    print(f"{'would delete' if dry_run else 'deleted'} {number_of(len(own), 'file')} that no run under {runs} needs, {size}")
+    if others := len(found) - len(own):
+        print(f"{number_of(others, 'more is', 'more are')} of other users, who can clean up what is theirs")
 
 
 def config(
