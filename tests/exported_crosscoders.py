@@ -42,10 +42,14 @@ def activations(num_positions: int = 300) -> Tensor:
 
 
 def write_run(
-    directory: Path, kind: str, change: Callable[[Crosscoder], object] = lambda crosscoder: None, *, layers: list[str] = LAYERS
+    directory: Path,
+    kind: str | dict[str, Any],
+    change: Callable[[Crosscoder], object] = lambda crosscoder: None,
+    *,
+    layers: list[str] = LAYERS,
 ) -> Path:
     """A run directory with one checkpoint of a crosscoder of that kind, every weight drawn, then changed; gives the run directory."""
-    config = build(CrosscoderConfig, {"num_features": NUM_FEATURES, **KINDS[kind]}, "test")
+    config = build(CrosscoderConfig, {"num_features": NUM_FEATURES, **(KINDS[kind] if isinstance(kind, str) else kind)}, "test")
     crosscoder = Crosscoder(config, layers=layers, d_model=6, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.crosscoder import BatchTopk, Gated, JumpRelu, Relu, Topk
+from pipeline.config.crosscoder import BatchTopk, FixedThreshold, Gated, JumpRelu, Relu, Topk
 from pipeline.config.schema import Config
 from pipeline.crosscoder import straight_through
 from pipeline.crosscoder.activation_functions import ActivationFunction, Fired, make_activation_function
@@ -14,6 +14,7 @@ from pipeline.crosscoder.running_mean import update_running_mean
 from pipeline.crosscoder.schedules import StepValues
 
 KINDS: list[Config] = [Relu(), Relu(negative_gradient=0.3), Topk(k=2), BatchTopk(k=2), JumpRelu(initial_threshold=0.4), Gated()]
+KINDS.append(FixedThreshold(threshold=0.4))
 
 
 def fire(settings: Config, pre_BF: Tensor, norms_F: Tensor, *, b_enc_F: Tensor | None = None, bandwidth: float = 1.0) -> Fired:

@@ -1,4 +1,4 @@
-"""`crosscoder export`: which run is meant, what is printed, and that torch is loaded in a process of its own."""
+"""`crosscoder export` and `import`: which run is meant, what is printed, and that torch is loaded in a process of its own."""
 
 import subprocess
 import sys
@@ -9,12 +9,18 @@ import typer.testing
 from exported_crosscoders import write_run
 
 from pipeline import records
+from pipeline.config.activation_source import StreamedActivations
 from pipeline.config.errors import UserError
+from pipeline.config.import_crosscoder import ImportConfig
+from pipeline.config.stage import StageConfig
 from pipeline.exchange.export_crosscoder import LAYOUTS
+from pipeline.stages.import_crosscoder import READERS
+from pipeline.tokens import write_token_set
 from slurm.commands.command_line import build_app
-from slurm.commands.exchange_commands import Layout
+from slurm.commands.exchange_commands import Layout, Origin
 from slurm.record import run_directory
 from slurm.record.run_directory import RunDirectory
+from slurm.submission.freezing import Freezer
 
 
 def make(runs: Path, stage: str, **job: object) -> RunDirectory:
@@ -26,10 +32,14 @@ def make(runs: Path, stage: str, **job: object) -> RunDirectory:
 
 
 def exported(runs: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> typer.testing.Result:
+    return called(runs, monkeypatch, "export", *words)
+
+
+def called(runs: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> typer.testing.Result:
     site = runs.parent / "site.yaml"
     site.write_text(f"runs: {runs}\n")
     monkeypatch.setenv("CROSSCODER_SITE", str(site))
-    return typer.testing.CliRunner().invoke(build_app(), ["export", *words])
+    return typer.testing.CliRunner().invoke(build_app(), list(words))
 
 
 def test_a_run_or_a_checkpoint_is_exported_with_the_results_of_its_newest_evaluation(
@@ -66,8 +76,36 @@ def test_what_can_t_be_exported_is_said_in_a_sentence(tmp_path: Path, monkeypatc
     assert "is a run of evaluate, which leaves no crosscoder; name a run of train" in str(found)
 
 
+def test_an_import_is_a_run_whose_settings_the_options_and_changes_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[tuple[str, StageConfig]] = []
+    monkeypatch.setattr(Freezer, "plan", lambda self, parsed, **options: planned.extend(parsed) or [])
+    tokens = write_token_set(tmp_path / "tokens", {"a-000": [[1, 2]]}, vocab_size=300, end_of_text_id=0, tokenizer_hash="")
+    (tmp_path / "files").mkdir()
+    words = [
+        str(tmp_path / "files"),
+        "--from",
+        "ckkissane",
+        "--name",
+        "diff",
+        "--language-model",
+        "demo",
+        "--tokens",
+        str(tokens.directory),
+    ]
+    words += ["--layer", "transformer.h.1", "--layer", "transformer.h.2", "activation_scale=[0.5, 2.0]", "activations.context_tokens=128"]
+    result = called(tmp_path / "runs", monkeypatch, "import", *words)
+    assert result.exception is None
+    ((_, config),) = planned
+    assert isinstance(config, ImportConfig)
+    assert isinstance(config.activations, StreamedActivations)
+    assert (config.name, config.layout, config.path) == ("diff", "ckkissane", tmp_path / "files")
+    assert config.activations.layers == ["transformer.h.1", "transformer.h.2"]
+    assert (config.activation_scale, config.activations.context_tokens) == ([0.5, 2.0], 128)
+
+
 def test_the_command_offers_every_layout() -> None:
     assert sorted(Layout) == sorted(LAYOUTS)
+    assert sorted(Origin) == sorted(READERS)
 
 
 def test_the_command_loads_no_torch() -> None:

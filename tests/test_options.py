@@ -314,6 +314,40 @@ TABLE = {
         },
         {"RUN": "train/kept"},
     ),
+    "export": Command(
+        {
+            "RUN": Option("{finished}"),
+            "DIR": Option("out"),
+            "--to": Option("--to safetensors"),
+            "--license": Option("--license mit"),
+        },
+        {"RUN": "{finished}", "DIR": "out", "--to": "--to safetensors"},
+        {ANY: "is a run of toy, which leaves no crosscoder"},
+    ),
+    "import": Command(
+        {
+            "PATH": Option("nowhere"),
+            "KEY=VALUE": Option("seed=3"),
+            "--from": Option("--from ckkissane"),
+            "--name": Option("--name taken"),
+            "--language-model": Option("--language-model demo"),
+            "--layer": Option("--layer transformer.h.2"),
+            "--tokens": Option("--tokens data/tokens"),
+        },
+        {
+            "PATH": "nowhere",
+            "--from": "--from sae_lens",
+            "--language-model": "--language-model demo",
+            "--layer": "--layer transformer.h.1",
+            "--tokens": "--tokens data/tokens",
+        },
+        {ANY: "nowhere, but nothing is there; name the directory of the files"},
+    ),
+    "report": Command(
+        {"RUN": Option("{finished}"), "--output": Option("--output page.html"), "--inside": Option("--inside 3")},
+        {"RUN": "{finished}"},
+        {ANY: "trains no crosscoder"},
+    ),
     "config": Command(
         {
             "STAGE": Option("count", lambda o: "optimizer" not in o.printed),

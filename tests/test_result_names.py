@@ -12,6 +12,7 @@ from tiny_models import tiny_gpt2
 from pipeline import demo
 from pipeline.config import load
 from pipeline.config.site_file import Site
+from pipeline.exchange.export_crosscoder import export
 from pipeline.run import Run
 from pipeline.stages import (
     build_features,
@@ -19,6 +20,7 @@ from pipeline.stages import (
     count_tokens,
     evaluate_crosscoder,
     generate_text,
+    import_crosscoder,
     tokenize_text,
     train_crosscoder,
 )
@@ -32,6 +34,7 @@ PROGRAMS = {
     "evaluate": evaluate_crosscoder,
     "features": build_features,
     "generate": generate_text,
+    "import": import_crosscoder,
 }
 ONLY_ON_A_GPU = {"peak_memory_gib"}
 ONLY_OF_SEVERAL_MODELS = {"clean_cross_entropy_by_model.*", "cross_entropy_difference_by_model.*", "model_diffing.*"}
@@ -75,9 +78,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
             "sampling": {"max_new_tokens": 2},
             "steering": {"features": [1], "strengths": [1.0, 2.0]},
         },
+        "import": {
+            "path": str(root / "exported"),
+            "layout": "safetensors",
+            "activations": {"kind": "disk", "path": str(root / "activations")},
+        },
     }
     names = {}
     for stage, program in PROGRAMS.items():
+        if stage == "import":
+            export(root / "train", root / "exported", to="safetensors")
         config = load.from_values({"stage": stage, "name": "x", **values[stage]}, where=stage, site=Site())
         found = flatten(program.run(config, Run(root / stage, stage=stage)))  # type: ignore[attr-defined]
         names[stage] = {name for name, value in found.items() if not isinstance(value, list)}

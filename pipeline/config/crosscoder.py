@@ -67,7 +67,15 @@ class Gated(Config):
     kind: Literal["gated"] = "gated"
 
 
-ActivationFunctionConfig = Annotated[Relu | Topk | BatchTopk | JumpRelu | Gated, Field(discriminator="kind")]
+class FixedThreshold(Config):
+    """A feature fires above a threshold that stays as it is: that of an imported crosscoder, whose features have one each."""
+
+    kind: Literal["fixed_threshold"] = "fixed_threshold"
+    threshold: NonNegative = 0.0
+    """Every feature's before weights are loaded, in units of the pre-activation."""
+
+
+ActivationFunctionConfig = Annotated[Relu | Topk | BatchTopk | JumpRelu | Gated | FixedThreshold, Field(discriminator="kind")]
 
 
 class Initialization(Config):

@@ -35,6 +35,7 @@ STAGES = {
     "cache": Stage("pipeline.config.cache_activations:CacheConfig", "pipeline.stages.cache_activations"),
     "train": Stage("pipeline.config.train_crosscoder:TrainConfig", "pipeline.stages.train_crosscoder"),
     "evaluate": Stage("pipeline.config.evaluate_crosscoder:EvaluateConfig", "pipeline.stages.evaluate_crosscoder"),
+    "import": Stage("pipeline.config.import_crosscoder:ImportConfig", "pipeline.stages.import_crosscoder"),
     "features": Stage("pipeline.config.build_features:FeaturesConfig", "pipeline.stages.build_features"),
     "generate": Stage("pipeline.config.generate_text:GenerateConfig", "pipeline.stages.generate_text"),
 }

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.crosscoder import BatchTopk, Gated, JumpRelu, Relu, Topk
+from pipeline.config.crosscoder import BatchTopk, FixedThreshold, Gated, JumpRelu, Relu, Topk
 from pipeline.config.schema import Config
 from pipeline.crosscoder import straight_through
 from pipeline.crosscoder.running_mean import update_running_mean
@@ -187,6 +187,21 @@ class GatedFunction(ActivationFunction):
         return InferenceForm(gain_F, shift_F, torch.relu(shift_F))
 
 
+class FixedThresholdFunction(ActivationFunction):
+    threshold_F: Tensor
+
+    def __init__(self, settings: FixedThreshold, num_features: int) -> None:
+        super().__init__()
+        self.register_buffer("threshold_F", torch.full((num_features,), settings.threshold))
+
+    def fire(self, pre_BF: Tensor, norms_F: Tensor, b_enc_F: Tensor, values: StepValues, smallest_rank: Tensor | None) -> Fired:
+        features_BF = torch.relu(pre_BF) * (pre_BF > self.threshold_F)
+        return Fired(features_BF, features_BF)
+
+    def inference_form(self, norms_F: Tensor, b_enc_F: Tensor) -> InferenceForm:
+        return _plain(self.threshold_F)
+
+
 def _plain(threshold_F: Tensor) -> InferenceForm:
     return InferenceForm(torch.ones_like(threshold_F), torch.zeros_like(threshold_F), threshold_F)
 
@@ -203,6 +218,7 @@ ACTIVATION_FUNCTIONS: dict[type[Config], Any] = {
     BatchTopk: BatchTopkFunction,
     JumpRelu: JumpReluFunction,
     Gated: GatedFunction,
+    FixedThreshold: FixedThresholdFunction,
 }
 """By the type of its settings, a class that is made from the settings and the number of features."""
 

@@ -1,5 +1,6 @@
 """What a person reads of an evaluation: five numbers and the verdict first, in `tables.txt` all the rest."""
 
+from pipeline.crosscoder.checkpoint import TrainedCrosscoder
 from pipeline.crosscoder.metrics import DENSE_FRACTION
 from pipeline.evaluation import tables, verdict
 from pipeline.evaluation.fitting import FEW_POSITIONS_A_DIMENSION
@@ -22,15 +23,18 @@ def all_lines(evaluation: Evaluation) -> list[str]:
 
 def _five_numbers(evaluation: Evaluation) -> list[str]:
     trained, found, numbers, show = evaluation.trained, evaluation.found, headline(evaluation), verdict.number
-    size = f"{len(trained.layers)} layers, {trained.num_features:,} features, {trained.tokens_trained:,} training tokens"
+    size = _size(trained)
     cost = f"{show(numbers['cross_entropy_difference'])} nats more than the model's own {show(found.clean_cross_entropy)}"
     share = show(numbers["explained_variance"])
     rows = {
         "cost": cost + _beside(numbers["cross_entropy_difference_of_baseline"]),
         "explained variance": share + _beside(numbers["explained_variance_of_baseline"]),
         "L0": f"{numbers['l0']:.2f} of {trained.num_features:,} features fire at a position",
-        "dead": f"{100 * numbers['dead_fraction']:.1f} % of the features, in the last {trained.dead_window_tokens:,} training tokens",
     }
+    if trained.tokens_trained:
+        rows["dead"] = f"{100 * numbers['dead_fraction']:.1f} % of the features, in the last {trained.dead_window_tokens:,} training tokens"
+    else:
+        rows["dead"] = f"{100 * numbers['dead_eval_fraction']:.1f} % of the features, on this text"
     if numbers["functional_coherence"] is None:
         rows["dense"] = (
             f"{100 * numbers['dense_fraction']:.1f} % of the features fire on over {100 * DENSE_FRACTION:.0f} % of the positions"
@@ -40,6 +44,12 @@ def _five_numbers(evaluation: Evaluation) -> list[str]:
     width = max(map(len, rows))
     heading = [f"crosscoder {trained.identity[:12]}: {size}", f"on held-out text, {found.num_positions:,} positions:"]
     return [*heading, *(line for name, row in rows.items() for line in wrapped(f"  {name:{width}}  {row}"))]
+
+
+def _size(trained: TrainedCrosscoder) -> str:
+    """An imported crosscoder counts as trained on no tokens: nothing is known of its training."""
+    trained_on = f"{trained.tokens_trained:,} training tokens" if trained.tokens_trained else "trained elsewhere"
+    return f"{len(trained.layers)} layers, {trained.num_features:,} features, {trained_on}"
 
 
 def _beside(value: float | None) -> str:
@@ -52,17 +62,18 @@ def _in_words(evaluation: Evaluation) -> list[str]:
     show = verdict.number
     as_trained = "" if found.l0_as_trained is None else f" with the inference threshold, {found.l0_as_trained:.2f} as trained"
     dead, dead_eval, dense = (_share(firing[key], trained.num_features) for key in ("dead", "dead_eval", "dense"))
-    size = f"{len(trained.layers)} layers, {trained.num_features:,} features, {trained.tokens_trained:,} training tokens"
+    size = _size(trained)
     measured = f"{len(held_out.indices):,} contexts, {found.num_positions:,} positions, {found.num_predictions:,} predictions"
     explained, with_outliers = (show(numbers[key]) for key in ("explained_variance", "explained_variance_with_outliers"))
     clean, more = show(found.clean_cross_entropy), show(numbers["cross_entropy_difference"])
+    in_training = f"{dead} in the last {trained.dead_window_tokens:,} training tokens, " if trained.tokens_trained else ""
     lines = [
         f"crosscoder {trained.identity[:12]}: {size}",
         f"held-out: {measured}, {_outliers(found)}",
         f"explained variance {explained}, with outliers {with_outliers}",
         f"cross-entropy {clean} nats clean, {more} more with a layer replaced (mean over layers, each alone)",
         f"L0 {firing['l0']:.2f}{as_trained}",
-        f"dead: {dead} in the last {trained.dead_window_tokens:,} training tokens, {dead_eval} on the held-out text",
+        f"dead: {in_training}{dead_eval} on the held-out text",
         f"dense: {dense} fire on over {100 * DENSE_FRACTION:.0f} % of the positions",
     ]
     if numbers["functional_coherence"] is not None:

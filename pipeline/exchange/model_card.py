@@ -57,10 +57,11 @@ def _front_matter(card: Card) -> str:
 def _what(trained: TrainedCrosscoder, card: Card) -> str:
     of = f" of {' and '.join(card.language_models)}" if card.language_models else ""
     layers = ", ".join(f"`{layer}`" for layer in trained.layers)
+    trained_on = f"It was trained on {trained.tokens_trained:,} positions. " if trained.tokens_trained else "It was trained elsewhere. "
     return (
         f"# A crosscoder of {trained.num_features:,} features\n\n"
         f'A sparse dictionary that reads and writes {layers}{of} (width {trained.d_model:,}; Lindsey et al. 2024, "Sparse Crosscoders"). '
-        f"It was trained on {trained.tokens_trained:,} positions. Normalization and thresholds are multiplied into the weights: it takes "
+        f"{trained_on}Normalization and thresholds are multiplied into the weights: it takes "
         "and gives activations as the language model has them."
     )
 

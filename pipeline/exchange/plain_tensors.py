@@ -4,13 +4,15 @@
                              dense_read [L D, R] and dense_write [R, L D]; all float32
 
 L layers, D model width, F features, R rank of the dense path. On activations as the language model has them (see
-`pipeline.crosscoder.folding`): every kind of crosscoder has this form.
+`pipeline.crosscoder.folding`): every kind of crosscoder has this form. The public replication of model diffing
+(github.com/ckkissane/crosscoder-model-diff-replication) has the same without thresholds, in `cc_weights.pt`.
 """
 
 from pathlib import Path
 
 from pipeline.exchange.exported import Exported
-from pipeline.exchange.tensor_file import write_tensors
+from pipeline.exchange.imported import Imported, folded_of
+from pipeline.exchange.tensor_file import check_all_taken, read_tensors, take, weights_in, write_tensors
 
 FILE = "crosscoder.safetensors"
 
@@ -24,6 +26,27 @@ def write(directory: Path, exported: Exported) -> list[str]:
         tensors |= {"dense_read": folded.dense_read_CR, "dense_write": folded.dense_write_RC}
     write_tensors(directory / FILE, tensors)
     return []
+
+
+def read(path: Path, num_layers: int) -> Imported:
+    """The crosscoder at `path`, of either kind. Raises `UserError` for what is not of the layout."""
+    file = weights_in(path, [FILE, "cc_weights.pt"])
+    tensors = read_tensors(file)
+    W_enc_LDF = take(tensors, file, "W_enc", (num_layers, None, None))
+    _, d_model, num_features = W_enc_LDF.shape
+    folded = folded_of(
+        W_enc_LDF,
+        take(tensors, file, "b_enc", (num_features,)),
+        take(tensors, file, "W_dec", (num_features, num_layers, d_model)),
+        take(tensors, file, "b_dec", (num_layers, d_model)),
+        threshold_F=take(tensors, file, "threshold", (num_features,)) if "threshold" in tensors else None,
+    )
+    if "dense_read" in tensors:
+        read_CR = take(tensors, file, "dense_read", (num_layers * d_model, None))
+        write_RC = take(tensors, file, "dense_write", (read_CR.shape[1], num_layers * d_model))
+        folded = folded._replace(dense_read_CR=read_CR, dense_write_RC=write_RC)
+    check_all_taken(tensors, file)
+    return Imported(folded, file)
 
 
 def loading(exported: Exported) -> str:

@@ -12,10 +12,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline import records
+from pipeline.config.errors import UserError
 from pipeline.config.sites import ATTENTION_OUTPUT, MLP_OUTPUT, RESIDUAL, SiteName
 from pipeline.exchange.exported import Exported
-from pipeline.exchange.tensor_file import write_tensors
+from pipeline.exchange.imported import Imported, folded_of
+from pipeline.exchange.tensor_file import check_all_taken, read_tensors, take, weights_in, write_tensors
 
 FOLDER = "crosscoder"
 """SAELens loads from the hub by repository and folder."""
@@ -50,6 +54,44 @@ def write(directory: Path, exported: Exported) -> list[str]:
         "It hooks into no single place of a model: collect the layers' activations, then encode. A feature is one number for all layers."
     )
     return [f"To SAELens this is one autoencoder of vectors of length {width:,}: {vector}. {advice}"]
+
+
+def read(path: Path, num_layers: int) -> Imported:
+    """The autoencoder at `path`, as a crosscoder of `num_layers` layers side by side. Raises `UserError` for what it can't be."""
+    directory = path / FOLDER if (path / FOLDER).is_dir() else path
+    file = weights_in(directory, ["sae_weights.safetensors"])
+    config, tensors = records.read_json(file.with_name("cfg.json")), read_tensors(file)
+    kind = config.get("architecture", "standard")
+    faults = {
+        f"architecture {kind}": kind not in ("standard", "jumprelu", "skip_transcoder", "jumprelu_skip_transcoder"),
+        f"normalize_activations {config.get('normalize_activations')}": config.get("normalize_activations", "none") not in ("none", False),
+        f"activation_fn {config.get('activation_fn')}": config.get("activation_fn", "relu") != "relu",
+        f"reshape_activations {config.get('reshape_activations')}": config.get("reshape_activations", "none") != "none",
+    }
+    if found := [fault for fault, is_there in faults.items() if is_there]:
+        raise UserError(
+            f"{file.with_name('cfg.json')} has {found[0]}, which no crosscoder here computes; taken are standard and jumprelu autoencoders "
+            "and skip transcoders without normalization"
+        )
+    W_enc_CF = take(tensors, file, "W_enc", (None, None))
+    width, num_features = W_enc_CF.shape
+    if width % num_layers:
+        raise UserError(f"{file}: vectors have length {width}, which is not that of {num_layers} layers side by side; name other layers")
+    b_enc_F, b_dec_C = take(tensors, file, "b_enc", (num_features,)), take(tensors, file, "b_dec", (width,))
+    if config.get("apply_b_dec_to_input", "d_out" not in config):
+        b_enc_F = (b_enc_F.double() - b_dec_C.double() @ W_enc_CF.double()).float()
+    folded = folded_of(
+        W_enc_CF.view(num_layers, -1, num_features),
+        b_enc_F,
+        take(tensors, file, "W_dec", (num_features, width)).view(num_features, num_layers, -1),
+        b_dec_C.view(num_layers, -1),
+        threshold_F=take(tensors, file, "threshold", (num_features,)) if "jumprelu" in kind else None,
+    )
+    if "skip" in kind:
+        skip_CC = take(tensors, file, "W_skip", (width, width))
+        folded = folded._replace(dense_read_CR=skip_CC.T.contiguous(), dense_write_RC=torch.eye(width))
+    check_all_taken(tensors, file)
+    return Imported(folded, file)
 
 
 def architecture(exported: Exported) -> str:

@@ -1,8 +1,8 @@
-"""`crosscoder export`: a trained crosscoder in the files of other libraries."""
+"""`crosscoder export` and `import`: trained crosscoders in the files of other libraries."""
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,9 +18,19 @@ class Layout(StrEnum):
     safetensors = "safetensors"
 
 
+class Origin(StrEnum):
+    """Whose files are read."""
+
+    sae_lens = "sae_lens"
+    dictionary_learning = "dictionary_learning"
+    ckkissane = "ckkissane"
+    safetensors = "safetensors"
+
+
 def register(app: typer.Typer) -> None:
     """Adds this module's commands."""
     app.command("export")(export)
+    app.command("import")(import_)
 
 
 def export(
@@ -43,7 +53,7 @@ def export(
     trained = Path(reference).expanduser().absolute()
     if not (trained / "crosscoder.json").exists():
         named = find(reference, runs)
-        if named.run.stage not in ("train", "sweep"):
+        if named.run.stage not in ("train", "sweep", "import"):
             raise UserError(f"{named.reference} is a run of {named.run.stage}, which leaves no crosscoder; name a run of train")
         if len(named.tasks) > 1:
             raise UserError(f"{named.reference} has tasks 0 to {len(named.tasks) - 1}; name one: {named.reference}/tasks/0")
@@ -57,3 +67,37 @@ def export(
     if done.returncode:
         print(done.stderr, end="", file=sys.stderr)
         raise SystemExit(done.returncode)
+
+
+def import_(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The directory of the files, or the file of weights.")],
+    layout: Annotated[Origin, typer.Option("--from", help="Whose files they are.")],
+    changes: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Further settings: `crosscoder config import` lists them.")
+    ] = None,
+    name: Annotated[str, typer.Option("--name", help="Of the run: `import/NAME` stands for the crosscoder.")] = "imported",
+    language_model: Annotated[
+        str | None, typer.Option("--language-model", metavar="MODEL", help="Whose activations it reads: a directory, or a name on the hub.")
+    ] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option("--layer", help="A layer that it reads; as often as there are, in the crosscoder's order.")
+    ] = None,
+    tokens: Annotated[Path | None, typer.Option("--tokens", metavar="DIR", help="The token set on which it is tried.")] = None,
+) -> None:
+    """Take a crosscoder from another library's files into a run that evaluate and features read: crosscoder=import/NAME."""
+    from pipeline.config import load
+    from pipeline.config.site_file import load_site
+    from slurm.submission import input_preflight
+    from slurm.submission.foreground import run_here
+    from slurm.submission.freezing import Freezer
+
+    site, where = load_site(), "crosscoder import"
+    streamed = {"language_model": language_model and {"model": language_model}, "layers": layers, "tokens": tokens and str(tokens)}
+    activations = {key: value for key, value in streamed.items() if value}
+    values: dict[str, Any] = {"stage": "import", "name": name, "path": str(path.expanduser()), "layout": layout.value}
+    values |= {"activations": {"kind": "stream", **activations}} if activations else {}
+    for change in changes or []:
+        load.set_value(values, change, where=where)
+    config = load.from_values(values, where=where, site=site)
+    input_preflight.check([(where, config)], site.runs)
+    run_here(Freezer(site, executor="run").plan([(where, config)], again=True))

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 from pipeline import records
 from pipeline.config import token_limit
-from pipeline.config.activation_source import DiskActivations, Harvest
+from pipeline.config.activation_source import DiskActivations, Harvest, StreamedActivations
 from pipeline.config.beginning_of_text import is_wanted
 from pipeline.config.cache_activations import CacheConfig
 from pipeline.config.count_tokens import CountConfig
 from pipeline.config.errors import UserError
 from pipeline.config.generate_text import GenerateConfig
 from pipeline.config.held_out_text import HeldOutText
+from pipeline.config.import_crosscoder import ImportConfig
 from pipeline.config.language_model import CONTEXT_FIELDS, LanguageModelConfig
 from pipeline.config.language_models import field_of
 from pipeline.config.sites import SiteName
@@ -82,7 +83,7 @@ def notices(parsed: Sequence[tuple[str, StageConfig]], pending: Sequence[Path] =
 
 
 def _limit_notices(config: StageConfig, pending: Sequence[Path]) -> list[str]:
-    reading = config.activations if isinstance(config, TrainConfig) else config
+    reading = config.activations if isinstance(config, TrainConfig | ImportConfig) else config
     if not isinstance(reading, Harvest | HeldOutText) or (tokens := _manifest(reading.tokens, pending, "token-set")) is None:
         return []
     if isinstance(reading, HeldOutText):
@@ -94,7 +95,7 @@ def _limit_notices(config: StageConfig, pending: Sequence[Path]) -> list[str]:
 
 def _sets_read(config: StageConfig) -> dict[str, Path]:
     """The data sets among the inputs, by the field as it is written in YAML."""
-    read = config.inputs() if isinstance(config, CacheConfig | CountConfig | HeldOutText | TrainConfig) else {}
+    read = config.inputs() if isinstance(config, CacheConfig | CountConfig | HeldOutText | ImportConfig | TrainConfig) else {}
     runs = ("crosscoder", "compare_with")
     return {config.field_of_input(name): path for name, path in read.items() if not name.startswith(runs)}
 
@@ -111,6 +112,9 @@ def _stage_faults(config: StageConfig, runs: Path, pending: Sequence[Path]) -> l
         return _held_out_faults(config, pending)
     if isinstance(config, GenerateConfig):
         return _generate_faults(config, pending)
+    if isinstance(config, ImportConfig):
+        absent = [] if config.path.exists() else [f"path is {config.path}, but nothing is there; name the directory of the files"]
+        return absent + _source_faults(config.activations, pending)[0]
     return []
 
 
@@ -319,16 +323,18 @@ def _item_bytes(dtype: str) -> int:
     return 4 if dtype.endswith("32") else 2
 
 
-def _train_faults(config: TrainConfig, runs: Path, pending: Sequence[Path]) -> list[str]:
-    source = config.activations
+def _source_faults(source: DiskActivations | StreamedActivations, pending: Sequence[Path]) -> tuple[list[str], tuple[int, int] | None]:
+    """What is wrong with activations, and how many layers they are of and of which width, as far as that is known."""
     if isinstance(source, DiskActivations):
         facts = _manifest(source.path, pending, "activation-set")
-        faults: list[str] = []
-        size = (len(facts["layers"]), int(facts["d_model"])) if facts is not None else None
-    else:
-        d_model = _d_model(source.models)
-        faults = [f"activations.{fault}" for fault in _harvest_faults(source, _manifest(source.tokens, pending, "token-set"))]
-        size = (len(source.layers), d_model) if d_model is not None else None
+        return [], (len(facts["layers"]), int(facts["d_model"])) if facts is not None else None
+    d_model = _d_model(source.models)
+    faults = [f"activations.{fault}" for fault in _harvest_faults(source, _manifest(source.tokens, pending, "token-set"))]
+    return faults, (len(source.layers), d_model) if d_model is not None else None
+
+
+def _train_faults(config: TrainConfig, runs: Path, pending: Sequence[Path]) -> list[str]:
+    faults, size = _source_faults(config.activations, pending)
     if size is None:
         return faults
     layers, d_model = size
