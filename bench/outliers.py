@@ -1,8 +1,9 @@
 """What `outlier_norm_ratio` leaves out of a model's activations on real text, for several ratios.
 
     python -m bench.outliers --config configs/demo/cache.yaml --json bench/results/outliers-demo.json
-    python -m bench.outliers --config configs/demo/cache.yaml --json bench/results/outliers-smollm2.json tokens=/tmp/smollm2/train \
-        language_model.model=/tmp/smollm2/model layers='[model.layers.14, model.layers.15]' context_tokens=1024
+    python -m bench.outliers --config configs/demo/cache.yaml --positions 98304 --json bench/results/outliers-smollm2-256.json \
+        tokens=tokens/train language_model.model=smollm2 language_model.dtype=float32 \
+        layers='[model.layers.14, model.layers.15]' context_tokens=256 model_batch_contexts=16 max_tokens=null
 
 Run in the repository's root. The configuration is one of the cache stage, with changes behind it; its leading contexts are read, of
 `--positions` positions in all, position 0 left out. The limits are those that the stage would fix, from the same contexts.
@@ -14,6 +15,7 @@ import argparse
 import datetime
 import json
 import platform
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,12 @@ def main() -> None:
         shares = ", ".join(f"{100 * share:.3g} %" for share in each["by_layer"]["share_of_squared_norm"])
         print(f"ratio {each['ratio']:g}: {each['left_out']:,} of {found['positions']:,} positions, {shares} of |x|^2")
     if arguments.json is not None:
-        named = [f"--config {arguments.config}", f"--positions {arguments.positions}", f"--json {arguments.json}", *arguments.changes]
+        named = [
+            f"--config {arguments.config}",
+            f"--positions {arguments.positions}",
+            f"--json {arguments.json}",
+            *map(shlex.quote, arguments.changes),
+        ]
         head = {"command": f"python -m bench.outliers {' '.join(named)}", "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"}
         head |= {"machine": f"{platform.machine()}, {model_device(config)}; torch {torch.__version__}"}
         arguments.json.write_text(json.dumps(head | found, indent=1) + "\n", encoding="utf-8")

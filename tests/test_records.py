@@ -163,6 +163,16 @@ def test_two_recipes_never_mix_in_one_directory(tmp_path: Path) -> None:
         records.claim(tmp_path / "foreign", {"stage": "toy"})
 
 
+def test_measured_inputs_are_what_the_first_to_claim_a_directory_found(tmp_path: Path) -> None:
+    recipe = {"stage": "toy", "settings": {"seed": 0}, "inputs": {"tokens": "a"}}
+    assert records.claim(tmp_path / "x", recipe, measured={"norms": [1.5, 2.0]}) == {"norms": [1.5, 2.0]}
+    assert records.claim(tmp_path / "x", recipe, measured={"norms": [1.6, 2.0]}) == {"norms": [1.5, 2.0]}
+    assert records.read_recipe(tmp_path / "x")["inputs"] == {"tokens": "a", "norms": [1.5, 2.0]}
+    for other in ({}, {"limits": [1.5]}):
+        with pytest.raises(UserError, match=r"made with other settings: inputs\.(norms|limits) was"):
+            records.claim(tmp_path / "x", recipe, measured=other)
+
+
 def test_every_changed_bit_of_a_recipe_is_named_and_one_of_version_0_1_is_read(tmp_path: Path) -> None:
     recipe = {"stage": "toy", "settings": {"seed": 0}, "inputs": {}}
     records.claim(tmp_path, recipe)
