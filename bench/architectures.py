@@ -12,6 +12,7 @@ random weights and a tokenizer beside it, and saved as a user would have it; a s
 import argparse
 import datetime
 import json
+import multiprocessing
 import os
 import platform
 import sys
@@ -23,15 +24,17 @@ from typing import NamedTuple
 
 import transformers
 
-import pipeline.stages.cache_activations
-import pipeline.stages.evaluate_crosscoder
-import pipeline.stages.tokenize_text
-import pipeline.stages.train_crosscoder  # noqa: F401  with the others: imported once, not by every process
 from slurm.commands import command_line
 from tests.tiny_architectures import ARCHITECTURES, save
 from tests.tiny_models import tiny_tokenizer
 
 STAGES = ("tokenize", "cache", "train", "evaluate")
+# Processes are forked from one that has imported all of this and done nothing else: a lock that a thread of this process holds at a
+# fork, which builds models, would never be free in the child.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    [*(f"pipeline.stages.{name}" for name in ("tokenize_text", "cache_activations", "train_crosscoder", "evaluate_crosscoder")), __name__]
+)
 LIBRARIES = ("transformers", "tokenizers", "torch", "safetensors", "numpy")
 TEXTS = [f"def f{i}(x):\n    return x * {i} + {i * i}  # the {i}th of these functions, which nobody calls\n" * 3 for i in range(60)]
 
@@ -102,25 +105,20 @@ def taken_through(name: str, directory: Path) -> Row:
 
 
 def crosscoder(*arguments: str, log: Path) -> tuple[int, str]:
-    """Runs the command line in a child of this process, which has the libraries imported already; exit code and output."""
+    """Runs the command line in a process that has the libraries imported already; exit code and output."""
+    process = PROCESSES.Process(target=_run, args=(arguments, log))
+    process.start()
+    process.join()
+    return process.exitcode or 0, log.read_text()
+
+
+def _run(arguments: tuple[str, ...], log: Path) -> None:
     with log.open("w") as file:
-        child = os.fork()
-        if child == 0:
-            code = 70
-            try:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-                os.environ["CROSSCODER_SITE"] = str(log.parent / "site.yaml")
-                sys.argv = ["crosscoder", *arguments]
-                command_line.main()
-                code = 0
-            except SystemExit as error:
-                code = error.code if isinstance(error.code, int) else int(error.code is not None)
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status), log.read_text()
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ["CROSSCODER_SITE"] = str(log.parent / "site.yaml")
+    sys.argv = ["crosscoder", *arguments]
+    command_line.main()
 
 
 def refusal(output: str) -> str:
