@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import vl_convert
-from report_pieces import CONFIG, embedded, evaluated, report, site_without_charts, trained
+from report_pieces import CONFIG, embedded, evaluated, make_run, report, site_without_charts, trained
 
 from pipeline.config.errors import UserError
 from slurm.reporting import charts, compared, page
@@ -86,3 +86,17 @@ def test_what_was_measured_on_other_text_is_told_of(site: Path) -> None:
     (caution,) = compared.cautions(members, compared.EVALUATION)
     assert "different numbers of held-out positions" in caution
     assert one.path != other.path
+
+
+def test_a_sweep_of_evaluations_shows_what_they_measured(site: Path) -> None:
+    runs = [trained(site) for _ in range(2)]
+    sweep = make_run(site, "sweep", {"stage": "sweep", "name": "demo", "members": [{"crosscoder": str(run.path)} for run in runs]})
+    (sweep.path / "tasks").mkdir()
+    sweep.write_job(sweep.job() | {"num_tasks": 2})
+    for task, run in enumerate(runs):
+        evaluated(site, run.path, {"cross_entropy_difference": 0.5 - task / 4}).path.rename(sweep.path / "tasks" / str(task))
+    first, second, third = report(sweep.reference).splitlines()
+    assert first == "2 crosscoders, measured by their evaluations."
+    assert second.startswith(f"The cheapest by cross-entropy is demo {runs[1].id[-4:]}: 0.2500 nats")
+    assert third.endswith(f"{sweep.path}/report.html")
+    assert "better at 1 of 2 layers" in report(runs[0].reference)

@@ -8,7 +8,7 @@ from pipeline.config.errors import UserError
 from slurm.record.comparison import flatten
 from slurm.record.run_directory import Json
 from slurm.record.run_reference import Named, find
-from slurm.reporting.subject import Subject, check_trains, find_subject, made_of_crosscoders, subject_of
+from slurm.reporting.subject import Subject, made_of_crosscoders, subject_of
 from slurm.submission.sweep_results import is_number, short_names, varied_fields
 
 LEFT_OUT = ("name", "resources", "stage")
@@ -62,11 +62,10 @@ def gather(references: Sequence[str], runs: Path) -> list[Member]:
         if named.run.stage == "sweep" and named.task is None:
             members = named.run.config_values()["members"]
             for task, member in enumerate(members):
-                check_trains(Named(named.run, task))
-                subjects.append(subject_of(Named(named.run, task), made))
+                subjects.append(subject_of(Named(named.run, task), runs, made))
                 fields.append({name: member.get(name) for name in varied_fields(members)})
         else:
-            subjects.append(find_subject(reference, runs))
+            subjects.append(subject_of(named, runs, made))
             fields.append({})
     _check_distinct(subjects)
     if not all(fields):

@@ -53,41 +53,37 @@ class Subject(NamedTuple):
         return [] if self.store is None else self.store.layers
 
 
-def find_subject(reference: str, runs: Path) -> Subject:
-    """The crosscoder that a run of `train`, a task of a sweep, or a run of `evaluate`, `features` or `generate` names.
-
-    The newest finished evaluation, feature store and texts are taken; those of the run that is named, where it made them.
-    """
-    named = find(reference, runs)
-    given, made = named.run, made_of_crosscoders(runs)
-    if given.stage in made:
-        _check_finished(given)
-        named = _trained_by(given, runs)
-        made[given.stage][named.run.task_directory(named.task or 0)] = given
-    check_trains(named)
-    return subject_of(named, made)
-
-
-def check_trains(named: Named) -> None:
-    """Raises `UserError` for a run or task that trains no crosscoder."""
-    if named.record.config_values().get("stage") != "train":
-        kinds = "a run of train, evaluate, features or generate, or a sweep of train or a task of it"
-        raise UserError(f"{named.reference} trains no crosscoder; name {kinds}")
-
-
+MAKERS = ("evaluate", "features", "generate")
+"""Stages that read a crosscoder and make something that a page shows."""
 Made = dict[str, dict[Path, RunDirectory]]
 """By stage and by the task directory of a crosscoder, the newest finished run that has read it."""
 
 
-def made_of_crosscoders(runs: Path, *, stages: Sequence[str] = ("evaluate", "features", "generate")) -> Made:
+def made_of_crosscoders(runs: Path, *, stages: Sequence[str] = MAKERS) -> Made:
     """Whatever finished runs under the root `runs` have made of crosscoders."""
     return {stage: newest_by_crosscoder(stage, runs) for stage in stages}
 
 
-def subject_of(named: Named, made: Made) -> Subject:
-    """Of the run or task `named`, with what was made of it."""
+def find_subject(reference: str, runs: Path) -> Subject:
+    """The crosscoder that a run of `train`, `evaluate`, `features` or `generate` names, or a task of a sweep of these.
+
+    The newest finished evaluation, feature store and texts are taken; those of the run that is named, where it made them.
+    """
+    return subject_of(find(reference, runs), runs, made_of_crosscoders(runs))
+
+
+def subject_of(named: Named, runs: Path, made: Made) -> Subject:
+    """The crosscoder that the run or task `named` trained or read, with what was `made` of it."""
+    given = named.record
+    if given.stage in MAKERS:
+        _check_finished(given)
+        named = _trained_by(given, runs)
+        made = made | {given.stage: made.get(given.stage, {}) | {named.run.task_directory(named.task or 0): given}}
+    if named.record.stage != "train":
+        kinds = "a run of train, evaluate, features or generate, a sweep of one of these, or a task of it"
+        raise UserError(f"{named.reference} trains no crosscoder; name {kinds}")
     directory = named.run.task_directory(named.task or 0)
-    evaluated, stored, written = (made.get(stage, {}).get(directory) for stage in ("evaluate", "features", "generate"))
+    evaluated, stored, written = (made.get(stage, {}).get(directory) for stage in MAKERS)
     result = named.run.result(named.task or 0) or {}
     return Subject(
         named=named,

@@ -1,6 +1,6 @@
 """Reads the feature store of a run of `features` (its format is in `pipeline.features.store`), a few features at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +95,21 @@ def newest_of(stage: str, trained: Path, runs: Path) -> RunDirectory | None:
 def newest_by_crosscoder(stage: str, runs: Path) -> dict[Path, RunDirectory]:
     """By the task directory of each crosscoder that was read, the newest finished run of `stage` that has read it or a checkpoint of it."""
     found: dict[Path, RunDirectory] = {}
-    for run in list_runs(runs, stage):
+    for run in _runs_of(stage, runs):
         trained = crosscoder_directory(run)
         if trained is None or run.state() != "finished":
             continue
         if trained not in found or run.submitted >= found[trained].submitted:
             found[trained] = run
     return found
+
+
+def _runs_of(stage: str, runs: Path) -> Iterator[RunDirectory]:
+    """The runs of the stage, and the tasks of sweeps of it."""
+    yield from list_runs(runs, stage)
+    for sweep in list_runs(runs, "sweep"):
+        if sweep.num_tasks and sweep.record_of_task(0).stage == stage:  # all tasks of a sweep are of one
+            yield from map(sweep.record_of_task, range(sweep.num_tasks))
 
 
 def crosscoder_directory(run: RunDirectory) -> Path | None:
