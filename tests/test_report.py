@@ -24,6 +24,7 @@ from report_pieces import (
     write_large_store,
 )
 
+from pipeline import records
 from pipeline.config.errors import UserError
 from slurm.record.run_directory import RunDirectory
 from slurm.reporting import charts, feature_charts, feature_parts, page, words
@@ -147,6 +148,23 @@ def test_a_feature_is_the_same_in_the_page_and_in_its_part_beside_it(site: Path)
     index = embedded(html, "index")
     assert (index["density"], index["dead"], index["norms"][1]) == ([0.25, 0.5, 0], [2], [0.5, 0.4, 0.3])
     assert index["promoted"] == [["up0"], ["up1"], ["up2"]]
+
+
+def test_a_crosscoder_of_two_models_says_what_they_share(site: Path) -> None:
+    run = trained(site)
+    evaluation = evaluated(site, run.path)
+    metrics = records.read_json(evaluation.path / "metrics.json")
+    known = {"name": "only_base", "features": 1200, "fraction": 0.25, "nu_error": 0.125, "nu_reconstruction": 0.5, "absent": 7}
+    rows = [known, known | {"name": "shared", "features": 0, "fraction": 0.0, "nu_error": None, "nu_reconstruction": None, "absent": None}]
+    metrics["model_diffing"] = [{"models": ["base", "tuned"], "sites": ["h.0"], **row} for row in rows]
+    records.write_json(evaluation.path / "metrics.json", metrics)
+    report(run.reference)
+    html = (run.path / "report.html").read_text()
+    section = html[html.index('<section id="models">') :]
+    assert "<h3>base and tuned</h3>" in section
+    cells = re.findall(r'<td class="number">(.*?)</td>', section[: section.index("</table>")])
+    assert cells == ["1,200", "25 %", "0.125", "0.500", "7", "0", "0 %", "", "", ""]
+    assert re.findall(r'<th scope="row">(.*?)</th>', section[: section.index("</table>")]) == ["only base", "shared"]
 
 
 def test_what_was_generated_stands_under_its_prompt_with_its_cost(site: Path) -> None:

@@ -18,12 +18,19 @@ Specs = dict[str, charts.Spec]
 def html(subject: Subject, path: Path, *, most_inside: int) -> str:
     """The page at `path`, which holds `most_inside` features whole; the others are read from the folder beside it."""
     specs: Specs = {}
-    values = _verdict(subject, specs) | _training(subject, specs) | _features(subject, specs) | generated_text.section(subject)
+    values = (
+        _verdict(subject, specs)
+        | _training(subject, specs)
+        | _features(subject, specs)
+        | generated_text.section(subject)
+        | _models(subject)
+    )
     if subject.store is not None:
         values |= _browser(subject, path, most_inside)
     sections = [("verdict", "Verdict"), ("trained", "What was trained")]
     sections += [("training", "Training")] if values["curves"] else []
     sections += [("reconstruction", "Reconstruction")] if values["explained"] else []
+    sections += [("models", "Models")] if values["model_pairs"] else []
     sections += [("features", "Features"), ("browser", "Feature browser")] if subject.store is not None else []
     sections += [("text", "Generated text")] if values["prompts"] else []
     return page.render(
@@ -77,6 +84,18 @@ def _stands(metrics: Json) -> list[Json]:
         texts = ["" if number is None else f"{number:.4f}" for number in numbers]
         rows.append({"layer": row["layer"], "name": words.stand_name(row["by"], row["source"]), "numbers": texts})
     return sorted(rows, key=lambda row: metrics["layers"].index(row["layer"]))
+
+
+def _models(subject: Subject) -> Json:
+    """Of a crosscoder of several language models, by pair, a row of texts for each class of features."""
+    pairs: dict[str, list[Json]] = {}
+    rows = [] if subject.evaluation is None else subject.evaluation.metrics.get("model_diffing", [])
+    for row in rows:
+        numbers = [row["nu_error"], row["nu_reconstruction"]]
+        texts = [f"{row['features']:,}", words.share(row["fraction"]), *("" if number is None else f"{number:.3f}" for number in numbers)]
+        texts.append("" if row["absent"] is None else f"{row['absent']:,}")
+        pairs.setdefault(" and ".join(row["models"]), []).append({"name": row["name"].replace("_", " "), "texts": texts})
+    return {"model_pairs": pairs}
 
 
 def _facts(subject: Subject) -> list[tuple[str, str]]:
