@@ -254,10 +254,12 @@ TABLE = {
             "KEY=VALUE": Option("seed=77", says("seed.*77|1 task, |2 tasks|tasks")),
             "--executor slurm": Option("--executor slurm", says(r"in Slurm|\"executor\": \"slurm\"")),
             "--executor local": Option("--executor local", says(r"executor local|\"executor\": \"local\"")),
+            "--executor debug": Option("--executor debug", says(r"executor debug|worked on here")),
             "--dry-run": DRY_RUN,
             "--json": AS_JSON,
         },
         {"SWEEP": "sweep.yaml"},
+        {("--executor debug", "--json"): "--executor debug prints what its stages print: give it without --json"},
     ),
     "show": Command(
         {

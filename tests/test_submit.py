@@ -117,6 +117,38 @@ def test_a_finished_run_is_not_run_again_by_resuming_it(project: ToyProject) -> 
     assert len(run.attempts()) == 2
 
 
+def test_the_run_of_a_name_that_has_not_finished_is_named_where_its_newest_has(project: ToyProject) -> None:
+    assert project.crosscoder("run", project.config(), "fail_at=1").returncode == 1
+    (failed,) = [RunDirectory(path) for path in (project.runs / "toy/toy").iterdir()]
+    (run,) = runs_of(project.crosscoder("run", project.config()).stdout)
+    said = project.crosscoder("submit", "--resume", "toy/toy").stderr
+    assert said.startswith(f"crosscoder: {run.reference} has finished; `crosscoder rerun {run.reference}` does it again")
+    assert said.endswith(f"; {failed.reference} has not (failed): `crosscoder submit --resume {failed.reference}` goes on with it\n")
+
+
+def test_what_comes_later_of_a_chain_at_a_terminal_is_said_to_wait_as_long_as_that_works(project: ToyProject) -> None:
+    hold = project.hold()
+    project.config("first", hold=hold, resources="{array_tasks: 2}", output="data/first")
+    project.config("second", data="data/first", output="data/second")
+    project.config("third", data="data/second")
+    command = [sys.executable, "-P", "-m", "slurm", "submit", "first.yaml", "second.yaml", "third.yaml", "--executor", "debug"]
+    with subprocess.Popen(command, cwd=project.root, env=project.environment(), stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_until(lambda: any("at step" in log.read_text() for log in project.runs.glob("toy/first/*/tasks/0/log/*")), "the start")
+            rows = {(row["name"], row["task"] or 0): row for row in json.loads(project.crosscoder("jobs", "--json").stdout)}
+            assert rows["first", 0]["state"] == "running"
+            names = {name: project.only_run(name).name for name in ("first", "second")}
+            assert {key: (row["state"], row["reason"]) for key, row in rows.items() if key != ("first", 0)} == {
+                ("first", 1): ("waiting", "is starting, or waits for other tasks of its run to end"),
+                ("second", 0): ("waiting", f"waits for toy/first/{names['first']}"),
+                ("third", 0): ("waiting", f"waits for toy/second/{names['second']}"),
+            }
+        finally:
+            process.kill()
+    rows = {row["name"]: row for row in json.loads(project.crosscoder("jobs", "--json").stdout)}
+    assert rows["second"]["state"] == "new"
+
+
 def test_a_rerun_runs_the_old_code_and_a_resumed_run_refuses_changed_code(project: ToyProject) -> None:
     (run,) = runs_of(project.crosscoder("run", project.config(), "fail_at=1").stdout)
     program = project.root / "pipeline/stages/toy.py"

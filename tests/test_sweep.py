@@ -52,6 +52,17 @@ def write_sweep(project: ToyProject, text: str) -> str:
     return "sweep.yaml"
 
 
+def test_a_sweep_can_be_worked_on_here_and_a_task_that_fails_keeps_none_from_its_turn(project: ToyProject) -> None:
+    file = write_sweep(project, "name: s\nbase: base.yaml\ngrid: {fail_at: [0, null, 0, null]}\n")
+    done = project.crosscoder("sweep", file, "--executor", "debug")
+    run = RunDirectory(project.only_run("s", "sweep"))
+    assert (done.returncode, done.stdout.startswith(f"run {run.path}\n")) == (1, True), done.stderr
+    assert [run.task_state(task) for task in range(4)] == ["failed", "finished"] * 2
+    refused = project.crosscoder("sweep", file, "--executor", "debug", "--json")
+    assert refused.returncode == 2
+    assert len(list(run.path.parent.iterdir())) == 1
+
+
 def test_a_sweep_runs_each_configuration_in_a_directory_of_its_own_and_lists_the_best_first(project: ToyProject) -> None:
     file = write_sweep(project, "name: s\nbase: base.yaml\ngrid: {steps: [2, 9, 4], fail_at: [null, 1]}\nmetric: score\nmax_parallel: 3\n")
     done = project.crosscoder("sweep", file, "--executor", "local")

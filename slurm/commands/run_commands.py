@@ -91,7 +91,7 @@ def submit(
     if not arguments:
         raise typer.BadParameter("name a configuration, for example configs/demo/train.yaml")
     executor, chosen = executor or Executor.slurm, {"partition": partition, "node": node}
-    _check_executor(executor, chosen | {"after": after}, prints_json=as_json and not dry_run)
+    check_executor(executor, chosen | {"after": after}, prints_json=as_json and not dry_run)
     site = load_site()
     given = [f"resources.{key}={value}" for key, value in chosen.items() if value is not None]
     parsed, moved = chain_order.in_order(parse_configs([*arguments, *given], site), site.runs)
@@ -116,10 +116,10 @@ def submit(
         run_here(planned)
 
 
-def _check_executor(executor: Executor, given: dict[str, Any], *, prints_json: bool) -> None:
+def check_executor(executor: Executor, given: dict[str, Any], *, prints_json: bool) -> None:
     """Refuses the options in `given` that `executor` would not heed, and JSON among what a stage prints."""
     unheeded = {Executor.slurm: (), Executor.local: ("partition", "node"), Executor.debug: ("partition", "node", "after")}[executor]
-    if names := [f"--{name}" for name in unheeded if given[name]]:
+    if names := [f"--{name}" for name in unheeded if given.get(name)]:
         why = "works here and now" if executor is Executor.debug else "works on this machine"
         raise typer.BadParameter(f"--executor {executor.value} {why}: give it without {', '.join(names)}")
     if prints_json and executor is Executor.debug:
@@ -129,6 +129,7 @@ def _check_executor(executor: Executor, given: dict[str, Any], *, prints_json: b
 def _resume(reference: str, *, dry_run: bool, as_json: bool) -> None:
     from slurm.commands.command_line import print_json
     from slurm.record.activity import one_submission_at_a_time
+    from slurm.record.run_directory import AT_A_TERMINAL
     from slurm.record.run_reference import find
     from slurm.submission import dry_run as dry_runs
     from slurm.submission import resuming
@@ -141,7 +142,7 @@ def _resume(reference: str, *, dry_run: bool, as_json: bool) -> None:
         row = dry_runs.describe_again(*planned)
         lines = dry_runs.again_as_lines(row)
     else:
-        if as_json and named.run.job()["executor"] in ("run", "debug"):
+        if as_json and named.run.job()["executor"] in AT_A_TERMINAL:
             raise typer.BadParameter(f"{named.run.reference} goes on at this terminal, and prints what its stage prints: leave --json out")
         row = resuming.resume(named, site)
         lines = resuming.as_lines(row)

@@ -1,22 +1,17 @@
 """`crosscoder sweep` and `crosscoder results`: one array over varied fields, and what came of it."""
 
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.config.site_file import load_site
-from slurm.commands.run_commands import show_dry_run
+from slurm.commands.run_commands import Executor, check_executor, show_dry_run
 from slurm.record.printable import print
 
-
-class Executor(StrEnum):
-    """Where the tasks work."""
-
-    slurm = "slurm"
-    local = "local"
+if TYPE_CHECKING:
+    from slurm.record.run_directory import RunDirectory
 
 
 def register(app: typer.Typer) -> None:
@@ -30,21 +25,23 @@ def sweep(
     changes: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to every task; name=NAME renames the sweep.")
     ] = None,
-    executor: Annotated[Executor, typer.Option(help="slurm; local: processes of this machine, as its cores allow.")] = Executor.slurm,
+    executor: Annotated[
+        Executor, typer.Option(help="slurm; local: processes of this machine, as its cores allow; debug: this process, one task at a time.")
+    ] = Executor.slurm,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all that a submission does, list the tasks, queue nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Freeze a sweep and queue it as one array, a directory a task."""
     from slurm.commands.command_line import print_json
-    from slurm.execution import executor as executors
-    from slurm.execution import waves
-    from slurm.record import backlog, snapshot
+    from slurm.record import backlog
     from slurm.record.activity import one_submission_at_a_time
     from slurm.record.text_table import number_of
     from slurm.submission import input_preflight, model_preflight, preflight
     from slurm.submission import sweep as sweeps
+    from slurm.submission.foreground import run_here
     from slurm.submission.freezing import Freezer, Planned
 
+    check_executor(executor, {}, prints_json=as_json and not dry_run)
     site = load_site()
     read = sweeps.read_sweep(file, changes or [], site)
     sweeps.check_inputs_are_there(read, file, site.runs)
@@ -55,18 +52,17 @@ def sweep(
     cluster = preflight.check([(str(file), read.stage_configs[0])]) if executor is Executor.slurm else None
     with one_submission_at_a_time(site.runs):
         run = sweeps.freeze_sweep(read, Freezer(site, executor=executor.value), where=str(file), cluster=cluster)
+        planned = [Planned(read.stage_configs[0], run, None, [])]
         if dry_run:
             tasks = [f"task {number}: {sweeps.describe(member)}" for number, member in enumerate(read.members)]
-            show_dry_run([Planned(read.stage_configs[0], run, None, [])], site, as_json=as_json, heading=tasks)
+            show_dry_run(planned, site, as_json=as_json, heading=tasks)
             return
-        waves.queue_first(site.runs)
-        try:
-            entries = executors.launch(run, range(run.num_tasks))
-        except BaseException:
-            if not run.job()["jobs"] and not backlog.tasks_of(run):
-                snapshot.remove(run.path)
-            raise
-    identities, waiting = [entry["id"] for entry in entries], backlog.in_words(run)
+        if executor is not Executor.debug:
+            _queue(run, site.runs)
+    if executor is Executor.debug:
+        run_here(planned)
+        return
+    identities, waiting = [entry["id"] for entry in run.job()["jobs"]], backlog.in_words(run)
     if as_json:
         row = {"stage": "sweep", "name": read.config.name, "run": str(run.path), "jobs": identities, "tasks": run.num_tasks}
         print_json(row | ({"not_queued": waiting} if waiting else {}))
@@ -74,6 +70,20 @@ def sweep(
     print(f"run {run.path}\njob {' '.join(map(str, identities))}: {number_of(run.num_tasks, 'task')}")
     if waiting:
         print(waiting)
+
+
+def _queue(run: "RunDirectory", runs: Path) -> None:
+    """Queues the tasks; nothing stays of a run of which the queue took none."""
+    from slurm.execution import executor, waves
+    from slurm.record import backlog, snapshot
+
+    waves.queue_first(runs)
+    try:
+        executor.launch(run, range(run.num_tasks))
+    except BaseException:
+        if not run.job()["jobs"] and not backlog.tasks_of(run):
+            snapshot.remove(run.path)
+        raise
 
 
 def results(

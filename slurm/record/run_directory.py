@@ -70,6 +70,9 @@ STATES = ("new", "queued", "running", "stopped", "cancelled", "failed", "finishe
 """new: frozen, not queued. queued: submitted, no process has it now. running: a process holds it. stopped: it was asked to, or
 its process was killed. cancelled: taken by `crosscoder cancel` out of the queue, or of what waits for room in it, before it began."""
 
+AT_A_TERMINAL = ("run", "debug")
+"""Executors whose runs are worked on in the process of who started them; no queue has them."""
+
 SETUP = "setup.json"
 
 _ALWAYS_RECORDED = ("stage", "name", "executor", "submitted", "num_tasks", "after", "jobs")

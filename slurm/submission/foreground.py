@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from slurm.execution.frozen_code import frozen_variables
 from slurm.execution.local_queue import give_up
 from slurm.execution.terminal import logged_to
-from slurm.execution.worker import work
+from slurm.execution.worker import STOPPED_CODE, work
 from slurm.record.printable import print
 from slurm.record.run_directory import RunDirectory
 from slurm.submission.freezing import Planned
@@ -22,12 +22,20 @@ def run_here(planned: Sequence[Planned]) -> None:
             print(f"{item.config.stage} {item.config.name}: skipped; {item.skipped}")
             continue
         print(f"run {item.run.path}", flush=True)
-        for task in range(item.config.resources.array_tasks):
-            with logged_to(item.run.task_directory(task) / "log" / "terminal.log"):
-                code = work(item.run.path, task, frozen=False, interactive=True)
-            if code:
-                _give_up_rest(planned[position + 1 :], item.run)
-                raise SystemExit(code)
+        if code := _work_on_all(item.run):
+            _give_up_rest(planned[position + 1 :], item.run)
+            raise SystemExit(code)
+
+
+def _work_on_all(run: RunDirectory) -> int:
+    """The first exit code that is not 0. A task that fails ends a run that is divided, but not a sweep, whose tasks need no other."""
+    codes = []
+    for task in range(run.num_tasks):
+        with logged_to(run.task_directory(task) / "log" / "terminal.log"):
+            codes.append(work(run.path, task, frozen=False, interactive=True))
+        if codes[-1] and (run.stage != "sweep" or codes[-1] == STOPPED_CODE):
+            break
+    return next((code for code in codes if code), 0)
 
 
 def _give_up_rest(planned: Sequence[Planned], failed: RunDirectory) -> None:

@@ -12,7 +12,7 @@ from slurm.execution.frozen_code import check_startable
 from slurm.record import backlog
 from slurm.record.activity import is_busy, one_submission_at_a_time
 from slurm.record.printable import print
-from slurm.record.run_directory import RunDirectory
+from slurm.record.run_directory import AT_A_TERMINAL, RunDirectory, list_runs
 from slurm.record.run_reference import Named
 from slurm.record.text_table import number_of
 from slurm.submission import dry_run, freezing, preflight
@@ -34,7 +34,7 @@ class Resumption(NamedTuple):
     @property
     def has_queue(self) -> bool:
         """Whether a queue takes the tasks, and not the terminal of whoever resumes them."""
-        return self.run.job()["executor"] not in ("run", "debug")
+        return self.run.job()["executor"] not in AT_A_TERMINAL
 
 
 def plan(named: Named, site: Site) -> Resumption:
@@ -84,11 +84,18 @@ def _unfinished(named: Named) -> list[int]:
     left = [task for task in named.tasks if run.task_state(task) != "finished"]
     if not left:
         again = f"; `crosscoder rerun {run.reference}` does it again, as a new run" if named.task is None else ""
-        raise UserError(f"{named.reference} has finished{again}")
+        raise UserError(f"{named.reference} has finished{again}{_others_unfinished(run)}")
     if busy := [task for task in left if is_busy(run, task)]:
         held = ", ".join(f"task {task}" for task in busy[:5]) if run.num_tasks > 1 else "it"
         raise UserError(f"{run.reference}: {held} is {_where(run, busy[0])}; wait for it, or cancel it first")
     return left
+
+
+def _others_unfinished(run: RunDirectory) -> str:
+    """What else could be meant, where the newest run of a name has finished: the newest of that name that has not and is at rest."""
+    others = [other for other in reversed(list_runs(run.path.parents[2], run.stage, run.path.parent.name)) if other != run]
+    left = next((other for other in others if other.state() in ("failed", "stopped", "cancelled")), None)
+    return f"; {left.reference} has not ({left.state()}): `crosscoder submit --resume {left.reference}` goes on with it" if left else ""
 
 
 def _where(run: RunDirectory, task: int) -> str:
@@ -123,7 +130,7 @@ def rerun(origin: RunDirectory, changes: Sequence[str], executor_name: str, site
     with one_submission_at_a_time(site.runs):
         run = freeze_again(origin, changes, executor_name, site)
         print(f"run {run.path}", flush=True)
-        if executor_name not in ("run", "debug"):
+        if executor_name not in AT_A_TERMINAL:
             entries = executor.launch(run, range(run.num_tasks))
             print(f"job {' '.join(str(entry['id']) for entry in entries)}", flush=True)
             if waiting := backlog.in_words(run):

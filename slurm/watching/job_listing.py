@@ -13,7 +13,7 @@ from slurm.client import slurm_commands, slurm_queries
 from slurm.client.job_output import Job
 from slurm.cluster.configuration import CLUSTER_NAME
 from slurm.record import activity, backlog, holder, run_directory
-from slurm.record.run_directory import RunDirectory, directory_in
+from slurm.record.run_directory import AT_A_TERMINAL, RunDirectory, directory_in
 from slurm.record.run_reference import TASK_OF_JOB, TASK_OF_RUN, has_job
 from slurm.watching import jobs
 from slurm.watching.jobs import Row, Task
@@ -148,19 +148,26 @@ def read_tasks(run: RunDirectory, *, is_stopped: bool = False, is_served: bool =
     }
     local_ids = [str(entry["id"]) for entry in job["jobs"]] if job["executor"] == "local" else []
     started = {job_id for job_id in local_ids if activity.is_local_job(int(job_id))}
+    is_behind = job["executor"] in AT_A_TERMINAL and _has_process(run)
     job_ids = {task: job_id for task, job_id in _job_ids(job).items() if task not in not_queued["tasks"]}
     return [
         _read_task(
             run.task_directory(task, num_tasks),
             task,
             job_ids.get(task),
-            is_started=job_ids.get(task) in started,
+            is_started=is_behind or job_ids.get(task) in started,
             was_cancelled=job_ids[task] in cancelled if task in job_ids else task in cancelled_tasks,
             not_queued=not_queued["why"] if task in not_queued["tasks"] else None,
             shared=shared,
         )
         for task in range(num_tasks)
     ]
+
+
+def _has_process(run: RunDirectory) -> bool:
+    """Of a run at a terminal: whether it, or one that its chain does before it, is being worked on, so that its turn comes."""
+    parents = [parent for parent in map(RunDirectory, map(Path, run.job()["after"])) if parent.path.exists()]
+    return "running" in run.states() or any(parent.job()["executor"] in AT_A_TERMINAL and _has_process(parent) for parent in parents)
 
 
 def _job_ids(job: dict[str, Any]) -> dict[int, str]:

@@ -62,7 +62,7 @@ class Task(NamedTuple):
     is_kept: bool = False
     """Whether its job, if it has not ended, waits in a private cluster that is stopped now."""
     is_started: bool = False
-    """Of the local executor: whether the process lives that is to work on it, now or when its turn comes."""
+    """Of a run without Slurm: whether the process lives that is to work on it, now or when its turn comes."""
     submitted: float | None = None
     replaced_jobs: frozenset[str] = frozenset()
     """Ids under which tasks of its run were submitted before: history of the run, no jobs of their own."""
@@ -289,7 +289,7 @@ def _how_it_stopped(task: Task, *, is_gone: bool) -> str:
 
 def _state_without_job(task: Task) -> tuple[str, str]:
     again = _again(task)
-    if task.file_state == "new" and not task.has_begun:
+    if task.file_state == "new" and not task.has_begun and not task.is_started:
         return "new", "was never submitted"
     if task.is_held:
         return "running", "" if task.executor != "slurm" else "its process lives, but Slurm no longer knows its job"
@@ -309,7 +309,7 @@ def _state_without_job(task: Task) -> tuple[str, str]:
 
 
 def _why_it_has_not_begun(task: Task) -> str:
-    """Of a task whose process of the local executor lives and has not taken it up."""
+    """Of a task whose process lives, without Slurm, and has not taken it up."""
     if task.waits_for:
         return f"waits for {', '.join(task.waits_for)}"
     return "is starting, or waits for other tasks of its run to end" if task.num_tasks > 1 else "is starting"
