@@ -169,12 +169,12 @@ def test_the_card_tells_the_hub_and_a_reader_what_it_is_but_no_path(tmp_path: Pa
     }
     records.write_json(evaluation / "metrics.json", metrics)
     (evaluation / "config.yaml").write_text(yaml.safe_dump({"language_model": {"model": "gpt2", "revision": "607a30d"}}))
-    export(run, tmp_path / "out", to="dictionary_learning", evaluation=evaluation, license="apache-2.0")
+    export(run, tmp_path / "out", to="dictionary_learning", evaluation=evaluation, license="apache-2.0", repository="ana/diff")
     front, text = card_of(tmp_path / "out")
     assert front["library_name"] == "dictionary_learning"
     assert (front["base_model"], front["license"]) == ("gpt2", "apache-2.0")
     assert "| `block.0` | 0.9000 | 0.0700 | 0.0400 (affine) |" in text
-    assert "BatchTopKCrossCoder.from_pretrained(DIRECTORY_OR_REPOSITORY, from_hub=True)" in text
+    assert 'BatchTopKCrossCoder.from_pretrained("ana/diff", from_hub=True)' in text
     assert "`feature_scale[i]`" in text
     assert "of gpt2@607a30d" in text
     assert "auxk" in text

@@ -74,6 +74,11 @@ def test_what_can_t_be_exported_is_said_in_a_sentence(tmp_path: Path, monkeypatc
     found = exported(runs, monkeypatch, "evaluate/demo", str(tmp_path / "out"), "--to", "safetensors").exception
     assert isinstance(found, UserError)
     assert "is a run of evaluate, which leaves no crosscoder; name a run of train" in str(found)
+    done = exported(runs, monkeypatch, "train/demo", str(tmp_path / "out"), "--to", "safetensors", "--private")
+    assert (done.exit_code, done.exception is not None) == (2, True)
+    found = exported(runs, monkeypatch, "train/demo", str(tmp_path / "out"), "--to", "safetensors", "--push-to-hub", "diff").exception
+    assert "--push-to-hub is 'diff', expected a repository on the hub: user or organization, a slash and a name" in str(found)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_import_is_a_run_whose_settings_the_options_and_changes_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,6 +322,8 @@ TABLE = {
             "DIR": Option("out"),
             "--to": Option("--to safetensors"),
             "--license": Option("--license mit"),
+            "--push-to-hub": Option("--push-to-hub ana/diff"),
+            "--private": Option("--private"),
         },
         {"RUN": "{finished}", "DIR": "out", "--to": "--to safetensors"},
         {ANY: "is a run of toy, which leaves no crosscoder"},

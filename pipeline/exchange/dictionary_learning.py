@@ -151,7 +151,7 @@ def loading(exported: Exported) -> str:
 # (the package of that name on PyPI has no crosscoders)
 from dictionary_learning import {name}
 
-crosscoder = {name}.from_pretrained(DIRECTORY_OR_REPOSITORY, from_hub=True)
+crosscoder = {name}.from_pretrained("{exported.repository or "DIRECTORY"}", from_hub=True)   # True for a directory too
 features = crosscoder.encode(activations)      # activations: [batch, {num_layers}, {d_model}], as the language model has them
 reconstruction = crosscoder.decode(features)   # [batch, {num_layers}, {d_model}]"""
 

@@ -22,7 +22,7 @@ from pipeline.config import yaml_file
 from pipeline.config.errors import UserError
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder, load_crosscoder
 from pipeline.crosscoder.folding import fold
-from pipeline.exchange import dictionary_learning, plain_tensors, sae_lens
+from pipeline.exchange import dictionary_learning, hub, plain_tensors, sae_lens
 from pipeline.exchange.exported import Exported
 from pipeline.exchange.model_card import Card, model_card
 
@@ -47,16 +47,25 @@ LAYOUTS = {
 }
 
 
-def export(checkpoint: Path, output: Path, *, to: str, evaluation: Path | None = None, license: str | None = None) -> list[str]:
+def export(
+    checkpoint: Path,
+    output: Path,
+    *,
+    to: str,
+    evaluation: Path | None = None,
+    license: str | None = None,
+    repository: str | None = None,
+) -> list[str]:
     """Writes the crosscoder at `checkpoint`, a run or a checkpoint of it, to the new directory `output`; gives sentences on it.
 
     evaluation : a run that evaluated it, for the results on the card.
+    repository : where on the hub the files will be, for the card; uploading them is `pipeline.exchange.hub.push`.
     Raises `UserError` for a crosscoder that the layout can't hold, and where something lies at `output`.
     """
     trained = load_crosscoder(checkpoint)
     layout = LAYOUTS[to]
     folded = fold(trained.crosscoder, trained.normalizer, torch.float64)
-    exported = Exported(trained, folded, _language_models(_run_of(checkpoint), evaluation))
+    exported = Exported(trained, folded, _language_models(_run_of(checkpoint), evaluation), repository)
     with _new_directory(output) as directory:
         remarks = [*layout.write(directory, exported), *_of_layers(trained)]
         records.write_json(directory / "export.json", _facts(trained, to))
@@ -149,9 +158,21 @@ def main() -> None:
     parser.add_argument("--to", choices=sorted(LAYOUTS), required=True)
     parser.add_argument("--evaluation", type=Path)
     parser.add_argument("--license")
+    parser.add_argument("--push-to-hub")
+    parser.add_argument("--private", action="store_true")
     options = parser.parse_args()
     try:
-        print("\n".join(export(options.checkpoint, options.output, to=options.to, evaluation=options.evaluation, license=options.license)))
+        lines = export(
+            options.checkpoint,
+            options.output,
+            to=options.to,
+            evaluation=options.evaluation,
+            license=options.license,
+            repository=options.push_to_hub,
+        )
+        print("\n".join(lines), flush=True)
+        if options.push_to_hub:
+            print(hub.push(options.output, options.push_to_hub, private=options.private, message=lines[0].partition(": ")[0]))
     except UserError as error:
         print(f"crosscoder: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -17,6 +17,9 @@ class Exported:
     """By the name that sites begin with, empty where there is one model: its name on the hub, with the revision behind an `@` where one
     was given. Without those that are no names on the hub."""
 
+    repository: str | None = None
+    """On the hub, where the files are uploaded to."""
+
     @property
     def k(self) -> int | None:
         """Features that fire at a position in training; None where the activation function has no such number."""

@@ -54,10 +54,12 @@ def loading(exported: Exported) -> str:
     folded = exported.folded
     num_layers, d_model, _ = folded.W_enc_LDF.shape
     dense = " + (x @ t['dense_read']) @ t['dense_write']" if folded.dense_read_CR is not None else ""
+    download = "" if exported.repository is None else "from huggingface_hub import hf_hub_download\n"
+    file = f'"{FILE}"' if exported.repository is None else f'hf_hub_download("{exported.repository}", "{FILE}")'
     return f"""\
-from safetensors.torch import load_file
+{download}from safetensors.torch import load_file
 
-t = load_file("{FILE}")
+t = load_file({file})
 x = activations.flatten(1)   # activations: [batch, {num_layers}, {d_model}], as the language model has them
 value = x @ t["W_enc"].flatten(0, 1) + t["b_enc"]
 features = value * (value > t["threshold"])   # [batch, features]

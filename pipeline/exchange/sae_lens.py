@@ -105,11 +105,13 @@ def loading(exported: Exported) -> str:
     """How to load the files, as Python."""
     num_layers, d_model, _ = exported.folded.W_enc_LDF.shape
     whole = "" if exported.folded.dense_read_CR is None else "\nreconstruction = sae(x)   # decode(features) leaves the dense path out"
+    from_hub = f'SAE.from_pretrained("{exported.repository}", "{FOLDER}")   # or SAE.load_from_disk("{FOLDER}")'
+    load = f'SAE.load_from_disk("{FOLDER}")' if exported.repository is None else from_hub
     return f"""\
 # pip install sae-lens
 from sae_lens import SAE
 
-sae = SAE.load_from_disk("{FOLDER}")   # or SAE.from_pretrained(REPOSITORY, "{FOLDER}")
+sae = {load}
 x = activations.flatten(-2)   # activations: [..., {num_layers}, {d_model}], as the language model has them
 features = sae.encode(x)
 reconstruction = sae.decode(features){whole}

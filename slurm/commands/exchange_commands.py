@@ -40,8 +40,13 @@ def export(
     license: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of the weights, as the hub abbreviates it (apache-2.0); for the card.")
     ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Upload the files to this repository on the Hugging Face hub, too.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository a private one, if it is made.")] = False,
 ) -> None:
     """Write a trained crosscoder as other libraries read it, with a model card; results of its newest evaluation stand on the card."""
+    import re
     import subprocess
     import sys
 
@@ -49,6 +54,8 @@ def export(
     from slurm.record.run_reference import find
     from slurm.watching.feature_store import newest_of
 
+    if push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push_to_hub):
+        raise UserError(f"--push-to-hub is {push_to_hub!r}, expected a repository on the hub: user or organization, a slash and a name")
     runs = load_site().runs
     trained = Path(reference).expanduser().absolute()
     if not (trained / "crosscoder.json").exists():
@@ -58,10 +65,13 @@ def export(
         if len(named.tasks) > 1:
             raise UserError(f"{named.reference} has tasks 0 to {len(named.tasks) - 1}; name one: {named.reference}/tasks/0")
         trained = named.run.path if named.task is None else named.run.task_directory(named.task)
+    if private and push_to_hub is None:
+        raise typer.BadParameter("--private says how --push-to-hub makes a repository: give both, or none")
     command = [sys.executable, "-m", "pipeline.exchange.export_crosscoder", str(trained), str(directory.expanduser()), "--to", to.value]
     evaluation = newest_of("evaluate", trained, runs)
     command += [] if evaluation is None else ["--evaluation", str(evaluation.path)]
     command += [] if license is None else ["--license", license]
+    command += [] if push_to_hub is None else ["--push-to-hub", push_to_hub, *(["--private"] if private else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     print(done.stdout, end="", flush=True)
     if done.returncode:
