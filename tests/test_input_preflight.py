@@ -175,6 +175,16 @@ def test_checkpoints_have_to_fit_on_the_disk_of_runs(inputs: dict[str, Any], tmp
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, needed - 1))
     (fault,) = input_preflight.faults_of(config, tmp_path)
     assert "3 checkpoints of 1,000 features, 1 layers of width 16" in fault
+    history = {"kind": "every_tokens", "tokens": 300}
+    longer = values | {"epochs": None, "num_tokens": 1000, "checkpoints": {"history": history}}
+    config = load.from_values(longer, where="train.yaml", site=Site())
+    # Snapshots at 300, 600, 900 and 1,000 tokens hold the weights alone.
+    snapshots = 4 * 4 * (2 * 16 * 1000 + 1000 + 16)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, needed + snapshots))
+    assert input_preflight.faults_of(config, tmp_path) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, needed + snapshots - 1))
+    (fault,) = input_preflight.faults_of(config, tmp_path)
+    assert "3 checkpoints and 4 snapshots of 1,000 features, 1 layers of width 16" in fault
 
 
 def test_a_crosscoder_of_another_model_or_tokenizer_is_not_evaluated(inputs: dict[str, Any], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from pipeline.config.language_models import field_of
 from pipeline.config.sites import SiteName
 from pipeline.config.stage import StageConfig
 from pipeline.config.tokenize_text import TokenizeConfig
-from pipeline.config.train_crosscoder import TrainConfig
+from pipeline.config.train_crosscoder import LogSpacedHistory, TokensHistory, TrainConfig
 from pipeline.model_files import read_config
 from pipeline.run import byte_size
 from slurm.record.known_hashes import KnownHashes
@@ -340,9 +340,22 @@ def _train_faults(config: TrainConfig, runs: Path, pending: Sequence[Path]) -> l
     layers, d_model = size
     features = config.crosscoder.num_features
     # Weights and Adam's two moments in float32; one checkpoint is written before the oldest goes.
-    checkpoint = 3 * 4 * (2 * layers * d_model * features + features + layers * d_model)
-    what = f"{config.checkpoints.keep + 1} checkpoints of {features:,} features, {layers} layers of width {d_model:,}"
-    return faults + _disk_faults("the root of runs", runs, (config.checkpoints.keep + 1) * checkpoint, what, "; or keep fewer checkpoints")
+    crosscoder = 4 * (2 * layers * d_model * features + features + layers * d_model)
+    checkpoints, snapshots = config.checkpoints.keep + 1, _most_snapshots(config)
+    written = f"{checkpoints} checkpoints" + (f" and {snapshots:,} snapshots" if snapshots else "")
+    what = f"{written} of {features:,} features, {layers} layers of width {d_model:,}"
+    needed, fewer = (3 * checkpoints + snapshots) * crosscoder, "checkpoints or snapshots" if snapshots else "checkpoints"
+    return faults + _disk_faults("the root of runs", runs, needed, what, f"; or keep fewer {fewer}")
+
+
+def _most_snapshots(config: TrainConfig) -> int:
+    """How many snapshots a run writes at most; of one whose length is in epochs, those every so many tokens aren't known before."""
+    history = config.checkpoints.history
+    if isinstance(history, LogSpacedHistory):
+        return history.points
+    if isinstance(history, TokensHistory) and config.num_tokens is not None:
+        return config.num_tokens // history.tokens + 1
+    return 0
 
 
 def _disk_faults(field: str, path: Path, needed: int, what: str, way_out: str) -> list[str]:
