@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from generation_pieces import trained_on
 from tiny_models import tiny_gpt2, tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pipeline import records
 from pipeline.config import load
@@ -25,7 +27,7 @@ from pipeline.generation.prompts import Prompts, read_prompts
 from pipeline.generation.splicing import Intervention
 from pipeline.language_model import LanguageModel
 from pipeline.language_models import hashes, load_models
-from pipeline.run import Run
+from pipeline.run import Run, Stopped
 from pipeline.stages import generate_text
 
 LAYERS = ["transformer.h.0", "transformer.h.2"]
@@ -194,3 +196,34 @@ def test_with_several_language_models_the_one_that_is_named_writes(place: Place,
     assert result["reconstruction"]["kl_per_token"] > 0
     with pytest.raises(UserError, match="written_by is missing, expected one of base, chat"):
         place.config(**several)
+
+
+class StoppedAt(Run):
+    """Is asked to stop at the n-th look."""
+
+    def __init__(self, directory: Path, at: int) -> None:
+        super().__init__(directory, output=io.StringIO())
+        self._left = at
+
+    def check_stop(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self.request_stop("test")
+        super().check_stop()
+
+
+def test_stopped_within_a_text_and_started_again_it_gives_the_same_bytes(place: Place, tmp_path: Path) -> None:
+    whole, _, _ = place.generate(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        generate_text.run(place.config(), StoppedAt(tmp_path / "stopped", 13))  # tokens
+    assert not (tmp_path / "stopped/generations/generations.jsonl").exists()
+    assert place.generate(tmp_path / "stopped")[0]["data_id"] == whole["data_id"]
+
+
+def test_the_space_between_prompt_and_continuation_stays_where_a_tokenizer_drops_the_first() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"\u2581one": 0, "\u2581two": 1, "s": 2}, unk_token="s"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    prompts = Prompts(transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer), beginning_of_text_id=None, vocab_size=3)
+    assert prompts.encode("one") == [0]
+    assert prompts.decode([1]) == "two"
+    assert prompts.decode_behind([0], [1, 2]) == " twos"
