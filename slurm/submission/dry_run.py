@@ -15,6 +15,7 @@ from slurm.record.run_directory import RunDirectory, list_runs
 from slurm.record.run_reference import Named
 from slurm.record.text_table import number_of
 from slurm.submission.freezing import Planned, outputs_of
+from slurm.submission.mixing_memory import mixing_memory
 
 Row = dict[str, Any]
 
@@ -42,6 +43,7 @@ def _describe(item: Planned, own: Sequence[RunDirectory], runs: Path, against: N
         "tasks": job["num_tasks"],
         "resources": job["resources"],
         "submit_limit": _limit(job) if is_slurm else None,
+        "memory": mixing_memory(item.config),
         "waits_for": [_short(RunDirectory(Path(path)), own) for path in job["after"]],
         "outputs": [str(path) for path in outputs_of(item.run)] or [str(item.run.path.parent)],
         "compared_with": before.reference if before is not None else None,
@@ -125,7 +127,8 @@ def _summary(row: Row) -> list[str]:
         return [f"{_name(row)}: would be skipped; {row['skipped']}"]
     waits = f"; waits for {', '.join(row['waits_for'])}" if row["waits_for"] else ""
     line = f"{_name(row)}: {_asked(row)}{waits}; writes {', '.join(row['outputs'])}"
-    return [line] if row["submit_limit"] is None else [line, f"  {row['submit_limit']}: what doesn't fit is queued as earlier jobs end"]
+    limit = f"{row['submit_limit']}: what doesn't fit is queued as earlier jobs end" if row["submit_limit"] is not None else None
+    return [line, *(f"  {also}" for also in (limit, row["memory"]) if also is not None)]
 
 
 def _asked(row: Row) -> str:
