@@ -15,13 +15,11 @@ from pipeline.config import load
 from pipeline.config.site_file import Site
 from pipeline.crosscoder.checkpoint import load_crosscoder
 from pipeline.run import Run, Stopped
-from pipeline.stages import evaluate_crosscoder, train_crosscoder
+from pipeline.stages import cache_activations, evaluate_crosscoder, train_crosscoder
 
 SMALL = {
     "crosscoder.num_features": 32,
     "crosscoder.activation_function.k": 4,
-    "activations.context_tokens": 16,
-    "activations.contexts_per_generation": 32,
     "held_out.positions": 64,
     "num_tokens": 1200,
     "batch_positions": 100,
@@ -43,6 +41,12 @@ class StopsItself(Run):
             self.request_stop("test")
 
 
+def changes(site: Site, values: dict[str, Any], prefix: str = "") -> list[str]:
+    models = f"{prefix}language_models"
+    base = {f"{models}.base.model": site.data.parent / "base", f"{models}.base.device": "cpu", f"{models}.chat.device": "cpu"}
+    return [f"{key}={value}" for key, value in {**values, **base}.items()]
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     """What the configurations read, tiny: the chat model is the base model with another MLP in its second block."""
@@ -54,13 +58,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     model.save_pretrained(root / "data/models/answers")
     tiny_token_set(root / "data/tokens/diffing/train", num_documents=60)
     tiny_token_set(root / "data/tokens/diffing/validation", num_documents=20, seed=5)
-    return Site(data=root / "data", runs=root / "runs")
-
-
-def changes(site: Site, values: dict[str, Any], prefix: str = "") -> list[str]:
-    models = f"{prefix}language_models"
-    base = {f"{models}.base.model": site.data.parent / "base", f"{models}.base.device": "cpu", f"{models}.chat.device": "cpu"}
-    return [f"{key}={value}" for key, value in {**values, **base}.items()]
+    found = Site(data=root / "data", ssd=root / "ssd", runs=root / "runs")
+    small = {"context_tokens": 16, "contexts_per_generation": 32}
+    config: Any = load.load(ROOT / "configs/diffing/cache.yaml", changes(found, small), found)
+    cache_activations.run(config, Run(root / "cache", output=io.StringIO()))
+    return found
 
 
 @pytest.mark.parametrize("path", ["configs/diffing/train.yaml", "configs/groups/diffing.yaml"])
@@ -70,7 +72,7 @@ def test_a_configuration_of_two_models_resumes_to_the_bit_and_says_how_they_diff
         sites = [f"[{name}/transformer.h.3]" for name in ("base", "chat")]
         groups = [f"{{features: 8, reads: {at}, writes: {at}}}" for at in sites]
         small["crosscoder.groups"] = f"[{{features: 16, cost: 0.8}}, {', '.join(groups)}]"
-    config = load.load(ROOT / path, changes(site, small, "activations."), site)
+    config: Any = load.load(ROOT / path, changes(site, small, "held_out."), site)
     with pytest.raises(Stopped):
         train_crosscoder.run(config, StopsItself(tmp_path / "stopped", stage="train", output=io.StringIO()))
     for name in ("stopped", "whole"):
@@ -80,7 +82,7 @@ def test_a_configuration_of_two_models_resumes_to_the_bit_and_says_how_they_diff
     assert load_crosscoder(whole).layers == ["base/transformer.h.3", "chat/transformer.h.3"]
 
     evaluated = {"crosscoder": whole, "context_tokens": 16, "max_tokens": 400, "fit_tokens": 200}
-    settings = load.load(ROOT / "configs/diffing/evaluate.yaml", changes(site, evaluated), site)
+    settings: Any = load.load(ROOT / "configs/diffing/evaluate.yaml", changes(site, evaluated), site)
     evaluate_crosscoder.run(settings, Run(tmp_path / "evaluation", output=io.StringIO()))
     metrics = records.read_json(tmp_path / "evaluation/metrics.json")
     rows = {row["name"]: row["features"] for row in metrics["model_diffing"]}

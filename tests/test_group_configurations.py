@@ -18,6 +18,8 @@ from pipeline.run import Run, Stopped
 
 CPU = torch.device("cpu")
 PATHS = files("configs/groups/*.yaml")
+CACHED = {"demo": ["transformer.h.2", "transformer.h.3"], "diffing": ["base/transformer.h.3", "chat/transformer.h.3"]}
+"""The sites that configs/<name>/cache.yaml caches."""
 FIRST, SECOND = (True, False), (False, True)
 BOTH = (True, True)
 WRITTEN = {
@@ -38,8 +40,7 @@ def trainer(directory: Path, path: Path) -> Trainer:
     small: dict[str, Any] = {"num_tokens": 280, "held_out": None, "batch_positions": 32, "log_every_steps": 3, "device": "cpu"}
     source = MemorySource(random_activations(200))
     activations = config.activations
-    demo = ["transformer.h.2", "transformer.h.3"]  # what configs/demo/cache.yaml caches
-    source.layers = demo if isinstance(activations, DiskActivations) else activations.layers
+    source.layers = CACHED[activations.path.name] if isinstance(activations, DiskActivations) else activations.layers
     return Trainer(config.model_copy(update={**small, "dead_window_tokens": 64}), source, Run(directory), CPU)
 
 
