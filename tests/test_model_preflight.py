@@ -203,7 +203,7 @@ def test_a_mistyped_path_is_not_taken_for_a_name_on_the_hub(tmp_path: Path, monk
     (fault,) = model_preflight.faults_of(model("mymodels/lama"), variables)
     assert fault == (
         f"language_model.model is mymodels/lama, but there is nothing at {tmp_path}/mymodels/lama, {said}; did you mean "
-        "`mymodels/llama`? Of a name on the hub, run `hf download mymodels/lama` first"
+        "`mymodels/llama`? If it is a name on the hub, run `hf download mymodels/lama` first"
     )
     (fault,) = model_preflight.tokenizer_faults(TokenizerConfig(name="mymodels/x"), variables)
     assert fault.startswith(f"tokenizer.name is mymodels/x, but there is nothing at {tmp_path}/mymodels/x, {said}; give a path that is")

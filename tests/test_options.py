@@ -530,7 +530,7 @@ def test_what_takes_one_value_is_refused_when_given_twice(
 ) -> None:
     outcome = run_command(place, monkeypatch, name, words)
     assert outcome.code == 2
-    assert f"{twice} stands more than once, and takes one value: give it once" in outcome.refusal
+    assert f"{twice} {'are' if ' and ' in twice else 'is'} given more than once, but take" in outcome.refusal
     assert leaves_nothing(outcome)
 
 

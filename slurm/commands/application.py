@@ -18,7 +18,8 @@ class Command(TyperCommand):
         words = [word for value in ctx.params.values() if isinstance(value, Sequence) and not isinstance(value, str) for word in value]
         keys = Counter(word.partition("=")[0] for word in words if isinstance(word, str) and "=" in word)
         if twice := [name for name, times in (options + keys).items() if times > 1]:
-            ctx.fail(f"{' and '.join(twice)} stands more than once, and takes one value: give it once")
+            are, take = ("is", "takes") if len(twice) == 1 else ("are", "take")
+            ctx.fail(f"{' and '.join(twice)} {are} given more than once, but {take} one value")
         return rest
 
 

@@ -85,7 +85,7 @@ def _mistyped_path(name: str) -> str | None:
     near = difflib.get_close_matches(path.name, sorted(entry.name for entry in path.parent.iterdir()), n=1)
     hint = f"did you mean `{path.parent / near[0]}`?" if near else "give a path that is there."
     return (
-        f"but there is nothing at {path.absolute()}, and the local cache of the hub has no such name; {hint} Of a name on the hub, "
+        f"but there is nothing at {path.absolute()}, and the local cache of the hub has no such name; {hint} If it is a name on the hub, "
         f"run `hf download {name}` first"
     )
 
