@@ -134,6 +134,25 @@ def test_source_files_are_known_by_pattern_and_a_new_one_changes_them(tmp_path: 
         run_inputs.describe(tmp_path / "*.zst")
 
 
+def test_files_that_were_touched_are_the_same_and_a_changed_byte_makes_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("x")
+    os.utime(file, (1.0, 1.0))
+    before = run_inputs.describe(tmp_path)
+    monkeypatch.setattr(run_inputs, "MOST_BYTES_READ", 0)
+    by_times = run_inputs.describe(tmp_path)  # as large files are known, and all were by runs of before
+    os.utime(file, (2.0, 2.0))
+    assert run_inputs.describe(tmp_path, like=before) == before
+    assert run_inputs.check_all({"source": before}) == {"source": before}
+    with pytest.raises(UserError, match=r"source \(.*\) had content .*: the data changed"):
+        run_inputs.check_all({"source": by_times})
+    file.write_text("y")
+    os.utime(file, (1.0, 1.0))
+    assert run_inputs.describe(tmp_path) == by_times
+    with pytest.raises(UserError, match=r"source \(.*\) had content .*: the data changed"):
+        run_inputs.check_all({"source": before})
+
+
 def test_each_package_that_differs_is_named() -> None:
     recorded = {"python_version": "3.11.7", "packages": {"torch": "2.13.0", "numpy": "2.1", "rich": "1"}}
     present = {"python_version": "3.12.0", "packages": {"torch": "2.14.0", "numpy": "2.1", "tqdm": "4"}}

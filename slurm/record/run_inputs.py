@@ -5,14 +5,15 @@ inputs.json has an entry a field of the configuration:
     {"tokens":     {"path": "/data/tokens/demo/train", "kind": "data set", "data_id": "9f2c..."},
      "crosscoder": {"path": "/runs/train/demo/20261123-...", "kind": "run", "run": "train/demo/20261123-...", "content": "77a0..."},
      "crosscoder": {"path": "/runs/train/demo/20261123-.../checkpoints/00000391", "kind": "checkpoint", "content": "3917..."},
-     "source":     {"path": "/data/text", "kind": "files", "content": "01bb..."},
+     "source":     {"path": "/data/text", "kind": "files", "content": "01bb...", "by": "bytes"},
      "activations": {"path": "/ssd/activations/demo", "kind": "pending", "made_by": "/runs/cache/demo/20261123-..."},
      "language_model": {"kind": "language model", "name": "EleutherAI/pythia-70m", "revision": null, "commit": "a39f...",
                         "files": {"config.json": "51f0...", "model.safetensors": "a2c4..."}, "content": "0d1f...", "data_id": "77ab..."},
      "tokenizer": {"kind": "tokenizer", "name": "/models/llama", "revision": null, "files": {"tokenizer.json": "c3d1..."}, "content": ...}}
 
 `data_id` is the identity that the manifest gives. `content` of a run is a hash of its results, of a checkpoint the identity of its
-manifest, of other files a hash of their names, sizes and times: their bytes are not read. A pending input doesn't exist yet; the job
+manifest, of other files a hash of their names and bytes; where they hold over `MOST_BYTES_READ`, of names, sizes and times, and their
+bytes are not read (`by` says which; without it: times). A pending input doesn't exist yet; the job
 that reads it completes the entry once the run that makes it has sealed it.
 
 A language model and a tokenizer are known by the bytes of their files (see `pipeline.model_files`), one of which weights are drawn at
@@ -41,6 +42,9 @@ Entry = dict[str, Any]
 
 PRETRAINED = ("language model", "tokenizer")
 """The kinds whose entry names files of a model."""
+BYTES, TIMES = "bytes", "times"
+MOST_BYTES_READ = 64 << 20
+"""Of files that are no data set, all together: these are read in 50 ms or so, and touching them changes nothing."""
 SUBJECT = ("path", "name", "revision", "random_weights")
 """What an entry is of; all else says what was found there."""
 
@@ -65,7 +69,7 @@ def describe_all(
             entries[field] = {"path": str(path), "kind": "pending", "made_by": str(pending[field])}
             continue
         try:
-            entries[field] = describe(path)
+            entries[field] = describe(path, like=(before or {}).get(field))
         except UserError as error:
             raise UserError(f"{where}: {config.field_of_input(field)}: {error}") from None
     return entries | describe_pretrained(config, where, hash_file=hash_file, before=before or {})
@@ -84,8 +88,11 @@ def describe_pretrained(
     return entries
 
 
-def describe(path: Path) -> Entry:
-    """What stands at `path` now. Raises `UserError` if nothing does, or if it isn't finished."""
+def describe(path: Path, *, like: Entry | None = None) -> Entry:
+    """What stands at `path` now. Raises `UserError` if nothing does, or if it isn't finished.
+
+    like : an earlier entry; what is no data set and no run is described in the same way, so that the two can be compared.
+    """
     if (path / records.MANIFEST).exists():
         manifest = records.read_manifest(path)
         if str(manifest["format"]).startswith("checkpoint/"):
@@ -97,10 +104,10 @@ def describe(path: Path) -> Entry:
     if (path / records.RECIPE).exists():
         raise UserError(f"{path} has no {records.MANIFEST}: it is not a finished data set; run the stage that makes it again, it resumes")
     if not path.exists() and any(letter in str(path) for letter in "*?["):
-        return {"path": str(path), "kind": "files", "content": _names_sizes_times(Path(path.anchor), str(path.relative_to(path.anchor)))}
+        return {"path": str(path), "kind": "files"} | _of_files(Path(path.anchor), str(path.relative_to(path.anchor)), like)
     if not path.exists():
         raise UserError(f"{path} does not exist; run the stage that makes it first, or submit both in one chain")
-    return {"path": str(path), "kind": "files", "content": _names_sizes_times(path)}
+    return {"path": str(path), "kind": "files"} | _of_files(path, "**/*", like)
 
 
 def _run_content(path: Path) -> str:
@@ -116,12 +123,16 @@ def _run_content(path: Path) -> str:
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
-def _names_sizes_times(path: Path, pattern: str = "**/*") -> str:
+def _of_files(path: Path, pattern: str, like: Entry | None) -> Entry:
+    """The content of the file at `path`, or of those that `pattern` finds below it, and by what it is known."""
     files = [path] if path.is_file() else sorted(p for p in path.glob(pattern) if p.is_file())
     if not files:
         raise UserError(f"{path / pattern} names no file")
-    listing = "\n".join(f"{file.relative_to(path)}\0{file.stat().st_size}\0{file.stat().st_mtime_ns}" for file in files)
-    return hashlib.sha256(listing.encode()).hexdigest()
+    is_small = sum(file.stat().st_size for file in files) <= MOST_BYTES_READ
+    by = like.get("by", TIMES) if like is not None and like.get("kind") == "files" else BYTES if is_small else TIMES
+    known = {file: records.hash_file(file) if by == BYTES else f"{file.stat().st_size}\0{file.stat().st_mtime_ns}" for file in files}
+    listing = "\n".join(f"{file.relative_to(path)}\0{content}" for file, content in known.items())
+    return {"content": hashlib.sha256(listing.encode()).hexdigest()} | ({"by": BYTES} if by == BYTES else {})
 
 
 def _described(named: Pretrained, before: Entry, hash_file: HashFile) -> Entry:
@@ -201,7 +212,7 @@ def check_all(entries: Mapping[str, Entry], hash_file: HashFile = records.hash_f
             completed[field] = entry
             continue
         try:
-            now = _found(entry, hash_file) if entry["kind"] in PRETRAINED else describe(Path(entry["path"]))
+            now = _found(entry, hash_file) if entry["kind"] in PRETRAINED else describe(Path(entry["path"]), like=entry)
         except UserError as error:
             faults.append(f"{field}: {error}")
             continue
