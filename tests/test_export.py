@@ -156,6 +156,7 @@ def card_of(directory: Path) -> tuple[dict[str, Any], str]:
 def test_the_card_tells_the_hub_and_a_reader_what_it_is_but_no_path(tmp_path: Path) -> None:
     run, evaluation = write_run(tmp_path / "run", "batch_topk"), tmp_path / "evaluation"
     training = {"stage": "train", "activations": {"kind": "disk", "path": "/home/ana/acts"}, "loss": {"auxk": {"k": 2}}, "seed": 3}
+    training["optimizer"] = {"eps": 1e-8}
     (run / "config.yaml").write_text(yaml.safe_dump(training))
     metrics = {
         "layers": LAYERS,
@@ -179,6 +180,7 @@ def test_the_card_tells_the_hub_and_a_reader_what_it_is_but_no_path(tmp_path: Pa
     assert "of gpt2@607a30d" in text
     assert "auxk" in text
     assert "seed: 3" in text
+    assert "eps: 1" in text
     for identity in ("a" * 64, "d" * 64, "m" * 64, "t" * 64, load_crosscoder(run).identity):
         assert identity in text
     assert "/home" not in text

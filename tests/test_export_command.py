@@ -106,6 +106,7 @@ def test_an_import_is_a_run_whose_settings_the_options_and_changes_give(tmp_path
     assert (config.name, config.layout, config.path) == ("diff", "ckkissane", tmp_path / "files")
     assert config.activations.layers == ["transformer.h.1", "transformer.h.2"]
     assert (config.activation_scale, config.activations.context_tokens) == ([0.5, 2.0], 128)
+    assert config.activations.contexts_per_generation == 64
 
 
 def test_the_command_offers_every_layout() -> None:

@@ -54,6 +54,7 @@ def test_an_imported_crosscoder_is_evaluated_as_the_one_that_was_exported(pieces
     for layer in LAYERS:
         assert reconstruction_row(found, layer, "crosscoder")["explained_variance"] == pytest.approx(1.0, abs=1e-9)
     trained = load_crosscoder(tmp_path / "imported")
+    assert trained.provenance.tokens_id == "", "what it was trained on is not known"
     assert trained.normalizer.mean_LD.abs().sum() > 0, "what stands in place of a layer that is masked"
     raw_BLD = torch.randn(50, 2, 16)
     assert torch.equal(trained.normalizer.normalize(raw_BLD), raw_BLD)

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.config import yaml_file
 from pipeline.crosscoder.checkpoint import TrainedCrosscoder
 
 Json = dict[str, Any]
@@ -82,7 +83,7 @@ def _loading(trained: TrainedCrosscoder, card: Card) -> str:
 def _settings(trained: TrainedCrosscoder, card: Card) -> str:
     settings: Json = {"crosscoder": trained.config.chosen()}
     settings |= {key: card.training[key] for key in ("loss", "optimizer", *TRAINING_SETTINGS) if card.training.get(key) is not None}
-    return f"## Settings\n\n```yaml\n{yaml.safe_dump(_without_nulls(settings), sort_keys=False)}```"
+    return f"## Settings\n\n```yaml\n{yaml_file.write(_without_nulls(settings))}```"
 
 
 def _results(metrics: Json) -> str:

@@ -139,7 +139,7 @@ def differences_from_training(trained: Provenance, config: EvaluateConfig, token
         lines.append(f"the baselines are fitted on a part of {tokens.directory} that is not measured; training_tokens names another set")
     elif training.data_id == tokens.data_id:
         lines.append("training_tokens is the held-out set itself: the baselines are fitted on what they are measured on")
-    elif training.data_id != trained.tokens_id:
+    elif trained.tokens_id and training.data_id != trained.tokens_id:  # nothing is known of an imported one
         lines.append(f"training_tokens {training.directory} is not the token set that the crosscoder was trained on")
     if trained.context_tokens != config.context_tokens:
         lines.append(

@@ -57,7 +57,7 @@ def run(config: ImportConfig, run: Run) -> dict[str, Any]:
     crosscoder_config, crosscoder = crosscoder_of(folded, source.layers)
     normalizer = Normalizer(source.statistics.mean_LD, torch.ones(len(source.layers)), center=False)
     facts: dict[str, Any] = {"layers": source.layers, "step": 0, "tokens": 0, "activations_id": source.data_id}
-    facts |= {"dead_window_tokens": 1, "batch_positions": config.positions, **source.provenance.facts()}
+    facts |= {"dead_window_tokens": 1, "batch_positions": config.positions, **source.provenance._replace(tokens_id="").facts()}
     since_F = torch.zeros(crosscoder_config.num_features, dtype=torch.int64)
     part = crosscoder_part(crosscoder, normalizer, since_F, crosscoder_config, facts)
     checkpoint = checkpoint_files.write(run.directory / "checkpoints", 0, {"crosscoder": part})

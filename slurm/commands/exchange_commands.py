@@ -9,6 +9,9 @@ import typer
 from pipeline.config.errors import UserError
 from slurm.record.printable import print
 
+CONTEXTS = 64
+"""A generation of the stream, of which an import tries a crosscoder on the first positions: a small one, since all of it is computed."""
+
 
 class Layout(StrEnum):
     """Whose files are written."""
@@ -105,7 +108,7 @@ def import_(
     streamed = {"language_model": language_model and {"model": language_model}, "layers": layers, "tokens": tokens and str(tokens)}
     activations = {key: value for key, value in streamed.items() if value}
     values: dict[str, Any] = {"stage": "import", "name": name, "path": str(path.expanduser()), "layout": layout.value}
-    values |= {"activations": {"kind": "stream", **activations}} if activations else {}
+    values |= {"activations": {"kind": "stream", "contexts_per_generation": CONTEXTS, **activations}} if activations else {}
     for change in changes or []:
         load.set_value(values, change, where=where)
     config = load.from_values(values, where=where, site=site)
