@@ -142,6 +142,22 @@ def test_the_difference_of_the_models_is_measured_and_drawn(both: Both) -> None:
     assert "model_diffing" not in both.of_one["base"]
 
 
+def test_the_terminal_says_what_the_models_share(both: Both, tmp_path: Path) -> None:
+    output = io.StringIO()
+    evaluate_crosscoder.run(both.pieces.config(both.run, **both.settings()), Run(tmp_path, output=output))
+    rows = {row["name"]: row for row in both.metrics["model_diffing"]}
+    living = sum(row["features"] for row in rows.values())
+    alone = [
+        f"{rows[f'only_{name}']['features']} in {name} alone ({rows[f'only_{name}']['absent']} absent from {other})"
+        for name, other in (("base", "chat"), ("chat", "base"))
+    ]
+    said = " ".join(output.getvalue().split())
+    assert f"0.0 % of {living} features write in both models alike, {', '.join(alone)}" in said
+    assert "nats more than the models' own (mean of each)" in said
+    assert ": 2 as the models are, " in said
+    assert f"Model diffing, base to chat, of {living} features" in (tmp_path / "tables.txt").read_text()
+
+
 def test_every_number_and_every_result_has_a_name_that_is_known(both: Both, tmp_path: Path) -> None:
     for key in ("model_diffing", "clean_cross_entropy_by_model"):
         assert key.removesuffix("_by_model") in DEFINITIONS

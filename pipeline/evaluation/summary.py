@@ -5,6 +5,7 @@ from pipeline.crosscoder.metrics import DENSE_FRACTION
 from pipeline.evaluation import tables, verdict
 from pipeline.evaluation.fitting import FEW_POSITIONS_A_DIMENSION
 from pipeline.evaluation.measurements import Measurements
+from pipeline.evaluation.model_diffing import ModelDifference
 from pipeline.evaluation.outliers import FEW, MUCH
 from pipeline.evaluation.report import Evaluation, headline, sparsity, verdict_lines, wrapped
 
@@ -24,7 +25,8 @@ def all_lines(evaluation: Evaluation) -> list[str]:
 def _five_numbers(evaluation: Evaluation) -> list[str]:
     trained, found, numbers, show = evaluation.trained, evaluation.found, headline(evaluation), verdict.number
     size = _size(trained)
-    cost = f"{show(numbers['cross_entropy_difference'])} nats more than the model's own {show(found.clean_cross_entropy)}"
+    own = "the model's own" if len(found.clean_by_model) == 1 else "the models' own (mean of each)"
+    cost = f"{show(numbers['cross_entropy_difference'])} nats more than {own} {show(found.clean_cross_entropy)}"
     share = show(numbers["explained_variance"])
     rows = {
         "cost": cost + _beside(numbers["cross_entropy_difference_of_baseline"]),
@@ -41,9 +43,23 @@ def _five_numbers(evaluation: Evaluation) -> list[str]:
         )
     else:
         rows["sharing"] = f"{numbers['layers_driving']:.2f} of {len(trained.layers)} layers drive a feature (mean)"
+    rows |= {pair.name: _shared(pair) for pair in found.model_differences}
     width = max(map(len, rows))
     heading = [f"crosscoder {trained.identity[:12]}: {size}", f"on held-out text, {found.num_positions:,} positions:"]
     return [*heading, *(line for name, row in rows.items() for line in wrapped(f"  {name:{width}}  {row}"))]
+
+
+def _shared(pair: ModelDifference) -> str:
+    """What two models share, and what each has alone, of the features that fire here."""
+    classes = {row.name: row for row in pair.classes()}
+    alone = [
+        f"{row.features:,} in {model} alone" + (f" ({row.absent:,} absent from {other})" if row.absent is not None else "")
+        for model, other in ((pair.one, pair.other), (pair.other, pair.one))
+        for row in [classes[f"only_{model}"]]
+    ]
+    return (
+        f"{100 * classes['shared'].fraction:.1f} % of {int(pair.fires_F.sum()):,} features write in both models alike, {', '.join(alone)}"
+    )
 
 
 def _size(trained: TrainedCrosscoder) -> str:

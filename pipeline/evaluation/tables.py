@@ -112,7 +112,7 @@ def _driving(found: DrivingLayers, layers: list[str]) -> str:
 
 
 def _model_difference(pair: ModelDifference) -> str:
-    title = f"Model diffing, {pair.one} to {pair.other}: the {int(pair.fires_F.sum()):,} features that fire, by decoder norms"
+    title = f"Model diffing, {pair.one} to {pair.other}, of {int(pair.fires_F.sum()):,} features"
     table = _table(title, ["features", "share", "median\nnu error", "median nu\nreconstr.", "absent from\nthe other"])
     for row in pair.classes():
         absent = f"{row.absent:,}" if row.absent is not None and row.name.startswith("only_") else "-"

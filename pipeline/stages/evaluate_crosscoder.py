@@ -211,7 +211,9 @@ def evaluate(
         seed=config.seed,
     )
     passes = measurement.num_forward_passes
-    run.say(f"{passes} forward passes a batch: one as it is, {passes - 1} with activations replaced")
+    num_models = len(each(models))
+    clean = "one as it is" if num_models == 1 else f"{num_models} as the models are"
+    run.say(f"{passes} forward passes a batch: {clean}, {passes - num_models} with activations replaced")
     done, total = 0, len(parts.measured.indices)
     for batch in parts.measured.batches():
         measurement.add(batch, run)
