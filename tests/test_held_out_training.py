@@ -137,7 +137,10 @@ def test_the_stage_measures_a_token_set_with_the_model_that_its_activations_are_
     measured = [{name: value for name, value in result.items() if name.startswith("held_out")} for result in found.values()]
     assert measured[0]["held_out_explained_variance"] == pytest.approx(measured[1]["held_out_explained_variance"], rel=0.05)
     assert 0 < measured[0]["held_out_l0"] < 48
-    own = train_config(**small, activations={"kind": "stream", **harvest}, held_out={"tokens": tmp_path / "train"})
+    with pytest.raises(UserError, match="the token set that is trained on; name one that training does not see"):
+        train_config(**small, activations={"kind": "stream", **harvest}, held_out={"tokens": tmp_path / "train"})
+    (tmp_path / "link").symlink_to(tmp_path / "train")  # by another name it is known by its data id
+    own = train_config(**small, activations={"kind": "stream", **harvest}, held_out={"tokens": tmp_path / "link"})
     with pytest.raises(UserError, match="the token set that is trained on; name one that training does not see"):
         train_crosscoder.run(own, Run(tmp_path / "own"))
     other = {**model, "model": str(tiny_gpt2(tmp_path / "other", vocab_size=tokens["train"].vocab_size, seed=5))}

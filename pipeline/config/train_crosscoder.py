@@ -211,6 +211,13 @@ class TrainConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
+    def _held_out_is_not_trained_on(self) -> "TrainConfig":
+        streamed = self.activations.inputs().get("tokens")
+        if self.held_out is not None and self.held_out.tokens == streamed:
+            raise ValueError(f"held_out.tokens is {streamed}, the token set that is trained on; name one that training does not see")
+        return self
+
+    @model_validator(mode="after")
     def _loss_fits(self) -> "TrainConfig":
         if fault := self.loss.fault(self.crosscoder):
             raise ValueError(fault)
