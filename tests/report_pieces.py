@@ -64,7 +64,9 @@ def make_run(
     (run.path / "config.yaml").write_text(yaml_file.write(config))
     records.write_json(run.path / "code.json", {"hash": "c" * 64, "commit": "d" * 40, "edited": False, "files": {"a.py": "1"}})
     records.write_json(run.path / "environment.json", {"python_version": "3.11.7", "torch": "2.13.0", "packages": {}})
-    records.write_json(run.path / "inputs.json", {"crosscoder": {"path": config["crosscoder"]}} if stage not in ("train", "sweep") else {})
+    records.write_json(
+        run.path / "inputs.json", {"crosscoder": {"path": config["crosscoder"]}} if stage not in ("train", "import", "sweep") else {}
+    )
     job = {"stage": stage, "name": "demo", "executor": "debug", "cluster": "dev", "submitted": submitted, "submitted_by": "ana@login"}
     run.write_job(job | {"command": ["crosscoder", "submit", "x.yaml"], "num_tasks": 1, "after": [], "jobs": [], "changes": []})
     ended = {"status": "finished", "started": submitted, "ended": submitted + 1, "error": None, "result": result or {}}

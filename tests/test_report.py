@@ -67,6 +67,15 @@ def test_the_verdict_stands_first_with_the_cost_in_nats_beside_the_baseline(site
     assert report(evaluation.reference).splitlines()[:2] == [first, second]
 
 
+def test_an_imported_crosscoder_is_one_that_was_trained_elsewhere(site: Path) -> None:
+    run = make_run(site, "import", {"stage": "import", "name": "demo", "layout": "sae_lens"})
+    evaluated(site, run.path)
+    assert report(run.reference).splitlines()[0] == "A crosscoder of 3 features over h.0, h.1, imported from files of sae_lens."
+    html = (run.path / "report.html").read_text()
+    assert "trained elsewhere" in html
+    assert "dead in training" not in html
+
+
 def test_what_dwarfs_the_other_costs_is_named_and_not_drawn() -> None:
     replaced = [{"layer": "h.0", "by": by, "source": None, "difference": value} for by, value in COSTS["h.0"].items()]
     chart, far = charts.costs({"layers": ["h.0"], "replaced": replaced})

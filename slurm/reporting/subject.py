@@ -79,7 +79,7 @@ def subject_of(named: Named, runs: Path, made: Made) -> Subject:
         _check_finished(given)
         named = _trained_by(given, runs)
         made = made | {given.stage: made.get(given.stage, {}) | {named.run.task_directory(named.task or 0): given}}
-    if named.record.stage != "train":
+    if named.record.stage not in ("train", "import"):
         kinds = "a run of train, evaluate, features or generate, a sweep of one of these, or a task of it"
         raise UserError(f"{named.reference} trains no crosscoder; name {kinds}")
     directory = named.run.task_directory(named.task or 0)

@@ -106,6 +106,8 @@ def trained_on(subject: Subject) -> str:
     features = "A crosscoder" + (f" of {size:,} features" if size else "") + (f" ({function})" if function else "")
     layers = f" over {', '.join(subject.layers)}" if subject.layers else ""
     tokens = (metrics or {}).get("tokens_trained") or (subject.rows[-1].get("tokens") if subject.rows else None)
+    if config.get("stage") == "import":
+        return f"{features}{layers}, imported from files of {config['layout']}."
     amount = f", trained on {quantity(tokens)} positions" if tokens else ", not trained yet"
     where = source.get("path") or source.get("tokens")
     model = (source.get("language_model") or {}).get("model")
@@ -135,13 +137,14 @@ def tiles(subject: Subject) -> list[Tile]:
     if subject.evaluation is None:
         return _tiles_of_training(subject.result)
     get = subject.evaluation.headline.get
+    in_training = "trained elsewhere" if subject.config.get("stage") == "import" else f"{share(get('dead_fraction'))} dead in training"
     return [
         Tile(
             _number(get("cross_entropy_difference")), "nats more, mean over layers", _baseline(get("cross_entropy_difference_of_baseline"))
         ),
         Tile(_number(get("explained_variance")), "explained variance", _baseline(get("explained_variance_of_baseline"))),
         Tile(_tenths(get("l0")), "L0", f"of {subject.evaluation.metrics['num_features']:,} features"),
-        Tile(share(get("dead_eval_fraction")), "silent on the held-out text", f"{share(get('dead_fraction'))} dead in training"),
+        Tile(share(get("dead_eval_fraction")), "silent on the held-out text", in_training),
         Tile(share(get("dense_fraction")), "dense", "fire on over 10 % of positions"),
     ]
 
