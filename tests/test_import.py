@@ -48,8 +48,11 @@ def test_what_was_exported_comes_back(layout: str, kind: str, tmp_path: Path) ->
     assert (x_NLD - expected_NLD).norm() < 1e-6 * expected_NLD.norm()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["relu", "batch_topk_by_activation"])
+SAME_UNITS = [(layout, kind) for layout in LAYOUTS for kind in ("relu", "batch_topk_by_activation")]
+SAME_UNITS += [("sae_lens", "jump_relu"), ("safetensors", "jump_relu")]
+
+
+@pytest.mark.parametrize(("layout", "kind"), SAME_UNITS)
 def test_where_no_unit_changes_a_second_export_has_the_bytes_of_the_first(layout: str, kind: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", kind)
     export(run, tmp_path / "first", to=layout)
