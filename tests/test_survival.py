@@ -79,13 +79,16 @@ def test_each_stage_survives_six_interruptions_at_random_moments_and_gives_the_s
     expected = project.submit(undisturbed, configs, "debug")
 
     stages = small_stages(root, undisturbed, root / "disturbed", crosscoder=str(expected[3].path))
-    runs = []
-    for number, stage in enumerate(stages):
-        resources = {"cpus": CPUS, "partition": "low", "node": f"n{number}"}
-        runs += project.submit(root / "disturbed", [write_config(root, stage, "disturbed", resources)], "slurm")
+    runs = list[RunDirectory]()
     print(f"SURVIVAL_SEED={SEED}")
     with ThreadPoolExecutor(len(stages)) as pool:
-        hits = list(pool.map(lambda *of_stage: interrupt(project.cluster, *of_stage), stages, runs))
+        interrupted = []
+        for number, stage in enumerate(stages):
+            resources = {"cpus": CPUS, "partition": "low", "node": f"n{number}"}
+            runs += project.submit(root / "disturbed", [write_config(root, stage, "disturbed", resources)], "slurm")
+            # At once: on a loaded machine it may have finished before the last of the others is submitted.
+            interrupted.append(pool.submit(interrupt, project.cluster, stage, runs[-1]))
+        hits = [of_stage.result() for of_stage in interrupted]
 
     for hit in (hit for of_stage in hits for hit in of_stage):
         way, moment, seconds = hit.interruption
