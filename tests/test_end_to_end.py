@@ -159,6 +159,7 @@ def test_a_local_job_trains_from_the_stream(place: Place) -> None:
     config.write_text(stream.replace("name: demo", "name: stream").replace("epochs: 1", "num_tokens: 20_000"))
     changes = [
         "activations.contexts_per_generation=64",
+        "activations.statistics_contexts=256",
         "held_out.language_model=null",
         "crosscoder.num_features=512",
         "batch_positions=512",
