@@ -159,6 +159,7 @@ def test_the_card_tells_the_hub_and_a_reader_what_it_is_but_no_path(tmp_path: Pa
     training["optimizer"] = {"eps": 1e-8}
     (run / "config.yaml").write_text(yaml.safe_dump(training))
     metrics = {
+        "inputs": {"crosscoder": load_crosscoder(run).identity},
         "layers": LAYERS,
         "held_out": {"positions": 29712, "outliers": 4},
         "sparsity": {"l0": 31.4, "dead_eval": 12, "dense": 5},
@@ -185,6 +186,13 @@ def test_the_card_tells_the_hub_and_a_reader_what_it_is_but_no_path(tmp_path: Pa
         assert identity in text
     assert "/home" not in text
     assert str(tmp_path) not in text
+
+
+def test_results_of_another_checkpoint_are_not_on_the_card(tmp_path: Path) -> None:
+    run, evaluation = write_run(tmp_path / "run", "relu"), tmp_path / "evaluation"
+    records.write_json(evaluation / "metrics.json", {"inputs": {"crosscoder": "c" * 64}})
+    export(run, tmp_path / "out", to="safetensors", evaluation=evaluation)
+    assert "## Results" not in card_of(tmp_path / "out")[1]
 
 
 def test_a_crosscoder_of_one_layer_names_the_place_that_sae_lens_hooks_into(tmp_path: Path) -> None:

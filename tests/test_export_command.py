@@ -13,6 +13,7 @@ from pipeline.config.activation_source import StreamedActivations
 from pipeline.config.errors import UserError
 from pipeline.config.import_crosscoder import ImportConfig
 from pipeline.config.stage import StageConfig
+from pipeline.crosscoder.checkpoint import load_crosscoder
 from pipeline.exchange.export_crosscoder import LAYOUTS
 from pipeline.stages.import_crosscoder import READERS
 from pipeline.tokens import write_token_set
@@ -52,7 +53,13 @@ def test_a_run_or_a_checkpoint_is_exported_with_the_results_of_its_newest_evalua
         evaluation = make(runs, "evaluate", submitted=submitted)
         records.write_json(evaluation.path / "inputs.json", {"crosscoder": {"path": str(run.path)}})
         sparsity = {"l0": l0, "dead_eval": 0, "dense": 0}
-        metrics = {"layers": [], "held_out": {"positions": 9, "outliers": 0}, "sparsity": sparsity, "clean_cross_entropy": 2.0}
+        metrics = {
+            "inputs": {"crosscoder": load_crosscoder(run.path).identity},
+            "layers": [],
+            "held_out": {"positions": 9, "outliers": 0},
+            "sparsity": sparsity,
+            "clean_cross_entropy": 2.0,
+        }
         records.write_json(evaluation.path / "metrics.json", metrics | {"reconstruction": [], "replaced": []})
     done = exported(runs, monkeypatch, "train/demo", str(tmp_path / "a"), "--to", "dictionary_learning", "--license", "mit")
     assert done.stdout == f"step 7 of 2 layers and 40 features: {tmp_path / 'a'}\n"

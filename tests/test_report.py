@@ -204,6 +204,27 @@ def test_a_page_written_again_leaves_no_features_of_another_store(site: Path) ->
     assert [path.name for path in old.parent.iterdir()] == [new.name]
 
 
+def test_nothing_of_others_is_deleted_or_written_over(site: Path, tmp_path: Path) -> None:
+    """A folder called like that of a page, a file that is no page, a link, and places where no file can be."""
+    from slurm.reporting import page
+
+    path = tmp_path / "page.html"
+    for name in ("page.files/thesis/ch1.txt", "page.files/0123456789ab/mine.txt", "page.files/ba9876543210/00000.js"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("x")
+    page.check_place(path)
+    page.write(path, '<meta name="generator" content="crosscoder report">', None, lambda done, total: None)
+    assert sorted(p.name for p in (tmp_path / "page.files").iterdir()) == ["0123456789ab", "thesis"]
+    page.check_place(path)  # a page may be written anew
+    (tmp_path / "mine.html").write_text("important")
+    (tmp_path / "link.html").symlink_to(path)
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "b.files").write_text("x")
+    for name in ("mine.html", "link.html", "folder.html", "b.html", "mine.html/page.html"):
+        with pytest.raises(UserError, match="name another file with --output"):
+            page.check_place(tmp_path / name)
+
+
 def test_a_page_of_12288_features_stays_under_5_mb_and_holds_the_strongest(tmp_path: Path) -> None:
     write_large_store(tmp_path / "features", 12_288, with_contexts=256)
     store = FeatureStore.open(tmp_path / "features")

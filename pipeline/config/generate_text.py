@@ -44,7 +44,7 @@ class Steering(Config):
 
     features: Annotated[list[Count], Field(min_length=1)]
     """All of them are edited together."""
-    strengths: list[Annotated[float, Field(allow_inf_nan=False)]] = []
+    strengths: list[Annotated[float, Field(allow_inf_nan=False, ge=-1e30, le=1e30)]] = []
     """A continuation for each. In the unit of activations, but for `scale`; `crosscoder features` shows how strongly a feature fires."""
     mode: Mode = "add"
     """What becomes of an activation f with strength s. add: f + s; scale: s f; clamp: s; ablate: 0, which needs no strength."""

@@ -99,6 +99,8 @@ def read(path: Path, num_layers: int) -> Imported:
     threshold_F = take(tensors, file, "threshold", ()).double() / norms_F.clamp(min=1e-38) if "threshold" in tensors else None
     if "feature_scale" in tensors:
         scale_F = take(tensors, file, "feature_scale", (num_features,)).double()
+        if not bool((scale_F > 0).all()):
+            raise UserError(f"{file}: feature_scale holds numbers that are not above 0; the file is damaged")
         W_enc_LDF, b_enc_F, W_dec_FLD = W_enc_LDF / scale_F, b_enc_F / scale_F, W_dec_FLD * scale_F[:, None, None]
         threshold_F = None if threshold_F is None else threshold_F / scale_F
     mean_LD, scale_L11 = _normalizer(tensors, file, num_layers, d_model)

@@ -74,12 +74,18 @@ def export(
             loading=layout.loading(exported),
             remarks=remarks,
             training=_configuration(_run_of(checkpoint)),
-            metrics=None if evaluation is None else records.read_json(evaluation / "metrics.json"),
+            metrics=None if evaluation is None else _metrics_of(trained, evaluation),
             language_models=list(exported.language_models.values()),
             license=license,
         )
         (directory / "README.md").write_text(model_card(trained, card), encoding="utf-8")
     return [f"step {trained.step:,} of {len(trained.layers)} layers and {trained.num_features:,} features: {output}", *remarks]
+
+
+def _metrics_of(trained: TrainedCrosscoder, evaluation: Path) -> dict[str, Any] | None:
+    """What an evaluation measured; None where it was of another crosscoder, such as a later checkpoint of the same run."""
+    metrics: dict[str, Any] = records.read_json(evaluation / "metrics.json")
+    return metrics if metrics.get("inputs", {}).get("crosscoder") == trained.identity else None
 
 
 def _facts(trained: TrainedCrosscoder, to: str) -> dict[str, Any]:

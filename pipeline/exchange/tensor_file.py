@@ -65,10 +65,13 @@ def take(tensors: dict[str, Tensor], path: Path, name: str, shape: tuple[int | N
     tensor = tensors.pop(name, None)
     if tensor is None:
         raise UserError(f"{path} has no {name}, but {', '.join(sorted(tensors)) or 'nothing'}; is it of another layout?")
+    if not tensor.is_floating_point():
+        raise UserError(f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')}, expected floating-point numbers")
     if len(tensor.shape) != len(shape) or any(size not in (None, found) for size, found in zip(shape, tensor.shape, strict=True)):
         wanted = " x ".join("any" if size is None else str(size) for size in shape)
         raise UserError(f"{path}: {name} is {' x '.join(map(str, tensor.shape)) or 'a scalar'}, expected {wanted or 'a scalar'}")
-    if name != "threshold" and not bool(torch.isfinite(tensor).all()):
+    # An infinite threshold is of a feature that never fires.
+    if bool(tensor.isnan().any() if name == "threshold" else ~torch.isfinite(tensor).all()):
         raise UserError(f"{path}: {name} holds numbers that are not finite; the file is damaged, or its training was")
     return tensor
 

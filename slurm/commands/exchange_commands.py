@@ -77,8 +77,8 @@ def export(
     command += [] if push_to_hub is None else ["--push-to-hub", push_to_hub, *(["--private"] if private else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     print(done.stdout, end="", flush=True)
+    print(done.stderr, end="", file=sys.stderr)  # warnings too
     if done.returncode:
-        print(done.stderr, end="", file=sys.stderr)
         raise SystemExit(done.returncode)
 
 

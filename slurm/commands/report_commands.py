@@ -46,6 +46,7 @@ def _one(reference: str, runs: Path, output: Path | None, inside: int) -> None:
 
     subject = find_subject(reference, runs)
     path = (output or subject.directory / "report.html").absolute()
+    page.check_place(path)
 
     def said(done: int, total: int) -> None:
         if sys.stderr.isatty():
@@ -65,6 +66,7 @@ def _several(references: list[str], runs: Path, output: Path | None) -> None:
         raise UserError(f"a page of {len(references)} runs belongs to none of them: say where it goes, with --output FILE.html")
     members = compared.gather(references, runs)
     path = (output or find(references[0], runs).run.path / "report.html").absolute()
+    page.check_place(path)
     title = find(references[0], runs).reference if len(references) == 1 else ", ".join(member.label for member in members)
     page.write(path, compared_page.html(members, path, title), None, lambda done, total: None)
     print(*compared_page.sentences(members, compared.measure_of(members)), f"Look at it in a browser: {path}", sep="\n")

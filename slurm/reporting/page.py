@@ -1,6 +1,7 @@
 """Puts a page together and writes it: one HTML file with all that it needs in it, and the folder of features beside it."""
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from pipeline import records
+from pipeline.config.errors import UserError
 from slurm.record.printable import printable
 from slurm.reporting import feature_parts
 from slurm.reporting.feature_parts import FEATURES_A_PART, FEATURES_AN_INDEX, Contents, script_json
@@ -17,6 +19,8 @@ from slurm.watching.feature_store import FeatureStore
 TEMPLATES = Path(__file__).parent / "templates"
 VEGALITE_VERSION = "6.1"
 """The newest but one that vl-convert-python 1.9 has: in 6.4 the tooltip nearest to the pointer says `undefined` for the name of a curve."""
+GENERATOR = b'<meta name="generator" content="crosscoder report">'
+"""By it a page is known as one that this wrote."""
 INSIDE_BYTES = 1_500_000
 """Of the features in the page itself, at most: beside an index of 12,288 features and 0.9 MB of Vega the page stays under 5 MB."""
 
@@ -84,7 +88,8 @@ def inside(store: FeatureStore, most: int) -> dict[str, Any]:
 def write(path: Path, html: str, store: FeatureStore | None, said: Callable[[int, int], None]) -> None:
     """Writes the folder of features, then the page at `path`, which names it.
 
-    The folder's name holds the store's data id: a page never reads what belongs to another. Folders of earlier pages are removed.
+    The folder's name holds the store's data id: a page never reads what belongs to another. Folders of earlier pages are removed, and
+    nothing else. `path` is as `check_place` wants it.
 
     said : is told how many parts are written, of how many.
     """
@@ -95,8 +100,23 @@ def write(path: Path, html: str, store: FeatureStore | None, said: Callable[[int
     with records.atomic_file(path) as file:
         file.write(html.encode())
     for other in folder.iterdir() if folder.is_dir() else ():
-        if store is None or other.name != store.data_id[:12]:
+        if (store is None or other.name != store.data_id[:12]) and _is_of_a_page(other):
             shutil.rmtree(other)
+
+
+def check_place(path: Path) -> None:
+    """Raises `UserError` unless a page can be written at `path`, in the place of nothing or of another page."""
+    if os.path.lexists(path) and not (path.is_file() and not path.is_symlink() and GENERATOR in path.read_bytes()[:1000]):
+        raise UserError(f"{path} is there already and is no page of crosscoder report; name another file with --output")
+    for place in (files_of(path), *path.parents):
+        if os.path.lexists(place) and not place.is_dir():
+            raise UserError(f"{path} can't be written: {place} is no directory; name another file with --output")
+
+
+def _is_of_a_page(directory: Path) -> bool:
+    """Whether it is a folder that `write` made: its name is from a data id, and in it are parts alone."""
+    named = re.fullmatch(r"[0-9a-f]{12}", directory.name) is not None and directory.is_dir() and not directory.is_symlink()
+    return named and all(re.fullmatch(r"(index-)?[0-9]+\.js", file.name) for file in directory.iterdir())
 
 
 def _write_parts(directory: Path, store: FeatureStore, said: Callable[[int, int], None]) -> None:

@@ -28,8 +28,11 @@ class FeatureStore:
 
     @classmethod
     def open(cls, directory: Path) -> "FeatureStore":
-        """The store in `directory`, its records and sizes checked; `UserError` names what is wrong."""
-        return cls(directory, records.read_data_set(directory, SET_FORMAT, SHARD_FORMAT)[0])
+        """The store in `directory`, its files rehashed (a gigabyte takes a second); `UserError` names what is wrong."""
+        manifest, shards = records.read_data_set(directory, SET_FORMAT, SHARD_FORMAT)
+        for stem, record in shards.items():
+            records.check_hashes(directory, stem, record)
+        return cls(directory, manifest)
 
     def table(self, columns: Sequence[str]) -> list[Row]:
         """These columns of every feature."""
