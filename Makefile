@@ -46,7 +46,7 @@ demo: install  ## the whole pipeline on real text, on this machine, in under fiv
 TESTS := $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder
 
 test: install  ## all tests but the long ones, no network needed
-	@echo "about 4 minutes on 2 idle cores; without the tests on a real Slurm (make test-fast) about 2"
+	@echo "about 7 minutes on 2 idle cores; make test-fast leaves out the tests on a real Slurm"
 	$(TESTS) -n 4 -m "not end_to_end" $(PYTEST)
 
 test-fast: install  ## the same without the tests on a real Slurm
